@@ -1,0 +1,299 @@
+"""Every setting of a run: its default, its help, its validation.
+
+    defaults below  <  --recipe NAME.yaml  <  --section.key VALUE
+
+The dataclasses are the single owner of batch size, accumulation, clipping and precision; the DeepSpeed JSON given by
+`--config` says only how memory and communication are organised. The string under a field is its help text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dpo.errors import UserError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The policy that is trained, and its tokenizer."""
+
+    policy: str | None = None
+    """Hub id, folder in Hugging Face form, or builtin:tiny."""
+    tokenizer: str | None = None
+    """Hub id or folder of the tokenizer; default: the policy's own."""
+    revision: str | None = None
+    """Branch, tag or commit of the policy on the hub; pin it to make a run repeatable."""
+    attention: Literal["auto", "sdpa"] = "auto"
+    """Kernel behind packed and prefix-shared attention."""
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    """Recompute activations in backward: less memory, about a quarter more time. auto: on a GPU above 2e9 parameters."""
+    chat_template: str | None = None
+    """Chat template (text or file) for conversations when the tokenizer has none."""
+    trust_remote_code: bool = False
+    """Run modelling code that comes with the model. Only for sources you have read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """The frozen reference: the policy as it starts (after SFT, where there is one)."""
+
+    mode: Literal["online"] = "online"
+    """online: score every batch with a frozen copy."""
+    dtype: Literal["auto", "fp16", "bf16", "fp32", "policy"] = "auto"
+    """Precision of the reference. auto: fp16 on a GPU, the policy's dtype on a CPU and under ZeRO-3."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Preference data and how text becomes tokens."""
+
+    train: str | None = None
+    """Hub id, folder, .json, .jsonl[.gz], .parquet, or builtin:world."""
+    validation: str | None = None
+    """The same for validation; default: the validation (else test) split of data.train, if it has one."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
+    data_dir: str | None = None
+    """Directory within a hub data set, e.g. helpful-base."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set."""
+    train_split: str = "train"
+    """Split to train on, where the source has splits."""
+    validation_split: str | None = None
+    """Split to validate on; default: validation, else test."""
+    format: Literal["auto", "hh", "prompt", "conversation"] = "auto"
+    """Schema of the rows; auto looks at the first ones."""
+    max_length: int | None = None
+    """Longest prompt + completion in tokens; default: 1024, or the model's context if that is shorter."""
+    max_prompt_length: int | None = None
+    """Prompts longer than this lose their beginning; default: no own limit."""
+    train_limit: int | None = None
+    """Use only the first rows of the training split."""
+    validation_limit: int | None = None
+    """Use only the first rows of the validation split."""
+    shuffle: bool = True
+    """Draw every epoch's order from (seed, epoch); false keeps the file's order."""
+    workers: int | None = None
+    """Processes that tokenise; default: the cores of this node, at most 16."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row that cannot be trained on: stop and name it, or drop and count it."""
+    cache_dir: str | None = None
+    """Where tokenised data is kept; default: $DPO_CACHE, else ~/.cache/dpo."""
+
+    def __post_init__(self) -> None:
+        for key in ("max_length", "max_prompt_length", "train_limit", "validation_limit", "workers"):
+            value = getattr(self, key)
+            _require(value is None or value >= 1, f"data.{key} is {value}; use a whole number of at least 1")
+        if self.max_length is not None:
+            _require(self.max_length >= 2, f"data.max_length is {self.max_length}; use at least 2")
+
+    @property
+    def cache_folder(self) -> str:
+        """Folder of the tokenised data."""
+        return os.path.expanduser(self.cache_dir or os.environ.get("DPO_CACHE") or "~/.cache/dpo")
+
+
+LossName = Literal["sigmoid", "hinge", "ipo", "ipo_sum"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The objective; formulas in docs/objectives.md."""
+
+    name: LossName = "sigmoid"
+    """sigmoid: DPO. hinge: SLiC. ipo: log-ratios averaged over tokens (as TRL). ipo_sum: summed (as the paper's code)."""
+    beta: float = 0.1
+    """Strength of the pull towards the reference, > 0."""
+    label_smoothing: float = 0.0
+    """Probability that a preference is labelled the wrong way round (cDPO); sigmoid only; in [0, 0.5)."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.beta > 0 and math.isfinite(self.beta),
+            f"loss.beta is {self.beta}; use a positive number, 0.1 to 0.5 is usual",
+        )
+        _require(
+            0 <= self.label_smoothing < 0.5,
+            f"loss.label_smoothing is {self.label_smoothing}; use a number in [0, 0.5)",
+        )
+        _require(
+            self.label_smoothing == 0 or self.name == "sigmoid",
+            f"loss.label_smoothing is {self.label_smoothing} with loss.name {self.name}; it belongs to sigmoid",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with fp32 master weights."""
+
+    name: Literal["adamw"] = "adamw"
+    """Optimizer."""
+    lr: float = 1e-6
+    """Peak learning rate of DPO."""
+    sft_lr: float | None = None
+    """Peak learning rate of the SFT stage; default: 20 x lr."""
+    schedule: Literal["cosine", "linear", "constant"] = "linear"
+    """Decay after the warm-up, down to zero at the last step."""
+    warmup_steps: float = 0.1
+    """Steps of linear warm-up; below 1: the share of all steps."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's averaging constants."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 switches clipping off."""
+
+    def __post_init__(self) -> None:
+        for key in ("lr", "sft_lr"):
+            value = getattr(self, key)
+            _require(
+                value is None or (value > 0 and math.isfinite(value)),
+                f"optim.{key} is {value}; use a positive number such as 1e-6",
+            )
+        for key in ("warmup_steps", "weight_decay", "max_grad_norm"):
+            value = getattr(self, key)
+            _require(value >= 0 and math.isfinite(value), f"optim.{key} is {value}; use a number of at least 0")
+        _require(
+            all(0 <= b < 1 for b in self.betas), f"optim.betas is {list(self.betas)}; use two numbers in [0, 1)"
+        )
+        _require(self.eps > 0, f"optim.eps is {self.eps}; use a positive number")
+
+    @property
+    def peak_sft_lr(self) -> float:
+        """Peak learning rate of the SFT stage."""
+        return self.sft_lr if self.sft_lr is not None else 20 * self.lr
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The run: how long, how large, where it is kept."""
+
+    output_dir: str = "runs/dpo"
+    """The run directory."""
+    seed: int = 0
+    """Decides the order of the pairs."""
+    epochs: int = 1
+    """Passes over the training pairs."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps, whatever epochs says."""
+    sft_epochs: int = 0
+    """Passes of supervised fine-tuning on chosen completions before DPO; the result becomes the reference."""
+    global_batch_size: int = 64
+    """Pairs per optimizer step, over all GPUs."""
+    micro_batch_size: int | None = None
+    """At most this many pairs per forward pass; default: as many as tokens_per_micro_batch allows."""
+    tokens_per_micro_batch: Literal["auto"] | int = "auto"
+    """Tokens per forward pass of one GPU; changes speed and memory, never the result. auto: 16384 on a GPU, 4096 on a CPU."""
+    layout: Literal["shared", "packed", "padded"] = "shared"
+    """shared: a pair's prompt is computed once; packed: no padding; padded: one sequence a row."""
+    precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
+    """Precision of the policy's weights and products. auto: bf16 on a GPU that has it, else fp16; fp32 on a CPU."""
+    eval_every: int | Literal["epoch"] = "epoch"
+    """Steps between evaluations, or epoch; there is always one at the start and one at the end."""
+    save_every: int | Literal["epoch"] = "epoch"
+    """Steps between checkpoints, or epoch."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep."""
+    export_dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
+    """Dtype of final/; auto: that of the starting weights."""
+    resume: str = "auto"
+    """auto: continue what is in output_dir; never: refuse if something is there; or the path of a checkpoint."""
+
+    def __post_init__(self) -> None:
+        for key in ("epochs", "global_batch_size", "keep_checkpoints"):
+            value = getattr(self, key)
+            _require(value >= 1, f"train.{key} is {value}; use a whole number of at least 1")
+        for key in ("max_steps", "micro_batch_size", "eval_every", "save_every", "tokens_per_micro_batch"):
+            value = getattr(self, key)
+            _require(
+                value is None or isinstance(value, str) or value >= 1,
+                f"train.{key} is {value}; use a whole number of at least 1",
+            )
+        _require(self.sft_epochs >= 0, f"train.sft_epochs is {self.sft_epochs}; use 0 or more")
+        _require(bool(self.output_dir), "train.output_dir is empty; name a folder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is shown and recorded."""
+
+    every: int = 1
+    """Steps between lines of metrics.jsonl."""
+    backends: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Trackers beside metrics.jsonl."""
+    samples: int = 4
+    """Prompts answered by the reference and by the policy; 0 for none."""
+    sample_every: int | Literal["epoch", "end"] = "end"
+    """Steps between samples, epoch, or only at the end."""
+    sample_tokens: int = 64
+    """Longest sampled answer, in tokens."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, f"log.every is {self.every}; use a whole number of at least 1")
+        _require(self.samples >= 0, f"log.samples is {self.samples}; use 0 or more")
+        _require(self.sample_tokens >= 1, f"log.sample_tokens is {self.sample_tokens}; use at least 1")
+        _require(
+            isinstance(self.sample_every, str) or self.sample_every >= 1,
+            f"log.sample_every is {self.sample_every}; use at least 1, epoch or end",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The policy that is trained, and its tokenizer"""
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    """The frozen reference"""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Preference data and how text becomes tokens"""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """The objective"""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """AdamW with fp32 master weights"""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The run: how long, how large, where it is kept"""
+    log: LogConfig = field(default_factory=LogConfig)
+    """What is shown and recorded"""
+
+    def __post_init__(self) -> None:
+        if self.model.policy is None:
+            raise ValueError("model.policy is not set; give a hub id, a folder, or builtin:tiny")
+        if self.data.train is None:
+            raise ValueError("data.train is not set; give a hub id, a folder, a file, or builtin:world")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested plain values of a config, as written to the run directory."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def check_world_size(config: Config, world_size: int) -> None:
+    """Refuse more ranks than pairs in a step.
+
+    Raises:
+        UserError: If a rank could never get a pair.
+    """
+    if world_size > config.train.global_batch_size:
+        raise UserError(
+            f"train.global_batch_size is {config.train.global_batch_size} pairs for {world_size} ranks: some would"
+            f" never have a pair; use at least {world_size}, or fewer ranks"
+        )

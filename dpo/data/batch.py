@@ -1,0 +1,129 @@
+"""TokenizedPairs -> PackedBatch: the only place that knows how pairs are laid out.
+
+    shared   one row      P C R | P C R | ...          the rejected completion reads the prompt, not the chosen one
+    packed   one row      P C | P R | P C | P R ...    every sequence by itself, no padding
+    padded   S rows       P C . . / P R . . .          chosen rows first; padding on the right, invisible to causal
+                                                       attention and never scored
+    chosen   one row      P C | P C | ...              for SFT
+
+Scored tokens are ordered by sequence: chosen 0..P-1, then rejected P..2P-1. The last prompt token predicts the first
+token of both completions; in the shared layout its row therefore stands in `score_index` twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from dpo.data.planner import Layout
+from dpo.types import PackedBatch, Segment, TokenizedPair
+
+DUMMY_TOKENS = 2
+
+
+def _scored(first_row: int, prompt_row: int, length: int) -> np.ndarray:
+    """Rows that predict a completion whose tokens stand at first_row..: the prompt's last one, then its own."""
+    return np.concatenate(([prompt_row], np.arange(first_row, first_row + length - 1)))
+
+
+def _one_row(pairs: Sequence[TokenizedPair], layout: Layout):
+    """Token ids, positions, segments and, per sequence, the scored rows of a one-row layout."""
+    ids: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    segments: list[Segment] = []
+    chosen_rows: list[np.ndarray] = []
+    rejected_rows: list[np.ndarray] = []
+    offset = 0
+    for pair in pairs:
+        prompt, chosen, rejected = pair.prompt_ids, pair.chosen_ids, pair.rejected_ids
+        p, c, r = len(prompt), len(chosen), len(rejected)
+        ids += [prompt, chosen]
+        positions.append(np.arange(p + c))
+        segments.append(Segment(offset, offset + p + c))
+        chosen_rows.append(_scored(offset + p, offset + p - 1, c))
+        start = offset + p + c
+        if layout == "shared":
+            ids.append(rejected)
+            positions.append(np.arange(p, p + r))
+            segments.append(Segment(start, start + r, offset, offset + p))
+            rejected_rows.append(_scored(start, offset + p - 1, r))
+            offset = start + r
+        elif layout == "packed":
+            ids += [prompt, rejected]
+            positions.append(np.arange(p + r))
+            segments.append(Segment(start, start + p + r))
+            rejected_rows.append(_scored(start + p, start + p - 1, r))
+            offset = start + p + r
+        else:
+            offset = start
+    return np.concatenate(ids), np.concatenate(positions), tuple(segments), chosen_rows + rejected_rows
+
+
+def _padded(pairs: Sequence[TokenizedPair]):
+    """Token ids, positions and, per sequence, the scored rows of the padded layout."""
+    sequences = [(p.prompt_ids, p.chosen_ids) for p in pairs] + [(p.prompt_ids, p.rejected_ids) for p in pairs]
+    width = max(len(prompt) + len(completion) for prompt, completion in sequences)
+    ids = np.zeros((len(sequences), width), dtype=np.int64)
+    rows: list[np.ndarray] = []
+    for s, (prompt, completion) in enumerate(sequences):
+        p, c = len(prompt), len(completion)
+        ids[s, :p] = prompt
+        ids[s, p : p + c] = completion
+        rows.append(_scored(s * width + p, s * width + p - 1, c))
+    return ids.reshape(-1), np.tile(np.arange(width), len(sequences)), rows
+
+
+def _dummy(layout: Layout) -> PackedBatch:
+    """Two tokens that score nothing: keeps a rank without pairs in step with the others."""
+    none = torch.zeros(0, dtype=torch.int64)
+    return PackedBatch(
+        input_ids=torch.zeros(DUMMY_TOKENS, dtype=torch.int64),
+        position_ids=torch.arange(DUMMY_TOKENS),
+        num_rows=1,
+        segments=None if layout == "padded" else (Segment(0, DUMMY_TOKENS),),
+        score_index=none,
+        target_ids=none,
+        sequence_ids=none,
+        completion_lengths=none,
+        pair_ids=(),
+        num_sequences=0,
+        num_useful_tokens=0,
+    )
+
+
+def collate(pairs: Sequence[TokenizedPair], layout: Layout) -> PackedBatch:
+    """Lay pairs out for one forward pass.
+
+    Args:
+        pairs: The pairs of one micro-batch; none gives a dummy batch.
+        layout: See the module's docstring.
+    Returns:
+        The batch, on the CPU.
+    """
+    if not pairs:
+        return _dummy(layout)
+    segments: tuple[Segment, ...] | None = None
+    if layout == "padded":
+        ids, positions, rows = _padded(pairs)
+    else:
+        ids, positions, segments, rows = _one_row(pairs, layout)
+    completions = [p.chosen_ids for p in pairs]
+    if layout != "chosen":
+        completions += [p.rejected_ids for p in pairs]
+    lengths = np.array([len(c) for c in completions], dtype=np.int64)
+    prompts = sum(len(p.prompt_ids) for p in pairs)
+    return PackedBatch(
+        input_ids=torch.from_numpy(ids.astype(np.int64)),
+        position_ids=torch.from_numpy(positions.astype(np.int64)),
+        num_rows=len(completions) if layout == "padded" else 1,
+        segments=segments,
+        score_index=torch.from_numpy(np.concatenate(rows).astype(np.int64)),
+        target_ids=torch.from_numpy(np.concatenate(completions).astype(np.int64)),
+        sequence_ids=torch.from_numpy(np.repeat(np.arange(len(completions)), lengths)),
+        completion_lengths=torch.from_numpy(lengths),
+        pair_ids=tuple(p.pair_id for p in pairs),
+        num_sequences=len(completions),
+        num_useful_tokens=int(prompts * len(completions) // len(pairs) + lengths.sum()),
+    )

@@ -1,0 +1,101 @@
+"""Step number -> this rank's micro-batches, built one step ahead in a thread.
+
+The loader's whole state is the step number: a resumed run asks for the next step and gets the very batches the
+uninterrupted run would have had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from dpo.data.batch import collate
+from dpo.data.planner import Epochs, Layout, plan_batch
+from dpo.types import PackedBatch, PairDataset
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatches:
+    """What one rank does in one optimizer step.
+
+    Attributes:
+        step: Counted from 0.
+        batches: This rank's micro-batches; as many on every rank.
+        num_pairs: Pairs of the step over all ranks: what its loss is divided by.
+        num_target_tokens: Chosen completion tokens of the step over all ranks: what an SFT loss is divided by.
+    """
+
+    step: int
+    batches: list[PackedBatch]
+    num_pairs: int
+    num_target_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loader:
+    """The micro-batches of one rank.
+
+    Attributes:
+        dataset: Tokenised pairs.
+        epochs: Which pairs make which step.
+        rank, world_size: Whose micro-batches.
+        layout, token_budget, max_pairs: See `planner.plan_batch`.
+        pin_memory: Pin the tensors, so that copies to a GPU overlap its work.
+    """
+
+    dataset: PairDataset
+    epochs: Epochs
+    rank: int
+    world_size: int
+    layout: Layout
+    token_budget: int
+    max_pairs: int | None = None
+    pin_memory: bool = False
+
+    def __getitem__(self, step: int) -> StepBatches:
+        """Build the micro-batches of a step, counted from 0."""
+        ids = self.epochs.batch(step)
+        plan = plan_batch(
+            ids,
+            self.dataset.lengths,
+            world_size=self.world_size,
+            token_budget=self.token_budget,
+            layout=self.layout,
+            max_pairs=self.max_pairs,
+        )
+        return StepBatches(
+            step=step,
+            batches=[self._build(pair_ids) for pair_ids in plan[self.rank]],
+            num_pairs=len(ids),
+            num_target_tokens=int(self.dataset.lengths[ids, 1].sum()),
+        )
+
+    def _build(self, pair_ids: list[int]) -> PackedBatch:
+        batch = collate([self.dataset[i] for i in pair_ids], self.layout)
+        return batch.pin() if self.pin_memory else batch
+
+    def steps(self, start: int, stop: int) -> Iterator[StepBatches]:
+        """Steps start..stop-1 in order, each built while the one before is computed."""
+        if start >= stop:
+            return
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as pool:
+            ahead = pool.submit(self.__getitem__, start)
+            for step in range(start, stop):
+                ready = ahead.result()
+                if step + 1 < stop:
+                    ahead = pool.submit(self.__getitem__, step + 1)
+                yield ready
+
+
+def whole_pass(loader: Loader) -> list[PackedBatch]:
+    """This rank's micro-batches of one pass in which every pair is scored exactly once (an evaluation)."""
+    plan = plan_batch(
+        range(len(loader.dataset)),
+        loader.dataset.lengths,
+        world_size=loader.world_size,
+        token_budget=loader.token_budget,
+        layout=loader.layout,
+        max_pairs=loader.max_pairs,
+    )
+    return [loader._build(pair_ids) for pair_ids in plan[loader.rank]]

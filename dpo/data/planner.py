@@ -1,0 +1,168 @@
+"""Lengths -> who scores what: which pairs make a step, and which rank scores them in which micro-batch.
+
+Everything here is a pure function of (seed, step) and of the pairs' lengths, so all ranks agree without talking. The
+pairs of a step are the semantics of a run; how they are spread over ranks and micro-batches is scheduling and never
+changes the gradient. All ranks get the same number of micro-batches, a short rank empty ones, because ZeRO-3 gathers
+weights in every forward pass of every rank.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Layout = Literal["shared", "packed", "padded", "chosen"]
+"""How a micro-batch is laid out; `chosen` is the packed layout of prompt + chosen alone (SFT)."""
+
+Plan = list[list[list[int]]]
+"""plan[rank][micro_step]: pair ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class Epochs:
+    """The order in which pairs are seen.
+
+    Attributes:
+        num_pairs: Pairs in the data set, >= 1.
+        global_batch_size: Pairs per step; the last step of an epoch takes what is left.
+        seed: With the epoch's number decides its permutation.
+        shuffle: False keeps the file's order.
+    """
+
+    num_pairs: int
+    global_batch_size: int
+    seed: int
+    shuffle: bool = True
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the data."""
+        return math.ceil(self.num_pairs / self.global_batch_size)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """(num_pairs,) int64: the pair ids of an epoch, counted from 0, in order."""
+        if not self.shuffle:
+            return np.arange(self.num_pairs)
+        return np.random.default_rng((self.seed, epoch)).permutation(self.num_pairs)
+
+    def batch(self, step: int) -> np.ndarray:
+        """Pair ids of one optimizer step.
+
+        Args:
+            step: Optimizer step, counted from 0 over the whole run.
+        Returns:
+            (at most global_batch_size,) int64.
+        """
+        epoch, index = divmod(step, self.steps_per_epoch)
+        start = index * self.global_batch_size
+        return self.order(epoch)[start : start + self.global_batch_size]
+
+
+def num_tokens(lengths: np.ndarray, layout: Layout) -> np.ndarray:
+    """Tokens that each pair adds to a packed row.
+
+    Args:
+        lengths: (n, 3) int64: prompt, chosen, rejected.
+        layout: For `padded`: the tokens of both rows at the pair's own longer length.
+    Returns:
+        (n,) int64.
+    """
+    prompt, chosen, rejected = lengths[:, 0], lengths[:, 1], lengths[:, 2]
+    if layout == "shared":
+        return prompt + chosen + rejected
+    if layout == "packed":
+        return 2 * prompt + chosen + rejected
+    if layout == "chosen":
+        return prompt + chosen
+    return 2 * (prompt + np.maximum(chosen, rejected))
+
+
+@dataclass(slots=True)
+class _Bin:
+    """A micro-batch being filled."""
+
+    pair_ids: list[int]
+    tokens: int = 0
+    widest: int = 0
+
+    def tokens_with(self, tokens: int, layout: Layout) -> int:
+        """Size of the micro-batch if a pair of `tokens` tokens joined."""
+        if layout != "padded":
+            return self.tokens + tokens
+        return (len(self.pair_ids) + 1) * max(self.widest, tokens)
+
+    def add(self, pair_id: int, tokens: int, layout: Layout) -> None:
+        self.tokens = self.tokens_with(tokens, layout)
+        self.widest = max(self.widest, tokens)
+        self.pair_ids.append(pair_id)
+
+
+def _spread_over_ranks(pair_ids: Sequence[int], costs: Sequence[int], world_size: int) -> list[list[int]]:
+    """LPT: the costliest pair first, always to the rank with the least work (Graham 1969)."""
+    order = sorted(range(len(pair_ids)), key=lambda i: (-costs[i], i))
+    heap = [(0, 0, rank) for rank in range(world_size)]
+    shares: list[list[int]] = [[] for _ in range(world_size)]
+    for i in order:
+        load, count, rank = heapq.heappop(heap)
+        shares[rank].append(i)
+        heapq.heappush(heap, (load + costs[i], count + 1, rank))
+    return shares
+
+
+def _into_micro_batches(
+    share: list[int], tokens: Sequence[int], layout: Layout, budget: int, max_pairs: int | None
+) -> list[_Bin]:
+    """First-fit-decreasing of one rank's pairs under the budget; a pair longer than the budget stands alone.
+
+    For `padded`, next-fit over pairs sorted by length, so that equals are padded together.
+    """
+    bins: list[_Bin] = []
+    for i in share:
+        candidates = bins[-1:] if layout == "padded" else bins
+        for candidate in candidates:
+            if (max_pairs is None or len(candidate.pair_ids) < max_pairs) and (
+                candidate.tokens_with(tokens[i], layout) <= budget
+            ):
+                candidate.add(i, tokens[i], layout)
+                break
+        else:
+            bins.append(_Bin([]))
+            bins[-1].add(i, tokens[i], layout)
+    return bins
+
+
+def plan_batch(
+    pair_ids: Sequence[int] | np.ndarray,
+    lengths: np.ndarray,
+    *,
+    world_size: int,
+    token_budget: int,
+    layout: Layout,
+    max_pairs: int | None = None,
+) -> Plan:
+    """Spread pairs over ranks and micro-batches at near-equal cost.
+
+    Args:
+        pair_ids: Pairs to score, each once.
+        lengths: (n, 3) int64 of the whole data set, indexed by pair id.
+        world_size: Ranks, >= 1.
+        token_budget: Largest number of tokens in a micro-batch of one rank; a longer pair stands alone.
+        layout: Decides what a pair costs.
+        max_pairs: Largest number of pairs in a micro-batch.
+    Returns:
+        plan[rank][micro_step] -> pair ids; the same number of micro-steps on every rank, at least one.
+    """
+    ids = [int(i) for i in pair_ids]
+    tokens = [int(t) for t in num_tokens(lengths[ids], layout)] if ids else []
+    shares = _spread_over_ranks(ids, tokens, world_size)
+    packed = [_into_micro_batches(share, tokens, layout, token_budget, max_pairs) for share in shares]
+    micro_steps = max(1, *(len(bins) for bins in packed))
+    return [
+        [sorted(ids[i] for i in b.pair_ids) for b in bins] + [[] for _ in range(micro_steps - len(bins))]
+        for bins in packed
+    ]

@@ -1,0 +1,91 @@
+"""Which layout and which head give a model's true log-probs, found by asking the model itself.
+
+At start one real pair is scored twice: by the fast path, and by the model's own logits, each sequence alone and
+unpadded. Where they differ, or the model's attention cannot be expressed in segments, the next simpler path is tried:
+
+    wanted layout, fast head  ->  padded, fast head  ->  padded, the model's own head  ->  refused
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dpo.data.batch import collate
+from dpo.data.planner import Layout
+from dpo.errors import UserError
+from dpo.model import attention
+from dpo.model.attention import UnsupportedAttention
+from dpo.model.forward import Scorer, own_logits_logps
+from dpo.types import TokenizedPair
+
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
+"""Largest difference, nats per completion token, that is rounding and not another model (fp64: layers round to fp32 within)."""
+
+
+def use_layout(scorer: Scorer, layout: Layout, own_head: bool = False) -> None:
+    """Make a scorer ready for batches of a layout."""
+    scorer.own_head = own_head
+    if layout == "padded":
+        scorer.model.set_attn_implementation(scorer.native_attention)
+    else:
+        attention.register()
+        scorer.model.set_attn_implementation(attention.NAME)
+
+
+def _difference(scorer: Scorer, layout: Layout, pair: TokenizedPair, truth: torch.Tensor) -> float:
+    with torch.no_grad():
+        logps = scorer(collate([pair], layout).to(truth.device))
+    lengths = torch.tensor([len(pair.chosen_ids), len(pair.rejected_ids)], device=truth.device)
+    return float(((logps - truth).abs() / lengths).max())
+
+
+def _complaint(scorer: Scorer, layout: Layout, own_head: bool, pair: TokenizedPair, truth: torch.Tensor) -> str | None:
+    """Why a path cannot be used; None if it can."""
+    if layout != "padded" and not scorer.model._can_set_attn_implementation():
+        return f"{type(scorer.model).__name__} has its own attention code"
+    use_layout(scorer, layout, own_head)
+    try:
+        difference = _difference(scorer, layout, pair, truth)
+    except (UnsupportedAttention, TypeError) as error:
+        return " ".join(str(error).split())
+    limit = TOLERANCE[scorer.head.weight.dtype]
+    if difference <= limit:
+        return None
+    return f"log-probs differ from the model's own by {difference:.2g} nats a token (limit {limit:g})"
+
+
+def settle(scorer: Scorer, layout: Layout, pair: TokenizedPair, longest: int, device: torch.device) -> tuple[Layout, list[str]]:
+    """Choose layout and head for a model and leave the scorer set to them.
+
+    Args:
+        scorer: Around the policy; collective under ZeRO-3, where every rank calls it with the same pair.
+        layout: The one asked for.
+        pair: A real pair.
+        longest: Longest sequence in tokens that the run will see.
+        device: Of the model.
+    Returns:
+        The layout to use, and a line for the log for every path given up.
+    Raises:
+        UserError: If no path gives the model's own log-probs.
+    """
+    truth = own_logits_logps(scorer, pair, device)
+    window = getattr(scorer.model.config.get_text_config(), "sliding_window", None)
+    windowed = window is not None and longest > window and _uses_window(scorer)
+    paths: list[tuple[Layout, bool]] = [(layout, False), ("padded", False), ("padded", True)]
+    notes: list[str] = []
+    for path, own_head in dict.fromkeys(paths):
+        if path != "padded" and windowed:
+            complaint: str | None = f"a sliding window of {window} tokens is shorter than sequences of up to {longest}"
+        else:
+            complaint = _complaint(scorer, path, own_head, pair, truth)
+        if complaint is None:
+            return path, notes
+        name = f"layout {path}" + (" with the model's own head" if own_head else "")
+        notes.append(f"{name} is not used: {complaint}")
+    raise UserError(f"model.policy: {type(scorer.model).__name__} cannot be scored faithfully: {'; '.join(notes)}")
+
+
+def _uses_window(scorer: Scorer) -> bool:
+    config = scorer.model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    return "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", True)

@@ -1,0 +1,120 @@
+"""PackedBatch -> log-probs of its completions, in one forward pass.
+
+`Scorer` is the module that a DeepSpeed engine gets: backbone, selection of the rows that predict completion tokens,
+head, sum per sequence. The same class wraps policy and reference. `check_against_own_logits` compares it with what the
+model itself says of one pair; a model whose head does more than a matrix product (final soft-cap, logit scale) is
+scored through its own head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpo.model import attention
+from dpo.model.head import CHUNK_ROWS, Head, logps_of_logits
+from dpo.types import PackedBatch, PairLogps, TokenizedPair
+
+
+class Scorer(nn.Module):
+    """Log-probs of completions under a causal language model.
+
+    Attributes:
+        model: The transformers model.
+        own_head: Score through the model's own head, which takes padded batches.
+        native_attention: Name of the model's own attention implementation.
+    """
+
+    def __init__(self, model: Any, chunk_rows: int = CHUNK_ROWS) -> None:
+        super().__init__()
+        self.model = model
+        self.head = Head(model.get_output_embeddings(), chunk_rows)
+        self.own_head = False
+        self.native_attention = model.config._attn_implementation
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Score a batch.
+
+        Args:
+            batch: On the model's device.
+        Returns:
+            (S,) fp32 (fp64 for an fp64 model): summed log-probs of every sequence's completion, nats.
+        """
+        token_logps = self._own_token_logps(batch) if self.own_head else self._token_logps(batch)
+        if batch.num_sequences == 0:
+            # ZeRO-3 wants every module's hooks to run in the same order on every rank, in backward too.
+            return token_logps.sum().expand(0) if not self.own_head else token_logps.sum()[None][:0]
+        sums = token_logps.new_zeros(batch.num_sequences)
+        return sums.index_add(0, batch.sequence_ids, token_logps)
+
+    def _inputs(self, batch: PackedBatch) -> dict[str, Any]:
+        inputs = {
+            "input_ids": batch.input_ids.view(batch.num_rows, -1),
+            "position_ids": batch.position_ids.view(batch.num_rows, -1),
+            "use_cache": False,
+        }
+        return inputs | ({} if batch.segments is None else {"segments": batch.segments})
+
+    def _token_logps(self, batch: PackedBatch) -> Tensor:
+        backbone = self.model.base_model
+        hidden = backbone(**self._inputs(batch)).last_hidden_state  # (rows, T / rows, H)
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        return self.head(hidden.index_select(0, batch.score_index), batch.target_ids)  # (N,)
+
+    def _own_token_logps(self, batch: PackedBatch) -> Tensor:
+        width = batch.input_ids.numel() // batch.num_rows
+        columns = torch.unique(batch.score_index % width)  # the same columns are kept in every row
+        if len(columns) == 0:
+            columns = torch.zeros(1, dtype=torch.int64, device=batch.input_ids.device)
+        logits = self.model(**self._inputs(batch), logits_to_keep=columns).logits
+        rows = batch.score_index // width
+        logits = logits[rows, torch.searchsorted(columns, batch.score_index % width)]  # (N, V)
+        return logps_of_logits(logits, batch.target_ids)
+
+    @contextmanager
+    def own_attention(self) -> Iterator[None]:
+        """Within the block the model attends by its own implementation, as generation and unpadded rows need."""
+        current = self.model.config._attn_implementation
+        self.model.set_attn_implementation(self.native_attention)
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(current)
+
+
+def pair_logps(score: Callable[[PackedBatch], Tensor], batch: PackedBatch) -> PairLogps:
+    """Score a preference batch and name the halves.
+
+    Args:
+        score: A Scorer, or an engine around one.
+        batch: 2P sequences, chosen first.
+    Returns:
+        Log-probs of the P pairs; differentiable if `score` is.
+    """
+    chosen, rejected = score(batch).chunk(2) if batch.pair_ids else (score(batch),) * 2
+    chosen_lengths, rejected_lengths = batch.completion_lengths.chunk(2) if batch.pair_ids else (
+        batch.completion_lengths,
+    ) * 2
+    return PairLogps(chosen, rejected, chosen_lengths, rejected_lengths)
+
+
+@torch.no_grad()
+def own_logits_logps(scorer: Scorer, pair: TokenizedPair, device: torch.device) -> Tensor:
+    """Completion log-probs by the model's own logits, each sequence alone and unpadded.
+
+    Returns:
+        (2,) summed log-probs, chosen then rejected.
+    """
+    sums = []
+    with scorer.own_attention():
+        for completion in (pair.chosen_ids, pair.rejected_ids):
+            prompt = torch.as_tensor(pair.prompt_ids, dtype=torch.int64, device=device)
+            targets = torch.as_tensor(completion, dtype=torch.int64, device=device)
+            ids = torch.cat((prompt, targets))[None]
+            logits = scorer.model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+            sums.append(logps_of_logits(logits, targets).sum())
+    return torch.stack(sums)

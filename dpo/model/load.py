@@ -1,0 +1,143 @@
+"""Model and tokenizer from a hub id, a folder, or the built-in example; the only loader of weights.
+
+Policy and reference are compared token by token, so both run without dropout: modules stay in eval mode. Weights are
+memory-mapped by safetensors, so the ranks of a node share one copy of the file in memory.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from dpo.errors import UserError
+from dpo.model import example
+
+BUILTIN = "builtin:tiny"
+
+
+def _explain(what: str, path: str, error: Exception) -> UserError:
+    text = " ".join(str(error).split())
+    if Path(path).exists():
+        return UserError(f"{what} {path}: cannot be loaded: {text[:300]}")
+    if "local" in path or path.startswith((".", "/", "~")):
+        return UserError(f"{what} {path}: no such folder")
+    return UserError(
+        f"{what} {path}: neither a folder nor reachable on the hub; without network run once with --prepare_only where"
+        f" there is one and share HF_HOME, or give a local folder ({text[:200]})"
+    )
+
+
+def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model.
+
+    Raises:
+        UserError: If there is none.
+    """
+    if path == BUILTIN:
+        return example.build_tokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise _explain("tokenizer", path, error) from None
+
+
+def load_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The architecture of a model without its weights.
+
+    Raises:
+        UserError: If there is none, or it is no causal language model.
+    """
+    if path == BUILTIN:
+        return example.build_config()
+    try:
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise _explain("model.policy", path, error) from None
+
+
+def context_length(config: Any) -> int | None:
+    """Longest sequence a model takes, in tokens; None if its config does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def starting_dtype(config: Any) -> torch.dtype:
+    """Dtype of a model's stored weights; fp32 where its config does not say."""
+    return config.dtype or torch.float32
+
+
+def load_model(
+    path: str,
+    *,
+    dtype: torch.dtype,
+    seed: int = 0,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    zero3_config: dict[str, Any] | None = None,
+) -> Any:
+    """A causal language model on the CPU, in eval mode.
+
+    Args:
+        path: Hub id, folder, or builtin:tiny.
+        dtype: Of the weights.
+        seed: Of the built-in model's initialisation.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Run code that comes with the model.
+        zero3_config: DeepSpeed config with stage 3: the weights arrive partitioned, no rank holds the whole model.
+    Returns:
+        The transformers model; its dropout never acts.
+    Raises:
+        UserError: If the model cannot be loaded.
+    """
+    if path == BUILTIN:
+        return cast_parameters(example.build_model(seed), dtype).eval()
+    # transformers keeps only a weak reference to this object and shards while it lives.
+    sharded = HfDeepSpeedConfig(zero3_config) if zero3_config is not None else None
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise _explain("model.policy", path, error) from None
+    del sharded
+    if model.get_output_embeddings() is None:
+        raise UserError(f"model.policy {path}: {type(model).__name__} has no output embedding; use a causal LM")
+    return model.eval()
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Recompute activations in backward, keeping dropout off.
+
+    transformers checkpoints only layers in training mode; their children stay in eval mode.
+    """
+    # Renamed in transformers 5.2x; the old name warns there and goes in 6.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+
+
+def frozen_copy(model: nn.Module, dtype: torch.dtype) -> Any:
+    """A copy of a loaded model that never learns: the reference.
+
+    Args:
+        model: The policy before its first step.
+        dtype: Of the copy's weights.
+    Returns:
+        The copy, on the same device, in eval mode, without gradients.
+    """
+    return cast_parameters(copy.deepcopy(model).eval().requires_grad_(False), dtype)
+
+
+def cast_parameters(model: Any, dtype: torch.dtype) -> Any:
+    """Change the dtype of a model's weights in place; buffers keep theirs, since rotary frequencies need fp32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model

@@ -1,0 +1,157 @@
+"""Ranks and what they say to one another; the only owner of torch.distributed.
+
+Two channels: the device's (gloo or NCCL) for sums of metrics, and a gloo group with a day's patience for everything a
+rank may be late for (tokenisation, downloads), which no watchdog of the device's channel ever sees. An error on any
+rank is agreed on over the second before anyone raises it, so nobody is left waiting in a collective.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dpo.errors import UserError
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=1)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others.
+
+    Attributes:
+        rank, world_size: Over all nodes.
+        local_rank: On this node.
+        device: What this rank computes on.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and speaks to the user."""
+        return self.rank == 0
+
+
+def launched_ranks() -> tuple[int, int]:
+    """(rank, world_size) as the launcher set them; (0, 1) for a plain process."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+_control: list[dist.ProcessGroup | None] = [None]
+
+
+def start() -> World:
+    """Join the process group that torchrun or deepspeed set up; a plain process becomes a world of one.
+
+    Returns:
+        This rank's place.
+    """
+    rank, world_size = launched_ranks()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        if world_size == 1:
+            for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+                os.environ.setdefault(name, value)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend)
+            _control[0] = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return World(rank, world_size, local_rank, device)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        _control[0] = None
+        dist.destroy_process_group()
+
+
+def agree(error: str | None) -> str | None:
+    """Tell everyone of this rank's error; collective.
+
+    Args:
+        error: One line, or None.
+    Returns:
+        The error of the lowest rank that has one, the same on every rank.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return error
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error, group=_control[0])
+    return next((e for e in errors if e is not None), None)
+
+
+def together(function: Callable[[], T]) -> T:
+    """Run a function on every rank; if it is the user's mistake on any, all raise it. Waits up to a day.
+
+    Raises:
+        UserError: The same line on every rank.
+    """
+    result: T | None = None
+    error = None
+    try:
+        result = function()
+    except UserError as mistake:
+        error = str(mistake)
+    error = agree(error)
+    if error is not None:
+        raise UserError(error)
+    return result  # type: ignore[return-value]
+
+
+def main_first(world: World, function: Callable[[], T]) -> T:
+    """Run a function on rank 0, and on the others once it has succeeded there.
+
+    Raises:
+        UserError: The same line on every rank.
+    """
+    result = together(function if world.is_main else lambda: None)
+    return result if world.is_main else function()  # type: ignore[return-value]
+
+
+def only_main(world: World, function: Callable[[], T]) -> T | None:
+    """Run a function on rank 0 while the others wait; None there.
+
+    Raises:
+        UserError: The same line on every rank.
+    """
+    return together(function if world.is_main else lambda: None)
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Add a tensor over all ranks, in place: one all-reduce.
+
+    Args:
+        tensor: Any shape, the same on all ranks, on the rank's device.
+    Returns:
+        The same tensor.
+    """
+    if dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_equal(text: str) -> bool:
+    """Whether every rank holds the same text (settings, data); collective."""
+    if dist.get_world_size() == 1:
+        return True
+    texts: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(texts, text, group=_control[0])
+    return all(t == text for t in texts)

@@ -1,0 +1,239 @@
+"""The DeepSpeed engine: its config, its start, one optimizer step; the only importer of deepspeed.
+
+DeepSpeed owns memory and communication. Batch size, accumulation, clipping and precision have their owner in the
+recipe: a JSON that sets one of them to another value is refused, "auto" means that the recipe decides.
+
+A step may hold any number of micro-batches. DeepSpeed divides gradients by the number of ranks, so a micro-batch's loss
+sum is scaled by world_size / (pairs of the step), and only the last micro-batch is an accumulation boundary: with
+gradient_accumulation_steps 1 and no boundary set, all backward passes but the last would be dropped silently.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpo.config import OptimConfig
+from dpo.errors import UserError
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+import deepspeed  # noqa: E402  (reads DS_ACCELERATOR, and warns without it)
+from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
+
+DEFAULT_JSON = {"zero_optimization": {"stage": 2}}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def read_json(path: str | None) -> dict[str, Any]:
+    """The DeepSpeed JSON of a run.
+
+    Args:
+        path: File given by --config; None for ZeRO stage 2 with DeepSpeed's defaults.
+    Raises:
+        UserError: If the file is missing or no JSON object.
+    """
+    if path is None:
+        return dict(DEFAULT_JSON)
+    if not Path(path).is_file():
+        raise UserError(f"--config {path}: no such file; the ones that come with the project are in ds_configs/")
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: expected a JSON object, got {type(content).__name__}")
+    if not isinstance(content.get("zero_optimization", {}), dict):
+        raise UserError(f"--config {path}: zero_optimization must be an object such as {{\"stage\": 2}}")
+    return content
+
+
+def _without_auto(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_auto(v) for k, v in value.items() if v != "auto"}
+    return value
+
+
+def _check_owned(
+    json_config: dict[str, Any], optim: OptimConfig, precision: str, global_batch_size: int, name: str
+) -> None:
+    """Refuse a JSON that contradicts the recipe."""
+    owned = {
+        "train_batch_size": (global_batch_size, "train.global_batch_size"),
+        "gradient_clipping": (optim.max_grad_norm, "optim.max_grad_norm"),
+        "train_micro_batch_size_per_gpu": (None, "train.micro_batch_size or train.tokens_per_micro_batch"),
+        "gradient_accumulation_steps": (None, "train.global_batch_size and train.tokens_per_micro_batch"),
+    }
+    for key, (value, owner) in owned.items():
+        if key in json_config and json_config[key] != value:
+            raise UserError(f'{name}: {key} is {json_config[key]}; remove it or write "auto": it is set by {owner}')
+    for key in ("fp16", "bf16"):
+        enabled = json_config.get(key, {}).get("enabled")
+        if enabled is not None and enabled != (precision == key):
+            raise UserError(
+                f'{name}: {key}.enabled is {str(enabled).lower()} but train.precision is {precision}; remove it or'
+                f' write "auto"'
+            )
+    for key in ("optimizer", "scheduler"):
+        if json_config.get(key, {}).get("params"):
+            raise UserError(f'{name}: {key}.params is set; remove it or write "auto": it is set by the optim section')
+
+
+def build_config(
+    json_config: dict[str, Any],
+    *,
+    optim: OptimConfig,
+    precision: str,
+    global_batch_size: int,
+    name: str = "--config",
+) -> dict[str, Any]:
+    """Merge the user's JSON with what the recipe owns.
+
+    Args:
+        json_config: As read; not changed.
+        optim: For clipping.
+        precision: fp16, bf16 or fp32.
+        global_batch_size: Pairs per step, only to compare with.
+        name: Of the JSON, for messages.
+    Returns:
+        A config for `deepspeed.initialize`.
+    Raises:
+        UserError: If the JSON sets a value that the recipe owns to something else, or an unknown ZeRO stage.
+    """
+    config = _without_auto(json_config)
+    _check_owned(config, optim, precision, global_batch_size, name)
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"{name}: zero_optimization.stage is {stage}; use 1, 2 or 3")
+    for key in ("optimizer", "scheduler", "train_batch_size"):
+        config.pop(key, None)
+    half: dict[str, Any] = {}
+    if precision != "fp32":
+        half[precision] = config.get(precision, {}) | {"enabled": True}
+        half["data_types"] = {"grad_accum_dtype": "fp32"} | config.get("data_types", {})
+    return config | half | {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optim.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+    }
+
+
+def zero_stage(config: dict[str, Any]) -> int:
+    """ZeRO stage of a DeepSpeed config."""
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def _quiet() -> None:
+    """Keep DeepSpeed's own chatter out of the log, and its shared-memory op from compiling for a minute on a CPU."""
+    deepspeed_logger.setLevel(logging.WARNING)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay acts on matrices, not on biases and norms."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if weight_decay == 0:
+        return [{"params": parameters, "weight_decay": 0.0}]
+    matrices = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) >= 2]
+    others = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def start_training(module: nn.Module, config: dict[str, Any], optim: OptimConfig) -> Any:
+    """An engine that trains a module, with AdamW and fp32 master weights.
+
+    Args:
+        module: In eval mode; moved to this rank's device.
+        config: As `build_config` gives.
+        optim: AdamW's constants; the learning rate is set at every step.
+    Returns:
+        The DeepSpeed engine.
+    """
+    _quiet()
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(module, optim.weight_decay), lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True
+    )
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    return engine
+
+
+def start_frozen(module: nn.Module, config: dict[str, Any], dtype: torch.dtype) -> Any:
+    """A stage-3 engine that shards a frozen module and never steps.
+
+    A frozen module cannot be given to an engine of a lower stage, which has nothing to partition.
+    """
+    _quiet()
+    frozen = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": config["zero_optimization"],
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+        "steps_per_print": 2**31,
+    }
+    engine, *_ = deepspeed.initialize(model=module.requires_grad_(False), config=frozen)
+    return engine.eval()
+
+
+def backward(engine: Any, loss: Tensor, is_last: bool) -> None:
+    """Accumulate the gradient of one micro-batch.
+
+    Args:
+        engine: Of `start_training`.
+        loss: Scalar: sum over the micro-batch * world_size / (pairs of the step).
+        is_last: Whether the step's gradients are complete with it.
+    """
+    engine.set_gradient_accumulation_boundary(is_last)
+    engine.backward(loss, scale_wrt_gas=False)
+
+
+def step(engine: Any, lr: float) -> float | None:
+    """Take an optimizer step.
+
+    Args:
+        engine: After the step's last `backward`.
+        lr: Learning rate of this step.
+    Returns:
+        Gradient norm before clipping; None where an fp16 overflow made DeepSpeed skip the step.
+    """
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    engine.step()
+    if not engine.was_step_applied():
+        return None
+    norm = engine.get_global_grad_norm()
+    return None if norm is None else float(norm)
+
+
+def full_state(engine: Any, model: nn.Module, names: Iterable[str], dtype: torch.dtype, keep: bool) -> dict[str, Tensor]:
+    """Whole weights of a model, gathered one at a time; collective under ZeRO-3.
+
+    Args:
+        engine: Around a scorer of the model.
+        model: The transformers model.
+        names: Of its state dict, tied weights included.
+        dtype: Of the copies of floating-point weights.
+        keep: Whether this rank keeps them; the others only take part.
+    Returns:
+        Name -> tensor on the CPU, empty unless `keep`. Tied weights share one tensor.
+    """
+    stored = dict(model.state_dict(keep_vars=True))
+    copies: dict[int, Tensor] = {}
+    result: dict[str, Tensor] = {}
+    for name in names:
+        tensor = stored[name]
+        with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+            if keep:
+                if id(tensor) not in copies:
+                    value = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+                    copies[id(tensor)] = value.contiguous()
+                result[name] = copies[id(tensor)]
+    return result

@@ -1,0 +1,201 @@
+"""What a run shows and records: console lines, a progress bar, metrics.jsonl, and trackers of the user's choice.
+
+Only rank 0 has a tracker; the others get `Silent`, so the loop never asks who it is in order to log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Tracker(Protocol):
+    """Where a run reports to."""
+
+    def say(self, text: str) -> None:
+        """Show a line."""
+
+    def table(self, title: str, rows: Sequence[Sequence[str]]) -> None:
+        """Show a table; its first row is the heading."""
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Add a line to metrics.jsonl and to the trackers."""
+
+    def progress(self, stage: str, done: int, total: int, note: str = "") -> None:
+        """Move the progress bar."""
+
+    def close(self) -> None:
+        """Flush and leave."""
+
+
+class Silent:
+    """The tracker of every rank but the first."""
+
+    def say(self, text: str) -> None:
+        """Do nothing."""
+
+    def table(self, title: str, rows: Sequence[Sequence[str]]) -> None:
+        """Do nothing."""
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def progress(self, stage: str, done: int, total: int, note: str = "") -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def finite(values: dict[str, Any]) -> dict[str, Any]:
+    """The same with null for what JSON cannot say (NaN, infinity)."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+Backend = Callable[[dict[str, Any]], None]
+
+
+def _axis(values: dict[str, Any]) -> tuple[int, dict[str, float]]:
+    """Step and numbers of a line; SFT lines carry sft_step instead of step."""
+    step = values.get("step", values.get("sft_step", 0))
+    numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and k not in ("step", "sft_step")}
+    return int(step), numbers
+
+
+def _tensorboard(run: Path, config: dict[str, Any]) -> tuple[Backend, Callable[[], None]]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(run / "tensorboard"))
+
+    def write(values: dict[str, Any]) -> None:
+        step, numbers = _axis(values)
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, step)
+
+    return write, writer.close
+
+
+def _wandb_like(module_name: str) -> Callable[[Path, dict[str, Any]], tuple[Backend, Callable[[], None]]]:
+    def start(run: Path, config: dict[str, Any]) -> tuple[Backend, Callable[[], None]]:
+        import importlib
+
+        module = importlib.import_module(module_name)
+        module.init(project="dpo", name=run.name, config=config)
+
+        def write(values: dict[str, Any]) -> None:
+            step, numbers = _axis(values)
+            prefix = "sft/" if "sft_step" in values else ""
+            module.log({prefix + k: v for k, v in numbers.items()} | {f"{prefix}step": step})
+
+        return write, module.finish
+
+    return start
+
+
+BACKENDS = {"tensorboard": _tensorboard, "wandb": _wandb_like("wandb"), "trackio": _wandb_like("trackio")}
+
+
+class Recorder:
+    """The tracker of rank 0.
+
+    Args:
+        run: The run directory.
+        config: Resolved settings, handed to the trackers.
+        backends: Names in BACKENDS.
+    """
+
+    def __init__(self, run: Path, config: dict[str, Any], backends: Sequence[str] = ()) -> None:
+        self._console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self._lines = open(run / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self._backends = [BACKENDS[name](run, config) for name in backends]
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._stage = ""
+
+    def say(self, text: str) -> None:
+        """Show a line."""
+        self._console.print(text, markup=False)
+
+    def table(self, title: str, rows: Sequence[Sequence[str]]) -> None:
+        """Show a table; its first row is the heading."""
+        table = Table(title=title, title_justify="left")
+        for index, heading in enumerate(rows[0]):
+            table.add_column(heading, justify="left" if index == 0 else "right")
+        for row in rows[1:]:
+            table.add_row(*row)
+        self._console.print(table)
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Add a line to metrics.jsonl and to the trackers."""
+        values = finite(values)
+        self._lines.write(json.dumps(values) + "\n")
+        self._lines.flush()
+        for write, _ in self._backends:
+            write(values)
+
+    def progress(self, stage: str, done: int, total: int, note: str = "") -> None:
+        """Move the progress bar; on a terminal a bar, in a log file about twenty lines a stage."""
+        if not self._console.is_terminal:
+            if done == total or done % max(1, total // 20) == 0:
+                self.say(f"{stage} {done}/{total} {note}")
+            return
+        if self._bar is None or stage != self._stage:
+            self._stop_bar()
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=self._console,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(stage, total=total, note="", completed=done - 1)
+            self._stage = stage
+        self._bar.update(self._task, completed=done, total=total, note=note)
+        if done == total:
+            self._stop_bar()
+
+    def _stop_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def close(self) -> None:
+        """Flush and leave."""
+        self._stop_bar()
+        self._lines.close()
+        for _, finish in self._backends:
+            finish()
+
+
+def keep_lines(run: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop lines of metrics.jsonl that a resumed run will write again; the file is replaced in one move.
+
+    Args:
+        run: The run directory.
+        keep: Decides for a line's values; a torn last line is dropped.
+    """
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            if keep(json.loads(line)):
+                kept.append(line + "\n")
+    new = path.with_suffix(".jsonl.new")
+    new.write_text("".join(kept), encoding="utf-8")
+    os.replace(new, path)
+
+
+def read_lines(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; none if there is no file."""
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []

@@ -1,0 +1,161 @@
+"""The records that flow through the suite, in the order they are made.
+
+    PreferenceRow -> TokenizedPair -> PackedBatch -> PairLogps -> LossOutput
+
+Dimension legend: P pairs, S = 2P sequences (chosen 0..P-1, then rejected P..2P-1), T tokens of a batch over all its
+rows, N scored (completion) tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceRow:
+    """One preference as text: a prompt and two completions of it.
+
+    Attributes:
+        prompt: Plain text, or the messages of a conversation up to the answer.
+        chosen: The preferred completion: text exactly as it follows the prompt, or the answering message(s).
+        rejected: The other completion, in the same form.
+        row: 1-based number of the row in its source, for messages to the user.
+    """
+
+    prompt: str | list[Message]
+    chosen: str | list[Message]
+    rejected: str | list[Message]
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedPair:
+    """One preference as token ids; `prompt_ids + chosen_ids` is what the model reads.
+
+    Attributes:
+        pair_id: Index of the pair in its data set.
+        prompt_ids: (p,) int32, p >= 1, any BOS included.
+        chosen_ids: (c,) int32, c >= 1, its end token included unless it was truncated.
+        rejected_ids: (r,) int32, r >= 1, likewise.
+    """
+
+    pair_id: int
+    prompt_ids: np.ndarray
+    chosen_ids: np.ndarray
+    rejected_ids: np.ndarray
+
+
+class PairDataset(Protocol):
+    """What the planner and the loader need of a tokenised data set.
+
+    Attributes:
+        lengths: (n, 3) int64: prompt, chosen and rejected tokens of every pair.
+        row_numbers: (n,) int64: the 1-based source row of every pair.
+    """
+
+    lengths: np.ndarray
+    row_numbers: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, pair_id: int) -> TokenizedPair: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One causal attention segment of a packed row: rows [start, end) attend to [prefix_start, prefix_end) and to
+    themselves, causally. The prefix is empty except for a rejected completion that shares its pair's prompt."""
+
+    start: int
+    end: int
+    prefix_start: int = 0
+    prefix_end: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """The pairs of one micro-batch, laid out for one forward pass.
+
+    The layout is the business of `data/batch.py` alone: for every layout `score_index` points into the flattened
+    hidden states, and summing token log-probs by `sequence_ids` gives (S,), whose halves are chosen and rejected.
+
+    Attributes:
+        input_ids: (T,) int64; T = num_rows * row length.
+        position_ids: (T,) int64, positions within each sequence.
+        num_rows: Rows of the model's input: 1 for shared and packed, S for padded.
+        segments: Attention segments of the packed row; None for padded, where plain causal attention is exact because
+            padding stands on the right.
+        score_index: (N,) int64: the row of the hidden states that predicts each completion token.
+        target_ids: (N,) int64: the completion tokens.
+        sequence_ids: (N,) int64: the sequence each belongs to.
+        completion_lengths: (S,) int64: completion tokens of each sequence.
+        pair_ids: Ids of the P pairs, in order; empty for a dummy batch, whose two tokens score nothing.
+        num_sequences: S; 2P for preference batches, P for batches of chosen completions alone (SFT).
+        num_useful_tokens: 2P+C+R summed over pairs (P+C for SFT): the same for every layout.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    num_rows: int
+    segments: tuple[Segment, ...] | None
+    score_index: Tensor
+    target_ids: Tensor
+    sequence_ids: Tensor
+    completion_lengths: Tensor
+    pair_ids: tuple[int, ...]
+    num_sequences: int
+    num_useful_tokens: int
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
+        return replace(
+            self, **{f.name: change(getattr(self, f.name)) for f in fields(self) if f.type in ("Tensor", Tensor)}
+        )
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """Return the batch with its tensors on `device`; copies overlap compute when the source is pinned."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin(self) -> PackedBatch:
+        """Return the batch with its tensors in page-locked memory."""
+        return self._map(Tensor.pin_memory)
+
+
+@dataclass(frozen=True, slots=True)
+class PairLogps:
+    """Log-probs of the completions of P pairs under one model.
+
+    Attributes:
+        chosen: (P,) fp32 (fp64 for an fp64 model): sum over the chosen completion's tokens, nats.
+        rejected: (P,) likewise.
+        chosen_lengths: (P,) int64: completion tokens summed over.
+        rejected_lengths: (P,) likewise.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_lengths: Tensor
+    rejected_lengths: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LossOutput:
+    """What an objective says of P pairs; nothing is reduced.
+
+    Attributes:
+        losses: (P,) nats, with gradient.
+        chosen_rewards: (P,) beta * (policy - reference) of the chosen completions, detached.
+        rejected_rewards: (P,) likewise.
+    """
+
+    losses: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+

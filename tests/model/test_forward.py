@@ -1,0 +1,187 @@
+"""The layouts are schedules: log-probs and every gradient are those of each sequence scored alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dpo.data.batch import collate
+from dpo.data.planner import Layout
+from dpo.model.check import settle, use_layout
+from dpo.model.forward import Scorer, own_logits_logps, pair_logps
+from dpo.model.head import token_logps
+from dpo.model.load import checkpoint_activations
+from dpo.types import TokenizedPair
+from tests import tiny
+
+LAYOUTS: tuple[Layout, ...] = ("shared", "packed", "padded")
+CPU = torch.device("cpu")
+
+
+def scorer_for(family: str, layout: Layout, **kwargs) -> Scorer:
+    scorer = Scorer(tiny.model(family, **kwargs))
+    use_layout(scorer, layout)
+    return scorer
+
+
+def gradients(scorer: Scorer, pairs: list[TokenizedPair], layout: Layout) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    logps = scorer(collate(pairs, layout))
+    weights = torch.linspace(-1, 2, len(logps), dtype=logps.dtype)
+    scorer.zero_grad()
+    (logps * weights).sum().backward()
+    return logps.detach(), {n: p.grad.clone() for n, p in scorer.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_all_layouts_have_the_log_probs_of_each_sequence_alone(family):
+    pairs = tiny.pairs(5)
+    for layout in LAYOUTS:
+        scorer = scorer_for(family, layout)
+        truth = torch.stack([own_logits_logps(scorer, pair, CPU) for pair in pairs]).T.reshape(-1)
+        with torch.no_grad():
+            torch.testing.assert_close(scorer(collate(pairs, layout)), truth, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_shared_and_packed_layouts_have_the_gradients_of_padded(family):
+    pairs = tiny.pairs(5)
+    logps, truth = gradients(scorer_for(family, "padded"), pairs, "padded")
+    assert any(float(g.abs().max()) > 1e-3 for g in truth.values())
+    for layout in ("shared", "packed"):
+        other_logps, found = gradients(scorer_for(family, layout), pairs, layout)
+        torch.testing.assert_close(other_logps, logps, rtol=1e-9, atol=1e-9)
+        assert found.keys() == truth.keys()
+        for name in truth:
+            torch.testing.assert_close(found[name], truth[name], rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_changing_rejected_never_moves_chosen_log_probs(layout):
+    first, second = tiny.pairs(4, seed=1), tiny.pairs(4, seed=2)
+    changed = [TokenizedPair(a.pair_id, a.prompt_ids, a.chosen_ids, b.rejected_ids) for a, b in zip(first, second)]
+    scorer = scorer_for("llama", layout)
+    with torch.no_grad():
+        before, after = (pair_logps(scorer, collate(p, layout)) for p in (first, changed))
+    torch.testing.assert_close(after.chosen, before.chosen, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(after.rejected, before.rejected)
+
+
+def test_layouts_really_differ_in_what_the_first_layer_is_fed():
+    pairs = tiny.pairs(5)
+    p, c, r = (sum(len(getattr(pair, f"{name}_ids")) for pair in pairs) for name in ("prompt", "chosen", "rejected"))
+    widest = max(len(x.prompt_ids) + max(len(x.chosen_ids), len(x.rejected_ids)) for x in pairs)
+    expected = {"shared": (1, p + c + r), "packed": (1, 2 * p + c + r), "padded": (10, widest), "chosen": (1, p + c)}
+    for layout, shape in expected.items():
+        scorer = scorer_for("llama", layout)
+        seen = []
+        layer = scorer.model.model.layers[0]
+        layer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(args[0].shape[:2]), with_kwargs=True)
+        scorer(collate(pairs, layout))
+        assert seen == [shape], layout
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_micro_batch_is_one_call_of_the_backbone(layout):
+    scorer = scorer_for("gpt2", layout)
+    calls = []
+    scorer.model.base_model.register_forward_hook(lambda *_: calls.append(1))
+    scorer(collate(tiny.pairs(4), layout))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7, 1000])
+def test_head_chunks_change_neither_log_probs_nor_gradients(rows):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(10, 8, dtype=torch.float64), torch.randn(17, 8, dtype=torch.float64)
+    targets = torch.randint(17, (10,))
+    results = []
+    for chunk in (1000, rows):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        logps = token_logps(h, w, None, targets, chunk)
+        (logps * torch.arange(10.0)).sum().backward()
+        results.append((logps.detach(), h.grad, w.grad))
+    truth = torch.log_softmax(hidden @ weight.T, dim=1)[torch.arange(10), targets]
+    torch.testing.assert_close(results[1][0], truth, rtol=1e-12, atol=1e-12)
+    for found, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_no_tensor_of_all_logits_exists(monkeypatch):
+    """The widest vocabulary-sized tensor has one row per completion token, and at most a chunk of them."""
+    pairs = tiny.pairs(6, longest=20)
+    scorer = Scorer(tiny.model("llama"), chunk_rows=16)
+    use_layout(scorer, "shared")
+    seen = []
+    head = torch.nn.functional.linear
+
+    def spy(x, w, b=None):
+        if w.shape[0] == tiny.VOCAB:
+            seen.append(x.shape[0])
+        return head(x, w, b)
+
+    monkeypatch.setattr("dpo.model.head.linear", spy)
+    scorer(collate(pairs, "shared"))
+    assert sum(seen) == sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
+    assert max(seen) <= 16
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_checkpointing_changes_no_gradient_and_recomputes(family):
+    pairs = tiny.pairs(4)
+    _, truth = gradients(scorer_for(family, "shared", dropout=0.5), pairs, "shared")
+    scorer = scorer_for(family, "shared", dropout=0.5)
+    checkpoint_activations(scorer.model)
+    layers = scorer.model.transformer.h if family == "gpt2" else scorer.model.model.layers
+    calls = []
+    layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    _, found = gradients(scorer, pairs, "shared")
+    assert len(calls) == 2
+    for name in truth:
+        torch.testing.assert_close(found[name], truth[name], rtol=1e-12, atol=1e-12)
+
+
+def test_an_empty_batch_scores_nothing_and_reaches_every_parameter():
+    for layout in LAYOUTS:
+        scorer = scorer_for("gpt2", layout)
+        logps = scorer(collate([], layout))
+        assert logps.shape == (0,)
+        logps.sum().backward()
+        assert all(p.grad is not None and not p.grad.any() for p in scorer.model.transformer.h.parameters())
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_families_that_share_prompts_keep_the_layout_asked_for(family):
+    assert settle(Scorer(tiny.model(family)), "shared", tiny.pairs(2)[1], 100, CPU) == ("shared", [])
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("gemma2", {}, "soft-capped"),
+        ("cohere", {}, "differ"),
+        ("mistral", {"sliding_window": 4}, "sliding window"),
+    ],
+)
+def test_other_families_fall_back_to_padded_with_the_reason_and_true_log_probs(family, changes, reason):
+    scorer = Scorer(tiny.model(family, **changes))
+    pairs = tiny.pairs(4)
+    layout, notes = settle(scorer, "shared", pairs[1], 100, CPU)
+    assert layout == "padded"
+    assert reason in notes[0]
+    truth = torch.stack([own_logits_logps(scorer, pair, CPU) for pair in pairs]).T.reshape(-1)
+    with torch.no_grad():
+        torch.testing.assert_close(scorer(collate(pairs, layout)), truth, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("family", "own_head"), [("gemma2", True), ("cohere", True), ("mistral", False)])
+def test_the_models_own_head_is_used_where_it_does_more_than_a_product(family, own_head):
+    scorer = Scorer(tiny.model(family))
+    settle(scorer, "shared", tiny.pairs(2)[1], 100, CPU)
+    assert scorer.own_head is own_head
+    if own_head:
+        scorer(collate(tiny.pairs(3), "padded")).sum().backward()
+        assert scorer.head.weight.grad.abs().max() > 0
+
+
+def test_a_window_wider_than_every_sequence_is_no_obstacle():
+    assert settle(Scorer(tiny.model("mistral", sliding_window=100)), "shared", tiny.pairs(2)[1], 100, CPU)[0] == "shared"
