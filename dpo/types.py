@@ -114,6 +114,13 @@ class PackedBatch:
     num_sequences: int
     num_useful_tokens: int
 
+    @property
+    def num_padding_tokens(self) -> int:
+        """Tokens of the forward pass that belong to no sequence."""
+        if not self.pair_ids:
+            return self.input_ids.numel()
+        return self.input_ids.numel() - self.num_useful_tokens if self.num_rows > 1 else 0
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
         return replace(
             self, **{f.name: change(getattr(self, f.name)) for f in fields(self) if f.type in ("Tensor", Tensor)}

@@ -4,7 +4,7 @@
     packed   one row      P C | P R | P C | P R ...    every sequence by itself, no padding
     padded   S rows       P C . . / P R . . .          chosen rows first; padding on the right, invisible to causal
                                                        attention and never scored
-    chosen   one row      P C | P C | ...              for SFT
+    chosen   one row      P C | P C | ...              for SFT; padded_chosen is its padded twin
 
 Scored tokens are ordered by sequence: chosen 0..P-1, then rejected P..2P-1. The last prompt token predicts the first
 token of both completions; in the shared layout its row therefore stands in `score_index` twice.
@@ -28,7 +28,9 @@ def _scored(first_row: int, prompt_row: int, length: int) -> np.ndarray:
     return np.concatenate(([prompt_row], np.arange(first_row, first_row + length - 1)))
 
 
-def _one_row(pairs: Sequence[TokenizedPair], layout: Layout):
+def _one_row(
+    pairs: Sequence[TokenizedPair], layout: Layout
+) -> tuple[np.ndarray, np.ndarray, tuple[Segment, ...], list[np.ndarray]]:
     """Token ids, positions, segments and, per sequence, the scored rows of a one-row layout."""
     ids: list[np.ndarray] = []
     positions: list[np.ndarray] = []
@@ -61,9 +63,8 @@ def _one_row(pairs: Sequence[TokenizedPair], layout: Layout):
     return np.concatenate(ids), np.concatenate(positions), tuple(segments), chosen_rows + rejected_rows
 
 
-def _padded(pairs: Sequence[TokenizedPair]):
-    """Token ids, positions and, per sequence, the scored rows of the padded layout."""
-    sequences = [(p.prompt_ids, p.chosen_ids) for p in pairs] + [(p.prompt_ids, p.rejected_ids) for p in pairs]
+def _padded(sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Token ids, positions and, per sequence (prompt, completion), the scored rows of a padded layout."""
     width = max(len(prompt) + len(completion) for prompt, completion in sequences)
     ids = np.zeros((len(sequences), width), dtype=np.int64)
     rows: list[np.ndarray] = []
@@ -82,7 +83,7 @@ def _dummy(layout: Layout) -> PackedBatch:
         input_ids=torch.zeros(DUMMY_TOKENS, dtype=torch.int64),
         position_ids=torch.arange(DUMMY_TOKENS),
         num_rows=1,
-        segments=None if layout == "padded" else (Segment(0, DUMMY_TOKENS),),
+        segments=None if layout.startswith("padded") else (Segment(0, DUMMY_TOKENS),),
         score_index=none,
         target_ids=none,
         sequence_ids=none,
@@ -104,20 +105,21 @@ def collate(pairs: Sequence[TokenizedPair], layout: Layout) -> PackedBatch:
     """
     if not pairs:
         return _dummy(layout)
+    prompts = [p.prompt_ids for p in pairs]
+    completions = [p.chosen_ids for p in pairs]
+    if layout not in ("chosen", "padded_chosen"):
+        prompts, completions = prompts * 2, completions + [p.rejected_ids for p in pairs]
+    padded = layout.startswith("padded")
     segments: tuple[Segment, ...] | None = None
-    if layout == "padded":
-        ids, positions, rows = _padded(pairs)
+    if padded:
+        ids, positions, rows = _padded(list(zip(prompts, completions, strict=True)))
     else:
         ids, positions, segments, rows = _one_row(pairs, layout)
-    completions = [p.chosen_ids for p in pairs]
-    if layout != "chosen":
-        completions += [p.rejected_ids for p in pairs]
     lengths = np.array([len(c) for c in completions], dtype=np.int64)
-    prompts = sum(len(p.prompt_ids) for p in pairs)
     return PackedBatch(
         input_ids=torch.from_numpy(ids.astype(np.int64)),
         position_ids=torch.from_numpy(positions.astype(np.int64)),
-        num_rows=len(completions) if layout == "padded" else 1,
+        num_rows=len(completions) if padded else 1,
         segments=segments,
         score_index=torch.from_numpy(np.concatenate(rows).astype(np.int64)),
         target_ids=torch.from_numpy(np.concatenate(completions).astype(np.int64)),
@@ -125,5 +127,5 @@ def collate(pairs: Sequence[TokenizedPair], layout: Layout) -> PackedBatch:
         completion_lengths=torch.from_numpy(lengths),
         pair_ids=tuple(p.pair_id for p in pairs),
         num_sequences=len(completions),
-        num_useful_tokens=int(prompts * len(completions) // len(pairs) + lengths.sum()),
+        num_useful_tokens=sum(len(p) for p in prompts) + int(lengths.sum()),
     )

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from dpo.data.batch import collate
-from dpo.data.planner import Epochs, Layout, plan_batch
+from dpo.data.planner import Epochs, Layout, num_tokens, plan_batch
 from dpo.types import PackedBatch, PairDataset
 
 
@@ -24,12 +24,14 @@ class StepBatches:
         batches: This rank's micro-batches; as many on every rank.
         num_pairs: Pairs of the step over all ranks: what its loss is divided by.
         num_target_tokens: Chosen completion tokens of the step over all ranks: what an SFT loss is divided by.
+        num_tokens: Useful tokens (2P+C+R a pair) of the step over all ranks.
     """
 
     step: int
     batches: list[PackedBatch]
     num_pairs: int
     num_target_tokens: int
+    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,7 @@ class Loader:
             batches=[self._build(pair_ids) for pair_ids in plan[self.rank]],
             num_pairs=len(ids),
             num_target_tokens=int(self.dataset.lengths[ids, 1].sum()),
+            num_tokens=int(num_tokens(self.dataset.lengths[ids], "packed").sum()),
         )
 
     def _build(self, pair_ids: list[int]) -> PackedBatch:

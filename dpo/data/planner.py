@@ -16,8 +16,8 @@ from typing import Literal
 
 import numpy as np
 
-Layout = Literal["shared", "packed", "padded", "chosen"]
-"""How a micro-batch is laid out; `chosen` is the packed layout of prompt + chosen alone (SFT)."""
+Layout = Literal["shared", "packed", "padded", "chosen", "padded_chosen"]
+"""How a micro-batch is laid out; the last two hold prompt + chosen alone (SFT), packed or padded."""
 
 Plan = list[list[list[int]]]
 """plan[rank][micro_step]: pair ids."""
@@ -77,7 +77,7 @@ def num_tokens(lengths: np.ndarray, layout: Layout) -> np.ndarray:
         return prompt + chosen + rejected
     if layout == "packed":
         return 2 * prompt + chosen + rejected
-    if layout == "chosen":
+    if layout in ("chosen", "padded_chosen"):
         return prompt + chosen
     return 2 * (prompt + np.maximum(chosen, rejected))
 
@@ -92,7 +92,7 @@ class _Bin:
 
     def tokens_with(self, tokens: int, layout: Layout) -> int:
         """Size of the micro-batch if a pair of `tokens` tokens joined."""
-        if layout != "padded":
+        if not layout.startswith("padded"):
             return self.tokens + tokens
         return (len(self.pair_ids) + 1) * max(self.widest, tokens)
 
@@ -119,11 +119,11 @@ def _into_micro_batches(
 ) -> list[_Bin]:
     """First-fit-decreasing of one rank's pairs under the budget; a pair longer than the budget stands alone.
 
-    For `padded`, next-fit over pairs sorted by length, so that equals are padded together.
+    For padded layouts, next-fit over pairs sorted by length, so that equals are padded together.
     """
     bins: list[_Bin] = []
     for i in share:
-        candidates = bins[-1:] if layout == "padded" else bins
+        candidates = bins[-1:] if layout.startswith("padded") else bins
         for candidate in candidates:
             if (max_pairs is None or len(candidate.pair_ids) < max_pairs) and (
                 candidate.tokens_with(tokens[i], layout) <= budget

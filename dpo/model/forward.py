@@ -46,8 +46,8 @@ class Scorer(nn.Module):
         """
         token_logps = self._own_token_logps(batch) if self.own_head else self._token_logps(batch)
         if batch.num_sequences == 0:
-            # ZeRO-3 wants every module's hooks to run in the same order on every rank, in backward too.
-            return token_logps.sum().expand(0) if not self.own_head else token_logps.sum()[None][:0]
+            # Still a function of every weight: ZeRO-3 runs every module's hooks on every rank, in backward too.
+            return token_logps.sum()[None][:0]
         sums = token_logps.new_zeros(batch.num_sequences)
         return sums.index_add(0, batch.sequence_ids, token_logps)
 
@@ -95,10 +95,9 @@ def pair_logps(score: Callable[[PackedBatch], Tensor], batch: PackedBatch) -> Pa
     Returns:
         Log-probs of the P pairs; differentiable if `score` is.
     """
-    chosen, rejected = score(batch).chunk(2) if batch.pair_ids else (score(batch),) * 2
-    chosen_lengths, rejected_lengths = batch.completion_lengths.chunk(2) if batch.pair_ids else (
-        batch.completion_lengths,
-    ) * 2
+    logps, lengths = score(batch), batch.completion_lengths
+    chosen, rejected = logps.tensor_split(2)
+    chosen_lengths, rejected_lengths = lengths.tensor_split(2)
     return PairLogps(chosen, rejected, chosen_lengths, rejected_lengths)
 
 
@@ -112,8 +111,7 @@ def own_logits_logps(scorer: Scorer, pair: TokenizedPair, device: torch.device) 
     sums = []
     with scorer.own_attention():
         for completion in (pair.chosen_ids, pair.rejected_ids):
-            prompt = torch.as_tensor(pair.prompt_ids, dtype=torch.int64, device=device)
-            targets = torch.as_tensor(completion, dtype=torch.int64, device=device)
+            prompt, targets = (torch.from_numpy(x.astype("int64")).to(device) for x in (pair.prompt_ids, completion))
             ids = torch.cat((prompt, targets))[None]
             logits = scorer.model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
             sums.append(logps_of_logits(logits, targets).sum())

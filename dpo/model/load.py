@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.logging import disable_progress_bar
 
 from dpo.errors import UserError
 from dpo.model import example
@@ -97,6 +98,7 @@ def load_model(
     """
     if path == BUILTIN:
         return cast_parameters(example.build_model(seed), dtype).eval()
+    disable_progress_bar()  # a bar per rank says nothing that our own log does not
     # transformers keeps only a weak reference to this object and shards while it lives.
     sharded = HfDeepSpeedConfig(zero3_config) if zero3_config is not None else None
     try:
@@ -141,3 +143,23 @@ def cast_parameters(model: Any, dtype: torch.dtype) -> Any:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
+
+
+def save_folder(model: Any, state: dict[str, torch.Tensor], dtype: torch.dtype, tokenizer: Any, folder: Path) -> None:
+    """Write a model as a Hugging Face folder: safetensors of at most 5 GB, configs, tokenizer.
+
+    Args:
+        model: Gives architecture and generation config; its own weights are not read, they may be sharded.
+        state: Whole weights on the CPU, tied ones sharing a tensor.
+        dtype: Of the floating-point weights in `state`.
+        tokenizer: Of the model, chat template included.
+        folder: Existing.
+    """
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype
+    config._attn_implementation = None
+    with torch.device("meta"):
+        shell = type(model)(config).to(dtype)
+    shell.generation_config = model.generation_config
+    shell.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
+    tokenizer.save_pretrained(folder)

@@ -24,7 +24,7 @@ import yaml
 
 from dpo.config import Config, to_dict
 from dpo.errors import UserError
-from dpo.runtime.distributed import World, only_main
+from dpo.runtime.distributed import World, only_main, together
 
 MAY_CHANGE = (
     "train.epochs", "train.max_steps", "train.eval_every", "train.save_every", "train.keep_checkpoints",
@@ -55,35 +55,56 @@ def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def check_run(config: Config, world: World) -> None:
+    """Refuse an output directory that holds something else; writes nothing.
+
+    Raises:
+        UserError: If the directory holds another run or other files, or train.resume forbids to continue.
+    """
+    only_main(world, lambda: _check_run(config))
+
+
 def open_run(config: Config, world: World) -> bool:
-    """Create the run directory, or check that it holds this very run.
+    """Create the run directory, or take up the run that is there.
 
     Returns:
         Whether the run was started before.
     Raises:
-        UserError: If the directory holds another run, or train.resume forbids to continue.
+        UserError: If the directory cannot be written.
     """
-    return bool(only_main(world, lambda: _open_run(config)))
-
-
-def _open_run(config: Config) -> bool:
     run = Path(config.train.output_dir)
-    path = run / "config.yaml"
-    if not path.exists():
-        if run.exists() and not run.is_dir():
-            raise UserError(f"train.output_dir {run} is a file; name a folder")
-        if run.exists() and any(run.iterdir()):
-            raise UserError(f"train.output_dir {run} holds other files and no run; name a new or empty folder")
+
+    def work() -> None:
         try:
             run.mkdir(parents=True, exist_ok=True)
+            write_whole(run / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
         except OSError as error:
-            raise UserError(f"train.output_dir {run} cannot be made: {error.strerror}; name another folder") from None
-        _write_config(path, config)
-        return False
+            raise UserError(f"train.output_dir {run} cannot be written: {error.strerror}; name another") from None
+
+    continued = together(lambda: (run / "config.yaml").exists())
+    only_main(world, work)
+    return continued
+
+
+def finished(run: Path, total_steps: int) -> str | None:
+    """A line that says so if the run has already done all its steps and written its results."""
+    path = run / "finished.json"
+    if not path.exists() or json.loads(path.read_text())["step"] < total_steps:
+        return None
+    return f"{run} is finished: {total_steps} steps are done; raise train.epochs or train.max_steps to go on"
+
+
+def _check_run(config: Config) -> None:
+    run = Path(config.train.output_dir)
+    path = run / "config.yaml"
+    if run.exists() and not run.is_dir():
+        raise UserError(f"train.output_dir {run} is a file; name a folder")
+    if not path.exists():
+        if run.exists() and any(run.iterdir()):
+            raise UserError(f"train.output_dir {run} holds other files and no run; name a new or empty folder")
+        return
     if config.train.resume == "never":
-        raise UserError(
-            f"train.output_dir {run} holds a run and train.resume is never; name another folder, or use --train.resume auto"
-        )
+        raise UserError(f"train.output_dir {run} holds a run and train.resume is never; name another folder")
     try:
         old = _flat(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
@@ -95,12 +116,6 @@ def _open_run(config: Config) -> bool:
                 f"train.output_dir {run} holds another run: {key} was {old.get(key)!r}, now {new.get(key)!r};"
                 f" name another folder, or give the old value to continue"
             )
-    _write_config(path, config)
-    return True
-
-
-def _write_config(path: Path, config: Config) -> None:
-    write_whole(path, yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -173,8 +188,6 @@ def newest(run: Path, resume: str, world: World) -> Path | None:
                     f" start as many"
                 )
         return str(folder) if folder else None
-
-    from dpo.runtime.distributed import together
 
     folder = together(find)
     return Path(folder) if folder else None

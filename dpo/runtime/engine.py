@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -213,23 +212,19 @@ def step(engine: Any, lr: float) -> float | None:
     return None if norm is None else float(norm)
 
 
-def full_state(engine: Any, model: nn.Module, names: Iterable[str], dtype: torch.dtype, keep: bool) -> dict[str, Tensor]:
+def full_state(model: nn.Module, dtype: torch.dtype, keep: bool) -> dict[str, Tensor]:
     """Whole weights of a model, gathered one at a time; collective under ZeRO-3.
 
     Args:
-        engine: Around a scorer of the model.
-        model: The transformers model.
-        names: Of its state dict, tied weights included.
+        model: The transformers model, within an engine or not.
         dtype: Of the copies of floating-point weights.
         keep: Whether this rank keeps them; the others only take part.
     Returns:
         Name -> tensor on the CPU, empty unless `keep`. Tied weights share one tensor.
     """
-    stored = dict(model.state_dict(keep_vars=True))
     copies: dict[int, Tensor] = {}
     result: dict[str, Tensor] = {}
-    for name in names:
-        tensor = stored[name]
+    for name, tensor in model.state_dict(keep_vars=True).items():
         with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
             if keep:
                 if id(tensor) not in copies:

@@ -116,7 +116,7 @@ class Recorder:
 
     def __init__(self, run: Path, config: dict[str, Any], backends: Sequence[str] = ()) -> None:
         self._console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
-        self._lines = open(run / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self._metrics = run / "metrics.jsonl"
         self._backends = [BACKENDS[name](run, config) for name in backends]
         self._bar: Progress | None = None
         self._task: Any = None
@@ -138,8 +138,8 @@ class Recorder:
     def record(self, values: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl and to the trackers."""
         values = finite(values)
-        self._lines.write(json.dumps(values) + "\n")
-        self._lines.flush()
+        with open(self._metrics, "a", encoding="utf-8") as lines:
+            lines.write(json.dumps(values) + "\n")
         for write, _ in self._backends:
             write(values)
 
@@ -170,7 +170,6 @@ class Recorder:
     def close(self) -> None:
         """Flush and leave."""
         self._stop_bar()
-        self._lines.close()
         for _, finish in self._backends:
             finish()
 

@@ -1,0 +1,208 @@
+"""Text -> token ids, exact at the boundary of prompt and completion.
+
+The prompt is encoded alone, so it is token for token what the model reads at inference; the completion is encoded
+without the space that SentencePiece-like tokenizers put before a text, so prompt ids + completion ids decode to
+prompt + completion. Ids are joined, never texts: nothing merges across, and nothing is ever read from a pad id.
+An answer in a conversation ends with the end-of-turn token that the chat template itself writes; what the template
+writes after it is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from dpo.errors import UserError
+from dpo.types import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ANCHORS = ("", "\n", ":", "a", "=")
+_PROBES = ("Hello", " Hello", "\n\nHi", "  two", "\u00e9t\u00e9", "1")
+_ANSWER = "qZ7answerZq"
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | list[Message], *, chat_template: str | None = None
+) -> list[int]:
+    """Encode a prompt as the model sees it, in training and at inference.
+
+    Args:
+        tokenizer: Any Hugging Face tokenizer.
+        prompt: Plain text (the tokenizer's BOS is added if it adds one), or messages (rendered with the generation
+            prompt; the chat template alone decides on a BOS).
+        chat_template: Template text to use in place of the tokenizer's own.
+    Returns:
+        Token ids, not truncated: at most one BOS, no EOS at the end.
+    Raises:
+        UserError: Messages, and no chat template or one that refuses them.
+    """
+    return TextEncoder(tokenizer, chat_template).encode_prompts([prompt])[0]
+
+
+def read_chat_template(value: str) -> str:
+    """Return the template that a setting means: the text itself, or the content of the file it names.
+
+    Raises:
+        UserError: Neither template text nor a readable file.
+    """
+    if "{{" in value or "{%" in value:
+        return value
+    try:
+        return Path(value).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"model.chat_template '{value}': neither template text nor a readable file") from error
+
+
+class TextEncoder:
+    """Encode prompts and completions with one tokenizer, knowing what it puts around a text by itself."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        bare, dressed = self.ids(["a"])[0], self.ids(["a"], special=True)[0]
+        start = next((i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare), 0)
+        self._num_after = len(dressed) - start - len(bare)
+        self._anchor: str | None = None
+        self._turn_end: tuple[str, str, int] | None = None
+        self._adds_bos = tokenizer.bos_token_id is not None and tokenizer.bos_token_id in dressed[:start]
+
+    def ids(self, texts: list[str], *, special: bool = False) -> list[list[int]]:
+        """Tokenise texts; `special` adds what the tokenizer adds by itself."""
+        if not texts:
+            return []
+        encoded: Any = self.tokenizer(
+            texts, add_special_tokens=special, padding=False, truncation=False, return_attention_mask=False,
+            verbose=False,
+        )  # fmt: skip
+        return cast(list[list[int]], encoded["input_ids"])
+
+    def encode_prompts(self, prompts: Iterable[str | list[Message]]) -> list[list[int]]:
+        """Encode prompts of either form, see `encode_prompt`."""
+        prompts = list(prompts)
+        if prompts and isinstance(prompts[0], str):
+            return self.encode_plain_prompts([str(prompt) for prompt in prompts])
+        return self.ids([self.render(cast(list[Message], prompt), answer_next=True) for prompt in prompts])
+
+    def encode_plain_prompts(self, texts: list[str]) -> list[list[int]]:
+        """Encode plain texts as the tokenizer does by itself, without a second BOS or an EOS after the text."""
+        bos = str(self.tokenizer.bos_token)
+        if self._adds_bos:
+            texts = [_strip_start(text, bos) for text in texts]
+        encoded = self.ids(texts, special=True)
+        return [ids[: len(ids) - self._num_after] for ids in encoded] if self._num_after else encoded
+
+    def render(self, messages: list[Message], *, answer_next: bool) -> str:
+        """Render a conversation; with `answer_next` up to where the model answers."""
+        if not (self.chat_template or getattr(self.tokenizer, "chat_template", None)):
+            raise UserError(
+                "the data is conversations and the tokenizer has no chat template: give one with model.chat_template "
+                "(template text or file), or use an instruction-tuned model"
+            )
+        try:
+            rendered: Any = self.tokenizer.apply_chat_template(
+                messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=answer_next
+            )
+        except Exception as error:  # a template may raise whatever it likes
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"the chat template (model.chat_template) refuses a conversation: {reason}") from error
+        return str(rendered)
+
+    def render_answer(self, prompt: list[Message], answer: list[Message], rendered_prompt: str) -> str:
+        """Render a conversation and return what follows its prompt, up to and with the end of the turn.
+
+        Raises:
+            UserError: The template writes the prompt otherwise when an answer follows, or refuses the conversation.
+        """
+        tail, end, _ = self.turn_end()
+        full = self.render([*prompt, *answer], answer_next=False)
+        if not full.startswith(rendered_prompt):
+            raise UserError("the rendered conversation does not start with its rendered prompt")
+        if not full.endswith(tail):
+            raise UserError("the rendered conversation does not end as other conversations do")
+        return full[len(rendered_prompt) : len(full) - len(tail)] + end
+
+    def turn_end(self) -> tuple[str, str, int]:
+        """Find how the chat template ends an answer.
+
+        Returns:
+            What it writes after an answer; this up to and with its end-of-turn token; the id of that token.
+        Raises:
+            UserError: It writes no such token, or not the prompt that it writes for generation.
+        """
+        if self._turn_end is not None:
+            return self._turn_end
+        question: list[Message] = [{"role": "user", "content": "Hello"}]
+        prompt = self.render(question, answer_next=True)
+        full = self.render([*question, {"role": "assistant", "content": _ANSWER}], answer_next=False)
+        if not full.startswith(prompt) or _ANSWER not in full[len(prompt) :]:
+            raise UserError(
+                "the chat template writes another beginning before an answer than its generation prompt, so training "
+                "would differ from inference: give one that agrees with model.chat_template"
+            )
+        tail = full.rpartition(_ANSWER)[2]
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        end_id = next((token for token in self.ids([tail])[0] if token in special), None)
+        token = "" if end_id is None else str(self.tokenizer.convert_ids_to_tokens(end_id))
+        if end_id is None or token not in tail:
+            raise UserError(
+                "the chat template writes no end-of-turn token after an answer, so the model would never learn to "
+                "stop: give one that does with model.chat_template"
+            )
+        self._turn_end = tail, tail[: tail.index(token) + len(token)], end_id
+        return self._turn_end
+
+    def encode_completions(self, texts: list[str]) -> list[list[int]]:
+        """Encode texts that follow a prompt: as they stand, nothing in front of them or behind.
+
+        Raises:
+            UserError: The tokenizer cannot do so without changing the text.
+        """
+        if self._anchor is None:
+            self._anchor = self._find_anchor()
+        found = self._encode_after(self._anchor, texts)
+        for index, ids in enumerate(found):
+            anchors = iter(_ANCHORS[1:])
+            while ids is None:  # the text merged with the anchor
+                anchor = next(anchors, None)
+                if anchor is None:
+                    raise UserError(f"the tokenizer cannot encode this completion by itself: {texts[index][:60]!r}")
+                ids = self._encode_after(anchor, [texts[index]])[0]
+            found[index] = ids
+        return [ids for ids in found if ids is not None]
+
+    def _find_anchor(self) -> str:
+        """Find a text after which completions are encoded as they stand, "" where none is needed."""
+        prompt = self.ids(["Assistant:"])[0]
+        for anchor in _ANCHORS:
+            found = self._encode_after(anchor, list(_PROBES))
+            # Compared with the whole text encoded at once, not with the text: a tokenizer may normalise it.
+            wholes = self.ids(["Assistant:" + probe for probe in _PROBES])
+            if all(
+                ids is not None and self._decode(prompt + ids) == self._decode(whole)
+                for ids, whole in zip(found, wholes, strict=True)
+            ):
+                return anchor
+        raise UserError(
+            f"the tokenizer {type(self.tokenizer).__name__} cannot encode a completion apart from its prompt "
+            "without changing the text; use another"
+        )
+
+    def _encode_after(self, anchor: str, texts: list[str]) -> list[list[int] | None]:
+        """Encode texts as they are encoded after `anchor`; None where the two merge."""
+        if not anchor:
+            return list(self.ids(texts))
+        head = self.ids([anchor])[0]
+        encoded = self.ids([anchor + text for text in texts])
+        return [ids[len(head) :] if ids[: len(head)] == head else None for ids in encoded]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _strip_start(text: str, start: str) -> str:
+    while text.startswith(start):
+        text = text.removeprefix(start)
+    return text

@@ -1,0 +1,183 @@
+"""Tokenised pairs on disk, and the report on the data they come from.
+
+A folder of the cache, named by a hash of what it was made of, holds the tokens of all pairs end to end, their lengths,
+their texts and the report; it is memory-mapped, so processes of a node share it. It is filled under a temporary name
+and renamed: what bears the final name is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from dpo.types import PreferenceRow, TokenizedPair
+
+EXAMPLES = 3
+
+
+@dataclass
+class KindCount:
+    """How many rows are of one kind, and the numbers of the first of them.
+
+    Attributes:
+        count: Rows of this kind.
+        rows: 1-based numbers of up to three of them.
+        bad: Rows of this kind are refused or dropped; else kept.
+    """
+
+    count: int = 0
+    rows: list[int] = field(default_factory=list)
+    bad: bool = True
+
+    def add(self, row: int, bad: bool) -> None:
+        """Count a row."""
+        self.count += 1
+        self.bad = bad
+        self.rows = [*self.rows, row][:EXAMPLES]
+
+
+@dataclass
+class DataReport:
+    """What was found in a data set and what became of it; counts, for the log and for the audit.
+
+    Attributes:
+        source: The path as given, with its split.
+        format: Format of the rows.
+        max_length: The limit the counts refer to, in tokens.
+        rows_read: Rows of the source after `limit`.
+        pairs: Pairs kept.
+        kinds: Counts by kind of oddity, each by itself: a row counts under every kind it has.
+        prompts_cut: Pairs kept whose prompt lost its start.
+        completions_cut: Completions kept that lost their end, and with it their end token.
+        prompt_tokens, chosen_tokens, rejected_tokens: Sums over the pairs kept.
+        seconds: Time the tokenisation took, when it was done.
+        cache_hit: The pairs came from the cache.
+        first_bad: Row, kind and detail of the first bad row, if any.
+    """
+
+    source: str = ""
+    format: str = ""
+    max_length: int = 0
+    rows_read: int = 0
+    pairs: int = 0
+    kinds: dict[str, KindCount] = field(default_factory=dict)
+    prompts_cut: int = 0
+    completions_cut: int = 0
+    prompt_tokens: int = 0
+    chosen_tokens: int = 0
+    rejected_tokens: int = 0
+    seconds: float = 0.0
+    cache_hit: bool = False
+    first_bad: str | None = None
+
+    def count(self, kind: str) -> int:
+        """Return how many rows are of a kind, 0 where none is."""
+        return self.kinds[kind].count if kind in self.kinds else 0
+
+    def lines(self) -> list[str]:
+        """Say it in a few lines for the log, the summary first, then one line per kind."""
+        how = "read from the cache" if self.cache_hit else f"tokenised in {self.seconds:.1f} s"
+        lines = [
+            f"{self.source}: {self.rows_read:,} rows ({self.format}), {self.pairs:,} pairs kept, {how}; tokens: prompt "
+            f"{self.prompt_tokens:,}, chosen {self.chosen_tokens:,}, rejected {self.rejected_tokens:,}"
+        ]
+        for kind, found in self.kinds.items():
+            examples = ", ".join(map(str, found.rows)) + (", ..." if found.count > len(found.rows) else "")
+            fate = "refused or dropped" if found.bad else f"cut to {self.max_length} tokens where kept"
+            lines.append(f"  {kind}: {found.count:,}, {fate} (row {examples})")
+        if self.prompts_cut or self.completions_cut:
+            lines.append(
+                f"  truncated: {self.prompts_cut:,} prompts lost their start, "
+                f"{self.completions_cut:,} completions their end and end token"
+            )
+        return lines
+
+
+class TokenizedPairs:
+    """Tokenised pairs in a folder, memory-mapped; a `PairDataset`.
+
+    Attributes:
+        lengths: (n, 3) int64: prompt, chosen and rejected tokens of every pair.
+        row_numbers: (n,) int64: the 1-based source row of every pair.
+        path: The folder; its name is the hash of what it was made of.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open a folder written by `prepare_pairs`."""
+        self.path = path
+        self.lengths: np.ndarray = np.load(path / "lengths.npy")
+        self.row_numbers: np.ndarray = np.load(path / "row_numbers.npy")
+        self._starts = np.concatenate([[0], self.lengths.sum(axis=1).cumsum()])
+        self._text_ends: np.ndarray = np.load(path / "text_ends.npy")
+        self._tokens = np.memmap(path / "tokens.bin", dtype=np.int32, mode="r")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, pair_id: int) -> TokenizedPair:
+        """Return one pair; its arrays are read-only views of the file."""
+        if not 0 <= pair_id < len(self):
+            raise IndexError(f"pair {pair_id} of {len(self)}")
+        start = int(self._starts[pair_id])
+        prompt, chosen, rejected = (int(length) for length in self.lengths[pair_id])
+        tokens = self._tokens[start : start + prompt + chosen + rejected]
+        return TokenizedPair(pair_id, tokens[:prompt], tokens[prompt : prompt + chosen], tokens[prompt + chosen :])
+
+    def __reduce__(self) -> tuple[type[TokenizedPairs], tuple[Path]]:
+        return TokenizedPairs, (self.path,)
+
+    def texts(self, pair_id: int) -> PreferenceRow:
+        """Return a pair as it was before tokenisation, nothing cut: text, or messages."""
+        if not 0 <= pair_id < len(self):
+            raise IndexError(f"pair {pair_id} of {len(self)}")
+        start = int(self._text_ends[pair_id - 1]) if pair_id else 0
+        with open(self.path / "texts.bin", "rb") as stream:
+            stream.seek(start)
+            prompt, chosen, rejected = json.loads(stream.read(int(self._text_ends[pair_id]) - start))
+        return PreferenceRow(prompt, chosen, rejected, row=int(self.row_numbers[pair_id]))
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+def temporary(folder: Path) -> Path:
+    """Name the folder in which this process prepares `folder`."""
+    return folder.with_name(f"{folder.name}.tmp-{socket.gethostname()}-{os.getpid()}")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes of this machine left of `folder`; called with its lock held."""
+    for leftover in [folder, *folder.parent.glob(f"{folder.name}.tmp-{socket.gethostname()}-*")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def publish(report: DataReport, folder: Path) -> None:
+    """Complete the temporary folder with its report and give it its final name."""
+    whole = temporary(folder)
+    (whole / "report.json").write_text(json.dumps(asdict(report)))
+    try:
+        os.rename(whole, folder)
+    except OSError:
+        # Another machine may have been first, where the file system keeps no locks between machines.
+        if read_report(folder) is None:
+            raise
+        shutil.rmtree(whole, ignore_errors=True)
+
+
+def read_report(folder: Path) -> DataReport | None:
+    """Read the report of a whole cache entry, None where there is none."""
+    try:
+        stored = json.loads((folder / "report.json").read_text())
+        tokens = stored["prompt_tokens"] + stored["chosen_tokens"] + stored["rejected_tokens"]
+        if (folder / "tokens.bin").stat().st_size != 4 * tokens:
+            return None
+        kinds = {kind: KindCount(**found) for kind, found in stored.pop("kinds").items()}
+        return DataReport(**{**stored, "kinds": kinds, "cache_hit": True})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

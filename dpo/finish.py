@@ -1,0 +1,73 @@
+"""The end of a run: samples, plot, closing table."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from dpo.model.forward import Scorer
+from dpo.report import closing_rows, plot
+from dpo.runtime.checkpoint import write_whole
+from dpo.runtime.distributed import only_main
+from dpo.runtime.tracking import Tracker, read_lines
+from dpo.sample import greedy_answers, world_rewards, write_samples
+from dpo.setup import Policy, Setup
+
+
+def take_samples(setup: Setup, policy: Policy, reference_scorer: Scorer, step: int) -> None:
+    """Answer the first validation prompts (training prompts where there is no validation) by both models; collective.
+
+    Args:
+        setup: The run.
+        policy: The policy as it stands.
+        reference_scorer: The frozen reference.
+        step: Optimizer steps done.
+    """
+    pairs = setup.validation_pairs if setup.validation_pairs is not None else setup.train_pairs
+    shown = [pairs[i] for i in range(min(setup.config.log.samples, len(pairs)))]
+    prompts = [pair.prompt_ids.tolist() for pair in shown]
+    tokens, device = setup.config.log.sample_tokens, setup.world.device
+    before = greedy_answers(reference_scorer, setup.tokenizer, prompts, tokens, device)
+    after = greedy_answers(policy.scorer, setup.tokenizer, prompts, tokens, device)
+    decode = setup.tokenizer.decode
+    rows = [
+        {
+            "prompt": decode(pair.prompt_ids.tolist()),
+            "reference": old,
+            "policy": new,
+            "chosen": decode(pair.chosen_ids.tolist(), skip_special_tokens=True),
+        }
+        for pair, old, new in zip(shown, before, after, strict=True)
+    ]
+    only_main(setup.world, lambda: write_samples(setup.run, step, rows))
+
+
+def closing(setup: Setup, tracker: Tracker) -> None:
+    """Draw the curves, print what was reached and where things are, and mark the run as finished; collective."""
+    only_main(setup.world, lambda: _closing(setup, tracker))
+
+
+def _closing(setup: Setup, tracker: Tracker) -> None:
+    run = setup.run
+    lines = read_lines(run)
+    plot(lines, run / "training_metrics.png")
+    samples = _last_samples(run)
+    for row in samples[:2]:
+        tracker.say(f"\nprompt:    {row['prompt'].strip()}\nreference: {row['reference']}\npolicy:    {row['policy']}")
+    rows = closing_rows(lines)
+    source = setup.config.data.validation or setup.config.data.train
+    if source == "builtin:world" and len(samples) > 1:
+        found = world_rewards(samples)
+        rows.append(["reward of greedy answers", f"{found['reference']:.4f}", f"{found['policy']:.4f}"])
+        tracker.say(f"greedy answers to {len(samples)} held-out prompts: {found['parsed']:.0%} parse, p = {found['p']:.1e}")
+    tracker.table("DPO: before and after", rows)
+    tracker.say(f"weights {run}/final, curves {run}/training_metrics.png, answers {run}/samples.jsonl")
+    total = setup.total_steps
+    write_whole(run / "finished.json", json.dumps({"step": total, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}))
+
+
+def _last_samples(run: Path) -> list[dict[str, str]]:
+    path = run / "samples.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return [row for row in rows if row["step"] == rows[-1]["step"]]

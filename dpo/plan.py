@@ -1,0 +1,136 @@
+"""What a run will do, before it does it: steps, micro-batches, memory. Used by --dry_run and --prepare_only."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dpo.commandline import Command
+from dpo.data.loader import Loader
+from dpo.data.planner import num_tokens
+from dpo.model.forward import pair_logps
+from dpo.model.reference import Reference
+from dpo.objective.losses import make_loss
+from dpo.runtime import engine as deepspeed_engine
+from dpo.setup import Policy, Setup
+
+GIB = 2**30
+
+
+def memory(num_parameters: int, *, stage: int, world_size: int, half: bool, reference_bytes: int) -> dict[str, float]:
+    """Memory per GPU that does not depend on the batch, in GiB.
+
+    Args:
+        num_parameters: Of the policy.
+        stage: ZeRO stage: 1 partitions optimizer states, 2 gradients as well, 3 weights as well.
+        world_size: Ranks.
+        half: Weights and gradients of 2 bytes and an fp32 master copy; else fp32 throughout.
+        reference_bytes: Per parameter; 0 for none.
+    Returns:
+        Part -> GiB.
+    Source:
+        Rajbhandari et al. 2020 (ZeRO), arXiv:1910.02054, section 3.
+    """
+    share = {name: 1 / world_size if stage >= level else 1.0 for name, level in
+             (("optimizer", 1), ("gradients", 2), ("weights", 3))}
+    width = 2 if half else 4
+    per_parameter = {
+        "weights": width * share["weights"],
+        "gradients": width * share["gradients"],
+        "optimizer (AdamW, fp32 master)": (12 if half else 8) * share["optimizer"],
+        "reference": reference_bytes * share["weights"],
+    }
+    return {name: num_parameters * size / GIB for name, size in per_parameter.items()}
+
+
+def _costliest(loader: Loader, steps: int) -> tuple[Any, int]:
+    """The micro-batch with the most tokens on this rank in the first `steps` steps, and micro-batches per step."""
+    best, count = None, 0
+    for step in range(steps):
+        for batch in loader[step].batches:
+            count += 1
+            if best is None or batch.input_ids.numel() > best.input_ids.numel():
+                best = batch
+    return best, count
+
+
+def _lines(setup: Setup, command: Command) -> list[tuple[str, str]]:
+    config, lengths = setup.config, setup.train_pairs.lengths
+    layout = config.train.layout
+    useful, stored = (int(num_tokens(lengths, name).sum()) for name in ("packed", layout))
+    validation = 0 if setup.validation_pairs is None else len(setup.validation_pairs)
+    return [
+        ("policy", str(config.model.policy)),
+        ("pairs: training / validation", f"{len(lengths):,} / {validation:,}"),
+        ("tokens a pair: prompt, chosen, rejected", ", ".join(f"{x:.0f}" for x in lengths.mean(axis=0))),
+        (f"tokens computed in layout {layout}", f"{stored:,} of {useful:,} useful ones ({stored / useful:.2f}x)"),
+        ("longest pair, tokens", f"{int(num_tokens(lengths, layout).max()):,}"),
+        ("ranks x pairs a step", f"{setup.world.world_size} x {config.train.global_batch_size}"),
+        ("optimizer steps", f"{setup.total_steps:,} ({setup.epochs.steps_per_epoch:,} an epoch)"),
+        ("precision", setup.precision),
+        ("ZeRO stage", str(deepspeed_engine.zero_stage(setup.engine_config))),
+        ("recipe", command.recipe or "none (defaults)"),
+    ]
+
+
+def _try_costliest(setup: Setup, policy: Policy, reference: Reference) -> list[tuple[str, str]]:
+    """One forward and backward pass of the micro-batch with the most tokens; its gradients are never used."""
+    loader = setup.loader(setup.train_pairs, policy.layout)
+    looked_at = min(setup.epochs.steps_per_epoch, 200)
+    batch, count = _costliest(loader, looked_at)
+    on_device = batch.to(setup.world.device)
+    loss = make_loss(setup.config.loss.name, setup.config.loss.beta, setup.config.loss.label_smoothing)
+    started = time.perf_counter()
+    output = loss(pair_logps(policy.score, on_device), reference(on_device))
+    deepspeed_engine.backward(policy.engine, output.losses.sum(), True)
+    seconds = time.perf_counter() - started
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in policy.scorer.model.parameters())
+    parts = memory(
+        parameters,
+        stage=deepspeed_engine.zero_stage(setup.engine_config),
+        world_size=setup.world.world_size,
+        half=setup.precision != "fp32",
+        reference_bytes=2 if setup.precision != "fp32" else 4,
+    )
+    return [
+        ("layout in use", policy.layout),
+        ("micro-batches a step and rank", f"{count / looked_at:.1f}"),
+        ("costliest micro-batch", f"{batch.input_ids.numel():,} tokens, {seconds:.2f} s forward and backward"),
+        *((f"memory per GPU: {name}", f"{size:.3f} GiB") for name, size in parts.items()),
+        ("memory per GPU: sum without activations", f"{sum(parts.values()):.3f} GiB"),
+    ]
+
+
+def show_plan(
+    setup: Setup, command: Command, policy: Policy | None = None, reference: Reference | None = None
+) -> None:
+    """Print the plan of a run on rank 0; with a policy, try its costliest micro-batch first. Collective.
+
+    Args:
+        setup: The run.
+        command: Where it came from.
+        policy, reference: Started models for --dry_run; None for --prepare_only.
+    """
+    rows = _lines(setup, command)
+    if policy is not None and reference is not None:
+        rows += _try_costliest(setup, policy, reference)
+    if not setup.world.is_main:
+        return
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    for note in setup.notes + tuple(policy.notes if policy else ()):
+        console.print(note, markup=False)
+    table = Table(title="Plan" if policy else "Prepared", title_justify="left", show_header=False)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    if policy is None:
+        console.print(
+            "Weights, data and tokenised pairs are cached. On compute nodes without internet:\n"
+            f"  export HF_HUB_OFFLINE=1 DPO_CACHE={setup.config.data.cache_folder}\n"
+            "and the same HF_HOME as here.",
+            markup=False,
+        )

@@ -1,0 +1,297 @@
+"""Everything before the first step: data, tokenizer, policy, reference, and how much of it fits where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo.config import Config, check_world_size
+from dpo.data.loader import Loader
+from dpo.data.planner import Epochs, Layout
+from dpo.data.sources import validation_split_of
+from dpo.data.tokenize import TokenizedPairs, prepare_pairs
+from dpo.errors import UserError
+from dpo.model import load
+from dpo.model.check import settle, use_layout
+from dpo.model.forward import Scorer
+from dpo.model.reference import Reference, online
+from dpo.runtime import engine as deepspeed_engine
+from dpo.runtime.distributed import World, together
+from dpo.types import PackedBatch
+
+CHECKPOINTING_FROM = 2e9
+"""Parameters above which activations are recomputed on a GPU by default."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A validated run, before any model is loaded.
+
+    Attributes:
+        config: Settings as given.
+        world: This rank.
+        engine_config: For DeepSpeed.
+        precision: fp16, bf16 or fp32, resolved.
+        tokenizer: Of the policy.
+        train_pairs, validation_pairs: Tokenised data; None where there is no validation.
+        start_dtype: Dtype of the policy's stored weights.
+        notes: Lines for the log: what was decided, and why.
+    """
+
+    config: Config
+    world: World
+    engine_config: dict[str, Any]
+    precision: str
+    tokenizer: Any
+    train_pairs: TokenizedPairs
+    validation_pairs: TokenizedPairs | None
+    start_dtype: torch.dtype
+    notes: tuple[str, ...]
+
+    @property
+    def run(self) -> Path:
+        """The run directory."""
+        return Path(self.config.train.output_dir)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the policy."""
+        return deepspeed_engine.DTYPES[self.precision]
+
+    @property
+    def epochs(self) -> Epochs:
+        """Which pairs make which step of DPO."""
+        train = self.config.train
+        return Epochs(len(self.train_pairs), train.global_batch_size, train.seed, self.config.data.shuffle)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of DPO."""
+        steps = self.config.train.epochs * self.epochs.steps_per_epoch
+        limit = self.config.train.max_steps
+        return steps if limit is None else min(steps, limit)
+
+    def loader(self, pairs: TokenizedPairs, layout: Layout) -> Loader:
+        """This rank's micro-batches over a data set, in the order of the run's epochs."""
+        train = self.config.train
+        budget = train.tokens_per_micro_batch
+        if budget == "auto":
+            budget = 16384 if self.world.device.type == "cuda" else 4096
+        return Loader(
+            pairs, self.epochs, self.world.rank, self.world.world_size, layout, budget, train.micro_batch_size,
+            pin_memory=self.world.device.type == "cuda",
+        )
+
+
+@dataclass
+class Policy:
+    """A policy under training.
+
+    Attributes:
+        engine: DeepSpeed's, around the scorer.
+        scorer: Backbone and head.
+        layout: The one that is exact for this model.
+        notes: Lines for the log.
+    """
+
+    engine: Any
+    scorer: Scorer
+    layout: Layout
+    notes: list[str]
+
+    def score(self, batch: PackedBatch) -> Tensor:
+        """Log-probs of a batch through the engine."""
+        return self.engine(batch)
+
+
+def resolve_precision(wanted: str, device: torch.device) -> str:
+    """The policy's precision: bf16 on a GPU that has it, else fp16; fp32 on a CPU."""
+    if wanted != "auto":
+        if wanted == "fp16" and device.type == "cpu":
+            raise UserError("train.precision is fp16 on a CPU, where DeepSpeed refuses it; use bf16 or fp32")
+        return wanted
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def _longest(config: Config, model_config: Any) -> int:
+    context = load.context_length(model_config)
+    wanted = config.data.max_length
+    if wanted is None:
+        return min(1024, context or 1024)
+    if context is not None and wanted > context:
+        raise UserError(f"data.max_length is {wanted} but the model's context is {context} tokens; use at most {context}")
+    return wanted
+
+
+def _validation_source(config: Config) -> tuple[str, str] | None:
+    """Path and split of the validation data; None where there is none."""
+    data = config.data
+    path = data.validation or data.train
+    assert path is not None
+    found = validation_split_of(path, subset=data.subset, data_dir=data.data_dir, revision=data.revision)
+    split = data.validation_split or found
+    if data.validation is None:
+        return (path, split) if split is not None and split != data.train_split else None
+    return path, split or data.train_split
+
+
+def _data(config: Config, tokenizer: Any, longest: int) -> tuple[TokenizedPairs, TokenizedPairs | None, list[str]]:
+    data = config.data
+
+    def prepared(path: str, split: str, limit: int | None) -> tuple[TokenizedPairs, list[str]]:
+        pairs, report = prepare_pairs(
+            path, tokenizer, subset=data.subset, data_dir=data.data_dir, revision=data.revision, split=split,
+            format=data.format, limit=limit, max_length=longest, max_prompt_length=data.max_prompt_length,
+            on_bad_row=data.on_bad_row, chat_template=config.model.chat_template, workers=data.workers,
+            cache_dir=data.cache_folder,
+        )
+        return pairs, report.lines()
+
+    assert data.train is not None
+    train, notes = prepared(data.train, data.train_split, data.train_limit)
+    source = _validation_source(config)
+    if source is None:
+        return train, None, [*notes, "no validation: data.validation is not set and data.train has no such split"]
+    validation, more = prepared(*source, data.validation_limit)
+    return train, validation, notes + more
+
+
+def prepare(config: Config, world: World, deepspeed_json: str | None) -> Setup:
+    """Validate the whole run and tokenise its data; collective.
+
+    Args:
+        config: Settings.
+        world: This rank.
+        deepspeed_json: Path given by --config.
+    Returns:
+        The setup; nothing has been written but the cache of tokenised data.
+    Raises:
+        UserError: The same line on every rank.
+    """
+
+    def work() -> Setup:
+        check_world_size(config, world.world_size)
+        precision = resolve_precision(config.train.precision, world.device)
+        engine_config = deepspeed_engine.build_config(
+            deepspeed_engine.read_json(deepspeed_json),
+            optim=config.optim,
+            precision=precision,
+            global_batch_size=config.train.global_batch_size,
+            name=deepspeed_json or "--config",
+        )
+        model, trust = config.model, config.model.trust_remote_code
+        assert model.policy is not None
+        model_config = load.load_config(model.policy, revision=model.revision, trust_remote_code=trust)
+        longest = _longest(config, model_config)
+        own = model.tokenizer is None
+        tokenizer = load.load_tokenizer(
+            model.tokenizer or model.policy, revision=model.revision if own else None, trust_remote_code=trust
+        )
+        vocabulary = model_config.get_text_config().vocab_size
+        if len(tokenizer) > vocabulary:
+            raise UserError(
+                f"model.tokenizer has {len(tokenizer)} tokens, the policy {vocabulary}; use the policy's own tokenizer"
+            )
+        train, validation, notes = _data(config, tokenizer, longest)
+        return Setup(
+            config=config, world=world, engine_config=engine_config, precision=precision, tokenizer=tokenizer,
+            train_pairs=train, validation_pairs=validation, start_dtype=load.starting_dtype(model_config),
+            notes=tuple(notes),
+        )
+
+    return together(work)
+
+
+def _load(setup: Setup, path: str, dtype: torch.dtype) -> Any:
+    model = setup.config.model
+    sharded = deepspeed_engine.zero_stage(setup.engine_config) == 3
+    loaded = together(
+        lambda: load.load_model(
+            path, dtype=dtype, seed=setup.config.train.seed, trust_remote_code=model.trust_remote_code,
+            revision=model.revision if path == model.policy else None,
+            zero3_config=setup.engine_config if sharded else None,
+        )
+    )
+    if len(setup.tokenizer) > loaded.get_input_embeddings().num_embeddings:
+        raise UserError("the tokenizer has more tokens than the policy; use the policy's own tokenizer")
+    return loaded
+
+
+def _longest_sequence(setup: Setup) -> int:
+    lengths = setup.train_pairs.lengths
+    return int((lengths[:, 0] + lengths[:, 1:].max(axis=1)).max())
+
+
+def start_policy(setup: Setup, path: str, *, with_reference: bool) -> tuple[Policy, Reference | None, Scorer | None]:
+    """Load the policy, copy the reference from it, and start the engine; collective.
+
+    Args:
+        setup: The run.
+        path: Weights to start from.
+        with_reference: False for SFT.
+    Returns:
+        Policy, reference, and the reference's scorer (for samples).
+    Raises:
+        UserError: If the model cannot be loaded or scored faithfully.
+    """
+    config, world = setup.config, setup.world
+    model = _load(setup, path, setup.dtype)
+    sharded = deepspeed_engine.zero_stage(setup.engine_config) == 3
+    reference_scorer = reference_score = None
+    notes: list[str] = []
+    if with_reference:
+        dtype, reason = reference_dtype(config.reference.dtype, setup.dtype, world.device, sharded)
+        notes.append(f"reference: {str(dtype).removeprefix('torch.')}, frozen ({reason})")
+        if sharded:
+            reference_scorer = Scorer(_load(setup, path, dtype))
+            reference_score = deepspeed_engine.start_frozen(reference_scorer, setup.engine_config, dtype)
+        else:
+            reference_scorer = Scorer(load.frozen_copy(model, dtype)).to(world.device)
+            reference_score = reference_scorer
+    if _checkpointing(config, model, world.device):
+        load.checkpoint_activations(model)
+        notes.append("activations: recomputed in backward (model.gradient_checkpointing)")
+    scorer = Scorer(model)
+    engine = deepspeed_engine.start_training(scorer, setup.engine_config, config.optim)
+    median = int(setup.train_pairs.lengths.sum(axis=1).argsort()[len(setup.train_pairs) // 2])
+    layout, given_up = settle(
+        scorer, config.train.layout, setup.train_pairs[median], _longest_sequence(setup), world.device
+    )
+    notes += given_up
+    attention = "one causal call per row" if layout == "padded" else "sdpa per segment"
+    notes.append(f"layout: {layout}; attention: {attention}; {_count(model) / 1e6:.1f}M parameters in {setup.precision}")
+    policy = Policy(engine, scorer, layout, notes)
+    if reference_scorer is None or reference_score is None:
+        return policy, None, None
+    use_layout(reference_scorer, layout, scorer.own_head)
+    return policy, online(reference_score), reference_scorer
+
+
+def reference_dtype(
+    wanted: str, policy_dtype: torch.dtype, device: torch.device, sharded: bool
+) -> tuple[torch.dtype, str]:
+    """The reference's dtype and why."""
+    if wanted not in ("auto", "policy"):
+        return deepspeed_engine.DTYPES[wanted], "reference.dtype"
+    if wanted == "policy" or sharded:
+        return policy_dtype, "the policy's dtype" + (" under ZeRO-3" if sharded else "")
+    if device.type == "cuda":
+        return torch.float16, "half the memory, and log-probs closer than bf16"
+    return policy_dtype, "the policy's dtype: half precision products are slow on a CPU"
+
+
+def _count(model: torch.nn.Module) -> int:
+    counts: Callable[[Any], int] = lambda p: getattr(p, "ds_numel", p.numel())  # noqa: E731
+    return sum(counts(p) for p in model.parameters())
+
+
+def _checkpointing(config: Config, model: torch.nn.Module, device: torch.device) -> bool:
+    wanted = config.model.gradient_checkpointing
+    return wanted if wanted != "auto" else device.type == "cuda" and _count(model) > CHECKPOINTING_FROM
