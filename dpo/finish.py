@@ -6,29 +6,28 @@ import json
 import time
 from pathlib import Path
 
-from dpo.model.forward import Scorer
 from dpo.report import closing_rows, plot
 from dpo.runtime.checkpoint import write_whole
 from dpo.runtime.distributed import only_main
 from dpo.runtime.tracking import Tracker, read_lines
 from dpo.sample import greedy_answers, world_rewards, write_samples
-from dpo.setup import Policy, Setup
+from dpo.setup import FrozenReference, Policy, Setup
 
 
-def take_samples(setup: Setup, policy: Policy, reference_scorer: Scorer, step: int) -> None:
+def take_samples(setup: Setup, policy: Policy, reference: FrozenReference, step: int) -> None:
     """Answer the first validation prompts (training prompts where there is no validation) by both models; collective.
 
     Args:
         setup: The run.
         policy: The policy as it stands.
-        reference_scorer: The frozen reference.
+        reference: The frozen reference.
         step: Optimizer steps done.
     """
     pairs = setup.validation_pairs if setup.validation_pairs is not None else setup.train_pairs
     shown = [pairs[i] for i in range(min(setup.config.log.samples, len(pairs)))]
     prompts = [pair.prompt_ids.tolist() for pair in shown]
     tokens, device = setup.config.log.sample_tokens, setup.world.device
-    before = greedy_answers(reference_scorer, setup.tokenizer, prompts, tokens, device)
+    before = greedy_answers(reference.scorer, setup.tokenizer, prompts, tokens, device)
     after = greedy_answers(policy.scorer, setup.tokenizer, prompts, tokens, device)
     decode = setup.tokenizer.decode
     rows = [

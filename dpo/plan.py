@@ -13,10 +13,9 @@ from dpo.commandline import Command
 from dpo.data.loader import Loader
 from dpo.data.planner import num_tokens
 from dpo.model.forward import pair_logps
-from dpo.model.reference import Reference
 from dpo.objective.losses import make_loss
 from dpo.runtime import engine as deepspeed_engine
-from dpo.setup import Policy, Setup
+from dpo.setup import FrozenReference, Policy, Setup
 
 GIB = 2**30
 
@@ -77,7 +76,7 @@ def _lines(setup: Setup, command: Command) -> list[tuple[str, str]]:
     ]
 
 
-def _try_costliest(setup: Setup, policy: Policy, reference: Reference) -> list[tuple[str, str]]:
+def _try_costliest(setup: Setup, policy: Policy, reference: FrozenReference) -> list[tuple[str, str]]:
     """One forward and backward pass of the micro-batch with the most tokens; its gradients are never used."""
     loader = setup.loader(setup.train_pairs, policy.layout)
     looked_at = min(setup.epochs.steps_per_epoch, 200)
@@ -85,7 +84,7 @@ def _try_costliest(setup: Setup, policy: Policy, reference: Reference) -> list[t
     on_device = batch.to(setup.world.device)
     loss = make_loss(setup.config.loss.name, setup.config.loss.beta, setup.config.loss.label_smoothing)
     started = time.perf_counter()
-    output = loss(pair_logps(policy.score, on_device), reference(on_device))
+    output = loss(pair_logps(policy.score, on_device), reference.logps(on_device))
     deepspeed_engine.backward(policy.engine, output.losses.sum(), True)
     seconds = time.perf_counter() - started
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in policy.scorer.model.parameters())
@@ -106,7 +105,7 @@ def _try_costliest(setup: Setup, policy: Policy, reference: Reference) -> list[t
 
 
 def show_plan(
-    setup: Setup, command: Command, policy: Policy | None = None, reference: Reference | None = None
+    setup: Setup, command: Command, policy: Policy | None = None, reference: FrozenReference | None = None
 ) -> None:
     """Print the plan of a run on rank 0; with a policy, try its costliest micro-batch first. Collective.
 

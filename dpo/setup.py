@@ -109,6 +109,19 @@ class Policy:
         return self.engine(batch)
 
 
+@dataclass(frozen=True)
+class FrozenReference:
+    """The reference beside a policy under training.
+
+    Attributes:
+        logps: reference(batch) -> PairLogps, without gradient.
+        scorer: Backbone and head, for samples.
+    """
+
+    logps: Reference
+    scorer: Scorer
+
+
 def resolve_precision(wanted: str, device: torch.device) -> str:
     """The policy's precision: bf16 on a GPU that has it, else fp16; fp32 on a CPU."""
     if wanted != "auto":
@@ -229,32 +242,21 @@ def _longest_sequence(setup: Setup) -> int:
     return int((lengths[:, 0] + lengths[:, 1:].max(axis=1)).max())
 
 
-def start_policy(setup: Setup, path: str, *, with_reference: bool) -> tuple[Policy, Reference | None, Scorer | None]:
-    """Load the policy, copy the reference from it, and start the engine; collective.
+def start_policy(setup: Setup, path: str, model: Any = None) -> Policy:
+    """Start the engine that trains a policy, with the layout that is exact for it; collective.
 
     Args:
         setup: The run.
         path: Weights to start from.
-        with_reference: False for SFT.
+        model: The loaded policy; None to load it from `path`.
     Returns:
-        Policy, reference, and the reference's scorer (for samples).
+        The policy.
     Raises:
         UserError: If the model cannot be loaded or scored faithfully.
     """
     config, world = setup.config, setup.world
-    model = _load(setup, path, setup.dtype)
-    sharded = deepspeed_engine.zero_stage(setup.engine_config) == 3
-    reference_scorer = reference_score = None
+    model = _load(setup, path, setup.dtype) if model is None else model
     notes: list[str] = []
-    if with_reference:
-        dtype, reason = reference_dtype(config.reference.dtype, setup.dtype, world.device, sharded)
-        notes.append(f"reference: {str(dtype).removeprefix('torch.')}, frozen ({reason})")
-        if sharded:
-            reference_scorer = Scorer(_load(setup, path, dtype))
-            reference_score = deepspeed_engine.start_frozen(reference_scorer, setup.engine_config, dtype)
-        else:
-            reference_scorer = Scorer(load.frozen_copy(model, dtype)).to(world.device)
-            reference_score = reference_scorer
     if _checkpointing(config, model, world.device):
         load.checkpoint_activations(model)
         notes.append("activations: recomputed in backward (model.gradient_checkpointing)")
@@ -267,11 +269,36 @@ def start_policy(setup: Setup, path: str, *, with_reference: bool) -> tuple[Poli
     notes += given_up
     attention = "one causal call per row" if layout == "padded" else "sdpa per segment"
     notes.append(f"layout: {layout}; attention: {attention}; {_count(model) / 1e6:.1f}M parameters in {setup.precision}")
-    policy = Policy(engine, scorer, layout, notes)
-    if reference_scorer is None or reference_score is None:
-        return policy, None, None
-    use_layout(reference_scorer, layout, scorer.own_head)
-    return policy, online(reference_score), reference_scorer
+    return Policy(engine, scorer, layout, notes)
+
+
+def start_models(setup: Setup, path: str) -> tuple[Policy, FrozenReference]:
+    """Start the policy and the reference that is frozen beside it; collective.
+
+    Under ZeRO 1 and 2 the reference is a plain copy of the loaded policy, under ZeRO-3 a second sharded engine.
+
+    Args:
+        setup: The run.
+        path: Weights that both start from.
+    Returns:
+        Policy and reference.
+    Raises:
+        UserError: If the model cannot be loaded or scored faithfully.
+    """
+    world = setup.world
+    sharded = deepspeed_engine.zero_stage(setup.engine_config) == 3
+    dtype, reason = reference_dtype(setup.config.reference.dtype, setup.dtype, world.device, sharded)
+    model = _load(setup, path, setup.dtype)
+    if sharded:
+        scorer = Scorer(_load(setup, path, dtype))
+        score = deepspeed_engine.start_frozen(scorer, setup.engine_config, dtype)
+    else:
+        scorer = Scorer(load.frozen_copy(model, dtype)).to(world.device)
+        score = scorer
+    policy = start_policy(setup, path, model)
+    policy.notes.insert(0, f"reference: {str(dtype).removeprefix('torch.')}, frozen ({reason})")
+    use_layout(scorer, policy.layout, policy.scorer.own_head)
+    return policy, FrozenReference(online(score), scorer)
 
 
 def reference_dtype(

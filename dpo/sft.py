@@ -29,7 +29,7 @@ def run_sft(setup: Setup, tracker: Tracker) -> None:
     """
     config = setup.config
     assert config.model.policy is not None
-    policy, _, _ = start_policy(setup, config.model.policy, with_reference=False)
+    policy = start_policy(setup, config.model.policy)
     for note in policy.notes:
         tracker.say(note)
     _train(setup, policy, tracker)

@@ -13,12 +13,11 @@ from collections.abc import Sequence
 import torch
 
 from dpo.errors import UserError
-from dpo.model.forward import Scorer, pair_logps
-from dpo.model.reference import Reference
+from dpo.model.forward import pair_logps
 from dpo.objective.losses import Loss, start_loss
 from dpo.runtime.distributed import sum_over_ranks
 from dpo.runtime.tracking import Tracker
-from dpo.setup import Policy, Setup
+from dpo.setup import FrozenReference, Policy, Setup
 from dpo.types import PackedBatch
 
 SAME_DTYPE_LOSS = 1e-5
@@ -31,8 +30,7 @@ MIXED_DTYPE_TOKEN = 0.05
 def check_start(
     setup: Setup,
     policy: Policy,
-    reference: Reference,
-    reference_scorer: Scorer,
+    reference: FrozenReference,
     loss: Loss,
     batches: Sequence[PackedBatch],
     tracker: Tracker,
@@ -46,7 +44,7 @@ def check_start(
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     for batch in batches:
         on_device = batch.to(device)
-        of_reference, of_policy = reference(on_device), pair_logps(policy.score, on_device)
+        of_reference, of_policy = reference.logps(on_device), pair_logps(policy.score, on_device)
         gap = (of_policy.chosen - of_reference.chosen).abs() + (of_policy.rejected - of_reference.rejected).abs()
         losses = loss(of_policy, of_reference).losses
         totals += torch.stack(
@@ -56,7 +54,7 @@ def check_start(
     loss_sum, gap_sum, tokens, pairs = sum_over_ranks(totals).tolist()
     mean, per_token = loss_sum / pairs, gap_sum / tokens
     expected = start_loss(setup.config.loss.name, setup.config.loss.beta)
-    mixed = reference_scorer.head.weight.dtype != policy.scorer.head.weight.dtype
+    mixed = reference.scorer.head.weight.dtype != policy.scorer.head.weight.dtype
     limit = MIXED_DTYPE_LOSS if mixed else SAME_DTYPE_LOSS
     tracker.say(
         f"start: loss {mean:.6f} (equal models: {expected:.6f}), policy and reference differ by {per_token:.2g} nats"

@@ -19,8 +19,8 @@ from dpo.data.loader import StepBatches, whole_pass
 from dpo.evaluate import evaluate
 from dpo.export import write_weights
 from dpo.finish import closing, take_samples
-from dpo.model.forward import Scorer, pair_logps
-from dpo.model.reference import Reference, remembered
+from dpo.model.forward import pair_logps
+from dpo.model.reference import remembered
 from dpo.objective.losses import Loss, make_loss
 from dpo.objective.metrics import averages, sums
 from dpo.plan import show_plan
@@ -30,7 +30,7 @@ from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.checkpoint import TrainState
 from dpo.runtime.schedule import learning_rate
 from dpo.runtime.tracking import Recorder, Silent, Tracker, keep_lines, read_lines
-from dpo.setup import Policy, Setup, prepare, start_policy
+from dpo.setup import FrozenReference, Policy, Setup, prepare, start_models
 from dpo.sft import run_sft
 from dpo.start import check_start
 
@@ -99,7 +99,7 @@ def train(command: Command) -> None:
     start = str(setup.run / "reference") if config.train.sft_epochs else config.model.policy
     assert start is not None
     if command.dry_run:
-        policy, reference, _ = start_policy(setup, config.model.policy or start, with_reference=True)
+        policy, reference = start_models(setup, config.model.policy or start)
         show_plan(setup, command, policy, reference)
         return
     continued = checkpoint.open_run(config, world)
@@ -112,12 +112,11 @@ def train(command: Command) -> None:
     if config.train.sft_epochs and not sft_is_done:
         _keep(setup, lambda line: False)
         run_sft(setup, tracker)
-    policy, reference, reference_scorer = start_policy(setup, start, with_reference=True)
-    assert reference is not None and reference_scorer is not None
+    policy, reference = start_models(setup, start)
     for note in policy.notes:
         tracker.say(note)
     state = _resume(setup, policy, tracker)
-    state = _train_dpo(setup, policy, reference, reference_scorer, state, tracker)
+    state = _train_dpo(setup, policy, reference, state, tracker)
     card = model_card(to_dict(config), read_lines(setup.run), checkpoint.versions()) if world.is_main else None
     write_weights(setup, policy, setup.run / "final", card)
     closing(setup, tracker)
@@ -155,7 +154,7 @@ def _resume(setup: Setup, policy: Policy, tracker: Tracker) -> TrainState:
 
 
 def _train_dpo(
-    setup: Setup, policy: Policy, reference: Reference, reference_scorer: Scorer, state: TrainState, tracker: Tracker
+    setup: Setup, policy: Policy, reference: FrozenReference, state: TrainState, tracker: Tracker
 ) -> TrainState:
     """The DPO stage from `state` to the last step."""
     config, world, total = setup.config, setup.world, setup.total_steps
@@ -163,7 +162,7 @@ def _train_dpo(
     loader = setup.loader(setup.train_pairs, policy.layout)
     per_epoch = setup.epochs.steps_per_epoch
     validation = [] if setup.validation_pairs is None else whole_pass(setup.loader(setup.validation_pairs, policy.layout))
-    known_reference = remembered(reference)
+    known_reference = remembered(reference.logps)
 
     def evaluate_after(step: int) -> None:
         if validation:
@@ -172,7 +171,7 @@ def _train_dpo(
             tracker.say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if "logps" not in k))
 
     if state.step == 0:
-        check_start(setup, policy, reference, reference_scorer, loss, loader[0].batches, tracker)
+        check_start(setup, policy, reference, loss, loader[0].batches, tracker)
         evaluate_after(0)
     meter = Meter(torch.zeros(10, dtype=torch.float64, device=world.device))
     for work in loader.steps(state.step, total):
@@ -194,7 +193,7 @@ def _train_dpo(
         if _due(step, config.train.eval_every, per_epoch, total):
             evaluate_after(step)
         if config.log.samples and _due(step, _sample_every(config.log.sample_every, total), per_epoch, total):
-            take_samples(setup, policy, reference_scorer, step)
+            take_samples(setup, policy, reference, step)
         if _due(step, config.train.save_every, per_epoch, total):
             checkpoint.save(policy.engine, setup.run, state, world, config.train.keep_checkpoints)
     return state
@@ -205,7 +204,7 @@ def _sample_every(every: int | str, total: int) -> int | str:
 
 
 def _step(
-    setup: Setup, policy: Policy, reference: Reference, loss: Loss, work: StepBatches, lr: float, meter: Meter
+    setup: Setup, policy: Policy, reference: FrozenReference, loss: Loss, work: StepBatches, lr: float, meter: Meter
 ) -> None:
     """One optimizer step: the mean loss over the pairs of the global batch."""
     world, started = setup.world, time.perf_counter()
@@ -213,7 +212,7 @@ def _step(
         meter.totals[8] += batch.input_ids.numel()
         meter.totals[9] += batch.num_padding_tokens
         on_device = batch.to(world.device)
-        reference_logps = reference(on_device)
+        reference_logps = reference.logps(on_device)
         policy_logps = pair_logps(policy.score, on_device)
         output = loss(policy_logps, reference_logps)
         scaled = output.losses.sum() * world.world_size / work.num_pairs

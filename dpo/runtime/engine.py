@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,9 @@ def zero_stage(config: dict[str, Any]) -> int:
 def _quiet() -> None:
     """Keep DeepSpeed's own chatter out of the log, and its shared-memory op from compiling for a minute on a CPU."""
     deepspeed_logger.setLevel(logging.WARNING)
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        # torch 2.13 warns of these two calls inside DeepSpeed 0.19 at every step.
+        warnings.filterwarnings("ignore", message=f".torch.distributed.{name}. is deprecated", category=FutureWarning)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
@@ -179,7 +183,8 @@ def start_frozen(module: nn.Module, config: dict[str, Any], dtype: torch.dtype) 
         "steps_per_print": 2**31,
     }
     engine, *_ = deepspeed.initialize(model=module.requires_grad_(False), config=frozen)
-    return engine.eval()
+    engine.eval()
+    return engine
 
 
 def backward(engine: Any, loss: Tensor, is_last: bool) -> None:
