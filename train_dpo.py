@@ -34,8 +34,6 @@ def main(argv: list[str]) -> int:
             print(f"train_dpo.py: {error}", file=sys.stderr, flush=True)
         distributed.agree(None)  # nobody leaves, and is noticed by the launcher, before the line is out
         return 2
-    finally:
-        distributed.stop()
     return 0
 
 

@@ -7,6 +7,7 @@ rank is agreed on over the second before anyone raises it, so nobody is left wai
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,6 +56,8 @@ _control: list[dist.ProcessGroup | None] = [None]
 def start() -> World:
     """Join the process group that torchrun or deepspeed set up; a plain process becomes a world of one.
 
+    The group lives as long as the process: DeepSpeed remembers it in module state.
+
     Returns:
         This rank's place.
     """
@@ -65,6 +68,7 @@ def start() -> World:
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        atexit.register(stop)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         if world_size == 1:
             for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
@@ -77,7 +81,7 @@ def start() -> World:
 
 
 def stop() -> None:
-    """Leave the process group."""
+    """Leave the process group, at the end of the process."""
     if dist.is_initialized():
         _control[0] = None
         dist.destroy_process_group()
