@@ -10,7 +10,7 @@ from torch import Tensor
 from dpo.model.forward import pair_logps
 from dpo.objective.losses import Loss
 from dpo.objective.metrics import averages, sums
-from dpo.runtime.distributed import sum_over_ranks
+from dpo.runtime import distributed
 from dpo.types import PackedBatch, PairLogps
 
 
@@ -39,4 +39,4 @@ def evaluate(
         reference_logps = reference(index, on_device)
         policy_logps = pair_logps(score, on_device)
         totals += sums(loss(policy_logps, reference_logps), policy_logps)
-    return {f"eval_{name}": value for name, value in averages(sum_over_ranks(totals)).items()}
+    return {f"eval_{name}": value for name, value in averages(distributed.sum_over_ranks(totals)).items()}

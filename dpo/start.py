@@ -15,7 +15,7 @@ import torch
 from dpo.errors import UserError
 from dpo.model.forward import pair_logps
 from dpo.objective.losses import Loss, start_loss
-from dpo.runtime.distributed import sum_over_ranks
+from dpo.runtime import distributed
 from dpo.runtime.tracking import Tracker
 from dpo.setup import FrozenReference, Policy, Setup
 from dpo.types import PackedBatch
@@ -51,7 +51,7 @@ def check_start(
             [losses.double().sum(), gap.double().sum(), on_device.completion_lengths.sum().double(),
              torch.tensor(len(batch.pair_ids), dtype=torch.float64, device=device)]
         )
-    loss_sum, gap_sum, tokens, pairs = sum_over_ranks(totals).tolist()
+    loss_sum, gap_sum, tokens, pairs = distributed.sum_over_ranks(totals).tolist()
     mean, per_token = loss_sum / pairs, gap_sum / tokens
     expected = start_loss(setup.config.loss.name, setup.config.loss.beta)
     mixed = reference.scorer.head.weight.dtype != policy.scorer.head.weight.dtype

@@ -1,0 +1,104 @@
+"""Plans score each pair of a batch once, at near-equal cost, the same on every rank."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpo.data.loader import Loader, whole_pass
+from dpo.data.planner import Epochs, num_tokens, plan_batch
+from tests import tiny
+
+LAYOUTS = ("shared", "packed", "padded", "chosen", "padded_chosen")
+
+
+def size(ids: list[int], lengths: np.ndarray, layout: str) -> int:
+    """Tokens of a micro-batch, counted from the layouts' definitions."""
+    p, c, r = lengths[ids].T
+    if layout == "shared":
+        return int((p + c + r).sum())
+    if layout == "packed":
+        return int((2 * p + c + r).sum())
+    if layout == "chosen":
+        return int((p + c).sum())
+    if layout == "padded_chosen":
+        return int(len(ids) * (p + c).max())
+    return int(2 * len(ids) * (p + np.maximum(c, r)).max())
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    lengths=st.lists(st.tuples(*[st.integers(1, 60)] * 3), min_size=1, max_size=40),
+    world_size=st.integers(1, 5),
+    budget=st.integers(1, 300),
+    max_pairs=st.none() | st.integers(1, 4),
+    layout=st.sampled_from(LAYOUTS),
+)
+def test_any_plan_scores_each_pair_once_within_the_budget(lengths, world_size, budget, max_pairs, layout):
+    table = np.array(lengths, dtype=np.int64)
+    plan = plan_batch(
+        range(len(table)), table, world_size=world_size, token_budget=budget, layout=layout, max_pairs=max_pairs
+    )
+    assert sorted(i for rank in plan for ids in rank for i in ids) == list(range(len(table)))
+    assert len(plan) == world_size
+    assert len({len(rank) for rank in plan}) == 1
+    for ids in (ids for rank in plan for ids in rank if ids):
+        assert len(ids) == 1 or size(ids, table, layout) <= budget
+        assert max_pairs is None or len(ids) <= max_pairs
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tokens_of_one_pair_are_those_of_its_batch(layout):
+    lengths = np.array([[3, 5, 2], [1, 1, 1]])
+    assert [size([i], lengths, layout) for i in (0, 1)] == num_tokens(lengths, layout).tolist()
+
+
+def test_ranks_get_near_equal_work():
+    lengths = np.random.default_rng(0).geometric(0.01, (256, 3)).clip(1, 1024)
+    plan = plan_batch(range(256), lengths, world_size=8, token_budget=10**9, layout="shared")
+    loads = [size(rank[0], lengths, "shared") for rank in plan]
+    assert max(loads) / np.mean(loads) < 1.01
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_an_epoch_is_a_permutation_cut_in_order_whatever_the_ranks(world_size):
+    pairs = tiny.Pairs(tiny.pairs(23))
+    epochs = Epochs(23, 5, seed=3)
+    seen = []
+    for step in range(2 * epochs.steps_per_epoch):
+        ranks = [Loader(pairs, epochs, r, world_size, "shared", 60)[step] for r in range(world_size)]
+        ids = sorted(i for work in ranks for batch in work.batches for i in batch.pair_ids)
+        assert ids == sorted(epochs.batch(step).tolist())
+        assert {work.num_pairs for work in ranks} == {len(ids)}
+        seen.append(ids)
+    assert [len(ids) for ids in seen] == [5, 5, 5, 5, 3] * 2
+    for epoch in (seen[:5], seen[5:]):
+        assert sorted(sum(epoch, [])) == list(range(23))
+    assert seen[:5] != seen[5:]
+
+
+def test_seed_and_epoch_decide_the_order_and_shuffle_off_keeps_the_files():
+    def order(seed: int, epoch: int, shuffle: bool = True) -> list[int]:
+        return Epochs(50, 8, seed, shuffle).order(epoch).tolist()
+
+    assert order(0, 0) == order(0, 0)
+    assert order(0, 0) != order(1, 0) != order(0, 1)
+    assert order(0, 3, shuffle=False) == list(range(50))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 30])
+def test_an_evaluation_scores_every_pair_once_with_more_ranks_than_pairs_too(world_size):
+    pairs = tiny.Pairs(tiny.pairs(11))
+    batches = [whole_pass(Loader(pairs, Epochs(5, 2, 0), r, world_size, "shared", 50)) for r in range(world_size)]
+    assert sorted(i for rank in batches for batch in rank for i in batch.pair_ids) == list(range(11))
+    assert len({len(rank) for rank in batches}) == 1
+
+
+def test_prefetched_steps_are_those_asked_for():
+    loader = Loader(tiny.Pairs(tiny.pairs(23)), Epochs(23, 5, 0), 0, 2, "packed", 60)
+    assert [work.step for work in loader.steps(2, 7)] == [2, 3, 4, 5, 6]
+    assert list(loader.steps(7, 7)) == []
+    for work in loader.steps(2, 4):
+        assert [b.pair_ids for b in work.batches] == [b.pair_ids for b in loader[work.step].batches]

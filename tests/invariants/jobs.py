@@ -1,0 +1,50 @@
+"""Start `run_many.py` on some ranks and read what the runs left."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo.runtime.tracking import read_lines
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training run left.
+
+    Attributes:
+        folder: The run directory.
+        lines: Of metrics.jsonl.
+        seen: What `run_many.watch` saw, per rank.
+    """
+
+    folder: Path
+    lines: list[dict[str, Any]]
+    seen: list[dict[str, Any]]
+
+
+def train_all(folder: Path, jobs: dict[str, list[str]], ranks: int, timeout: float = 300) -> dict[str, Run]:
+    """Run every job in one process group of `ranks` ranks; each gets its own output_dir under `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    argvs = {name: [*argv, "--train.output_dir", str(folder / name)] for name, argv in jobs.items()}
+    (folder / "jobs.json").write_text(json.dumps(argvs))
+    launch = [sys.executable]
+    if ranks > 1:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [*launch, "tests/invariants/run_many.py", str(folder / "jobs.json"), str(folder)],
+        env=environment | {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=timeout, check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    runs = {}
+    for name in jobs:
+        seen = [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(ranks)]
+        runs[name] = Run(folder / name, read_lines(folder / name), seen)
+    return runs

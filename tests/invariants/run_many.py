@@ -1,0 +1,91 @@
+"""Run several trainings in one process group and write down what happened inside; started by torchrun.
+
+    torchrun --nproc_per_node N tests/invariants/run_many.py JOBS.json OUT_FOLDER
+
+JOBS.json: name -> argv of train_dpo.py. OUT_FOLDER/NAME.RANK.json: see `watch`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dpo.train
+import train_dpo
+from dpo.runtime import distributed, tracking
+
+
+def watch(seen: dict[str, Any]) -> Any:
+    """Wrap what starts the models, so that hooks see every forward pass of policy and reference.
+
+    Fills `seen` with: stage, calls and input shapes of both backbones and first layers, pair ids of every micro-batch,
+    the reference's dtypes, and a closure that tells whether its weights moved.
+    """
+    original = dpo.train.start_models
+
+    def start_models(*args: Any, **kwargs: Any) -> Any:
+        policy, reference = original(*args, **kwargs)
+        seen["stage"] = policy.engine.zero_optimization_stage()
+        seen["reference_is_engine"] = hasattr(reference.logps, "zero_optimization_stage")
+        seen["reference_dtypes"] = sorted({str(p.dtype) for p in reference.scorer.parameters()})
+        seen["reference_wants_gradient"] = any(p.requires_grad for p in reference.scorer.parameters())
+        optimized = {id(p) for g in policy.engine.optimizer.optimizer.param_groups for p in g["params"]}
+        seen["reference_in_optimizer"] = any(id(p) in optimized for p in reference.scorer.parameters())
+        weights = [p.detach().clone() for p in reference.scorer.parameters()]
+        seen["reference_moved"] = lambda: not all(
+            torch.equal(a, b) for a, b in zip(weights, reference.scorer.parameters(), strict=True)
+        )
+        for name, scorer in (("policy", policy.scorer), ("reference", reference.scorer)):
+            seen[f"{name}_calls"] = calls = []
+            seen[f"{name}_rows"] = rows = []
+            backbone = scorer.model.base_model
+            layers = backbone.layers if hasattr(backbone, "layers") else backbone.h
+            backbone.register_forward_hook(lambda *_, calls=calls: calls.append(torch.is_grad_enabled()))
+            layers[0].register_forward_pre_hook(
+                lambda _, inputs, kwargs, rows=rows: rows.append(list(inputs[0].shape[:2])), with_kwargs=True
+            )
+        return policy, reference
+
+    return start_models
+
+
+def run(name: str, argv: list[str], out: Path) -> None:
+    """One training run under observation."""
+    seen: dict[str, Any] = {"sums": 0, "recorders": 0, "pairs": []}
+    originals = dpo.train.start_models, distributed.sum_over_ranks, tracking.Recorder.__init__, dpo.train._step
+
+    def counted_sum(tensor: torch.Tensor) -> torch.Tensor:
+        seen["sums"] += 1
+        return originals[1](tensor)
+
+    def counted_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        seen["recorders"] += 1
+        originals[2](self, *args, **kwargs)
+
+    def seen_step(setup: Any, policy: Any, reference: Any, loss: Any, work: Any, *rest: Any) -> None:
+        before = len(seen["policy_calls"]), len(seen["reference_calls"])
+        originals[3](setup, policy, reference, loss, work, *rest)
+        after = len(seen["policy_calls"]), len(seen["reference_calls"])
+        seen["pairs"].append([list(b.pair_ids) for b in work.batches])
+        seen.setdefault("calls_a_micro_batch", []).append(
+            [(a - b) / len(work.batches) for a, b in zip(after, before, strict=True)]
+        )
+
+    dpo.train.start_models, distributed.sum_over_ranks = watch(seen), counted_sum
+    tracking.Recorder.__init__, dpo.train._step = counted_init, seen_step  # type: ignore[method-assign]
+    try:
+        seen["code"] = train_dpo.main(argv)
+    finally:
+        dpo.train.start_models, distributed.sum_over_ranks = originals[:2]
+        tracking.Recorder.__init__, dpo.train._step = originals[2:]  # type: ignore[method-assign]
+    seen["reference_moved"] = seen["reference_moved"]() if "reference_moved" in seen else None
+    (out / f"{name}.{distributed.launched_ranks()[0]}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    for job, arguments in json.loads(Path(sys.argv[1]).read_text()).items():
+        run(job, arguments, Path(sys.argv[2]))

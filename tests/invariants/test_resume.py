@@ -1,0 +1,116 @@
+"""A run that was killed and started again is the run that was never killed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dpo.runtime.tracking import read_lines
+
+
+def launch(script: list[str], argv: list[str], ranks: int) -> subprocess.CompletedProcess[str]:
+    """Run a script on some ranks."""
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    return subprocess.run(
+        [*start, *script, *argv], env=environment | {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=200, check=False,
+    )
+
+
+def train(argv: list[str], ranks: int) -> str:
+    """Run to the end; what it printed."""
+    done = launch(["train_dpo.py"], argv, ranks)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return done.stderr
+
+
+def kill(moment: str, argv: list[str], ranks: int) -> None:
+    """Run until the moment of death."""
+    done = launch(["tests/invariants/run_killed.py", moment], argv, ranks)
+    assert "SIGKILL" in done.stderr or done.returncode == -9, done.stderr[-5000:]
+
+
+def numbers(run: Path) -> list[dict[str, object]]:
+    """metrics.jsonl without what the clock decides."""
+    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in read_lines(run)]
+
+
+def weights(run: Path) -> str:
+    """Fingerprint of the final weights."""
+    return hashlib.sha256((run / "final" / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def argv(shared_data, tmp_path_factory) -> list[str]:
+    """A run with SFT, 2 epochs of 4 steps of DPO, and a checkpoint every second step."""
+    return [
+        "--config", "ds_configs/zero2.json", "--model.policy", str(shared_data / "stories260k-llama"),
+        "--data.train", str(shared_data / "hh-rlhf/train.jsonl.gz"), "--data.train_limit", "60",
+        "--data.validation", str(shared_data / "hh-rlhf/validation.jsonl.gz"), "--data.validation_limit", "20",
+        "--data.on_bad_row", "skip", "--data.max_length", "256", "--data.cache_dir",
+        str(tmp_path_factory.mktemp("cache")), "--train.global_batch_size", "8", "--train.epochs", "2",
+        "--train.sft_epochs", "1", "--train.save_every", "2", "--optim.lr", "3e-4", "--optim.sft_lr", "1e-4",
+        "--log.samples", "2", "--log.sample_tokens", "8",
+    ]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(argv, tmp_path_factory) -> dict[int, Path]:
+    """The run that was never killed, at one and two ranks."""
+    folders = {}
+    for ranks in (1, 2):
+        folders[ranks] = tmp_path_factory.mktemp(f"whole{ranks}") / "run"
+        train([*argv, "--train.output_dir", str(folders[ranks])], ranks)
+    return folders
+
+
+@pytest.mark.parametrize(
+    ("moment", "ranks"),
+    [("after_sft", 1), ("in_step:7", 1), ("in_step:10", 2), ("in_save:5", 1)],
+)
+def test_a_killed_run_ends_in_the_same_metrics_and_the_same_weights(argv, uninterrupted, tmp_path, moment, ranks):
+    run = tmp_path / "run"
+    here = [*argv, "--train.output_dir", str(run)]
+    kill(moment, here, ranks)
+    assert not (run / "final").exists()
+    printed = train(here, ranks)
+    assert numbers(run) == numbers(uninterrupted[ranks])
+    assert weights(run) == weights(uninterrupted[ranks])
+    assert (run / "samples.jsonl").read_text() == (uninterrupted[ranks] / "samples.jsonl").read_text()
+    assert ("continuing from" in printed) is (moment != "after_sft")
+    assert "SFT" not in printed  # a finished SFT stage is never repeated
+
+
+def test_a_finished_run_says_so_and_a_raised_number_of_epochs_continues_it(argv, uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    here = [*argv, "--train.output_dir", str(run), "--optim.schedule", "constant", "--optim.warmup_steps", "0"]
+    train([*here, "--train.epochs", "1"], 1)
+    before = (run / "metrics.jsonl").read_bytes()
+    assert "is finished" in train([*here, "--train.epochs", "1"], 1)
+    assert (run / "metrics.jsonl").read_bytes() == before
+    train([*here, "--train.epochs", "2"], 1)
+    steps = [line["step"] for line in read_lines(run) if "loss" in line]
+    assert steps == list(range(1, steps[-1] + 1)) and len(steps) > 4
+    whole = tmp_path / "whole"
+    train([*here, "--train.output_dir", str(whole), "--train.epochs", "2"], 1)
+    assert weights(run) == weights(whole)
+
+
+def test_the_reference_after_sft_is_the_sft_model_not_the_start(uninterrupted, shared_data):
+    start = (shared_data / "stories260k-llama" / "model.safetensors").read_bytes()
+    run = uninterrupted[1]
+    assert (run / "reference" / "model.safetensors").read_bytes() != start
+    lines = read_lines(run)
+    sft = [line for line in lines if "sft_loss" in line]
+    assert [line["sft_step"] for line in sft] == [1, 2, 3, 4]
+    assert not any("loss" in line or "step" in line for line in sft)
+    first = next(line for line in lines if line.get("step") == 1)
+    assert first["loss"] == pytest.approx(0.693147, abs=1e-6) and first["rewards/margins"] == 0

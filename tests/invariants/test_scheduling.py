@@ -1,0 +1,128 @@
+"""How pairs are spread over ranks, micro-batches, layouts and ZeRO stages changes no number of a run."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.invariants.jobs import Run, train_all
+
+STEPS = 5
+METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
+           "logps/rejected")
+# name: (ranks, flags)
+VARIANTS: dict[str, tuple[int, list[str]]] = {
+    "plain": (1, ["--config", "ds_configs/zero2.json"]),
+    "packed": (1, ["--config", "ds_configs/zero2.json", "--train.layout", "packed"]),
+    "padded": (1, ["--config", "ds_configs/zero2.json", "--train.layout", "padded"]),
+    "micro1": (1, ["--config", "ds_configs/zero2.json", "--train.micro_batch_size", "1"]),
+    "micro4": (1, ["--config", "ds_configs/zero1.json", "--train.micro_batch_size", "4"]),
+    "zero3": (1, ["--config", "ds_configs/zero3.json", "--train.tokens_per_micro_batch", "700"]),
+    "fp16_reference": (1, ["--config", "ds_configs/zero2.json", "--reference.dtype", "fp16"]),
+    "two_ranks": (2, ["--config", "ds_configs/zero2.json"]),
+    "two_ranks_zero1": (2, ["--config", "ds_configs/zero1.json", "--train.tokens_per_micro_batch", "600"]),
+    "two_ranks_zero3": (2, ["--config", "ds_configs/zero3.json", "--train.micro_batch_size", "3"]),
+    "two_ranks_padded": (2, ["--config", "ds_configs/zero2.json", "--train.layout", "padded",
+                             "--train.micro_batch_size", "2"]),
+}
+EQUAL = [name for name in VARIANTS if name not in ("plain", "fp16_reference")]
+
+
+@pytest.fixture(scope="module")
+def runs(shared_data, tmp_path_factory) -> dict[str, Run]:
+    """Every variant: 9 pairs a step of 39, so that the last step of the epoch is smaller and odd."""
+    folder = tmp_path_factory.mktemp("scheduling")
+    common = [
+        "--model.policy", str(shared_data / "stories260k-llama"), "--data.on_bad_row", "skip",
+        "--data.train", str(shared_data / "hh-rlhf/train.jsonl.gz"), "--data.train_limit", "86",
+        "--data.validation", str(shared_data / "hh-rlhf/validation.jsonl.gz"), "--data.validation_limit", "25",
+        "--data.max_length", "256", "--data.cache_dir", str(folder / "cache"), "--train.global_batch_size", "9",
+        "--train.max_steps", str(STEPS), "--train.eval_every", "2", "--optim.lr", "3e-4", "--optim.warmup_steps", "0",
+        "--optim.weight_decay", "0.1", "--log.samples", "0", "--train.precision", "fp32",
+    ]
+    found: dict[str, Run] = {}
+    for ranks in (1, 2):
+        jobs = {name: common + flags for name, (needed, flags) in VARIANTS.items() if needed == ranks}
+        found |= train_all(folder / str(ranks), jobs, ranks)
+    return found
+
+
+def test_the_baseline_learns_and_ends_on_a_smaller_batch(runs):
+    lines = [line for line in runs["plain"].lines if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in runs["plain"].lines if "eval_loss" in line] == [0, 2, 4, 5]
+    assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert lines[0]["rewards/margins"] == 0 and lines[0]["rewards/accuracies"] == 0.5
+    assert abs(lines[-1]["loss"] - lines[0]["loss"]) > 0.02
+    assert sum(map(len, runs["plain"].seen[0]["pairs"][-1])) < 9
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_every_metric_of_a_variant_equals_the_baseline(runs, name):
+    truth, found = runs["plain"].lines, runs[name].lines
+    assert [line.keys() for line in found] == [line.keys() for line in truth]
+    for expected, line in zip(truth, found, strict=True):
+        prefix = "eval_" if "eval_loss" in line else ""
+        for metric in METRICS:
+            limit = {"loss": 5e-5, "logps/chosen": 2e-3, "logps/rejected": 2e-3}.get(metric, 1e-4)
+            assert line[prefix + metric] == pytest.approx(expected[prefix + metric], abs=limit), (line, metric)
+        if not prefix:
+            assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+            assert line["num_tokens"] == expected["num_tokens"]
+            assert line["learning_rate"] == expected["learning_rate"]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_variants_really_differ(runs, name):
+    ranks, flags = VARIANTS[name]
+    seen = runs[name].seen
+    assert len(seen) == ranks
+    assert all(s["code"] == 0 for s in seen)
+    assert {s["stage"] for s in seen} == {int(flags[1][len("ds_configs/zero")])}
+    one_row = all(rows == 1 for s in seen for rows, _ in s["policy_rows"][2:])
+    assert one_row is ("padded" not in name)
+    if "--train.micro_batch_size" in flags:
+        size = int(flags[flags.index("--train.micro_batch_size") + 1])
+        assert max(len(ids) for s in seen for step in s["pairs"] for ids in step) == size
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_micro_batch_is_one_pass_of_the_policy_and_one_of_the_reference(runs, name):
+    for seen in runs[name].seen:
+        assert all(calls == [1, 1] for calls in seen["calls_a_micro_batch"])
+        assert not any(seen["reference_calls"])  # gradients are off
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_each_step_scores_each_pair_of_its_batch_once_over_all_ranks(runs, name):
+    batches = [
+        sorted(pair for seen in runs[name].seen for ids in seen["pairs"][step] for pair in ids) for step in range(STEPS)
+    ]
+    assert batches == [sorted(sum(step, [])) for step in runs["plain"].seen[0]["pairs"]]
+    assert all(len(set(batch)) == len(batch) for batch in batches)
+    micro_steps = [[len(step) for step in seen["pairs"]] for seen in runs[name].seen]
+    assert all(counts == micro_steps[0] for counts in micro_steps)
+
+
+def test_rank_0_alone_writes_and_a_log_line_is_one_all_reduce(runs):
+    first, second = runs["two_ranks"].seen
+    assert (first["recorders"], second["recorders"]) == (1, 0)
+    evaluations = sum("eval_loss" in line for line in runs["two_ranks"].lines)
+    lines = sum("loss" in line for line in runs["two_ranks"].lines)
+    start_check = 1  # the comparison of policy and reference before the first step
+    assert first["sums"] == second["sums"] == lines + evaluations + start_check
+
+
+@pytest.mark.parametrize("name", [n for n in VARIANTS if "zero3" not in n])
+def test_the_reference_is_a_frozen_plain_module_that_never_moves(runs, name):
+    for seen in runs[name].seen:
+        expected = "torch.float16" if name == "fp16_reference" else "torch.float32"
+        assert seen["reference_dtypes"] == [expected]
+        assert not seen["reference_is_engine"]
+        assert not seen["reference_wants_gradient"]
+        assert not seen["reference_in_optimizer"]
+        assert seen["reference_moved"] is False
+
+
+def test_an_fp16_reference_starts_within_the_stated_distance(runs):
+    line = next(line for line in runs["fp16_reference"].lines if "loss" in line)
+    assert 0 < abs(line["loss"] - 0.693147) < 0.05
