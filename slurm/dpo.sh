@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# Train on Slurm, on one node or many, with GPUs or without. Arguments go to train_dpo.py.
+#
+#   sbatch slurm/dpo.sh                                       one CPU node, the built-in example
+#   sbatch --gpus-per-node=8 slurm/dpo.sh --config ds_configs/zero2.json --recipe recipes/NAME.yaml
+#   sbatch --nodes=2 --gpus-per-node=8 --cpus-per-task=64 --mem=0 --time=12:00:00 slurm/dpo.sh --config ...
+#   sbatch --chdir=/path/to/dpo-suite /path/to/dpo-suite/slurm/dpo.sh --config ...     from another folder
+#
+# One process per GPU that the job got. On CPU nodes: one, or as many as --ntasks-per-node says.
+# DPO_PROCESSES_PER_NODE=N overrides both. The site's own set-up (modules, container, NCCL) goes
+# into slurm/env.sh: see env.example.sh. Output: dpo-JOBID.out where the job was submitted from.
+#
+#SBATCH --job-name=dpo
+#SBATCH --output=dpo-%j.out
+
+die() { echo "slurm/dpo.sh: $*" >&2; exit 2; }
+
+[ -n "${SLURM_JOB_ID:-}" ] || die "this is a batch script: sbatch slurm/dpo.sh [arguments of train_dpo.py]"
+
+# --- where the repository is: Slurm runs a copy of this script from its spool directory ---------
+repository=
+for folder in "$PWD" "$SLURM_SUBMIT_DIR"; do
+    if [ -f "$folder/train_dpo.py" ]; then repository=$folder; break; fi
+done
+[ -n "$repository" ] ||
+    die "no train_dpo.py in $PWD: submit from the repository, or with sbatch --chdir=REPOSITORY"
+cd "$repository" || die "cannot enter $repository"
+
+# --- the environment --------------------------------------------------------------------------
+launcher=()       # a command in front of torchrun, such as a container: slurm/env.sh may set it
+srun_options=()   # further options of srun: likewise
+# Before `set -u`: module systems and activate scripts read variables that are not set. In a function:
+# a sourced script would see our arguments, and conda's activate takes them for its own.
+# shellcheck source=/dev/null
+set_up_site() { source slurm/env.sh; }
+if [ -f slurm/env.sh ]; then set_up_site || die "slurm/env.sh failed"; fi
+if [ -f .venv/bin/activate ] && [ ${#launcher[@]} = 0 ] &&
+    [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-base}" = base ]; then
+    # shellcheck source=/dev/null
+    source .venv/bin/activate
+fi
+set -euo pipefail
+[ ${#launcher[@]} != 0 ] || command -v torchrun >/dev/null ||
+    die "torchrun not found: install into $repository/.venv, or activate an environment in slurm/env.sh"
+
+# --- how many processes on a node ----------------------------------------------------------------
+gpus_of_node() { # as Slurm knows them ("gpu:h100:8(S:0-1)"), else as the driver shows them
+    local count
+    count=$(sinfo --noheader --Node --nodes="$SLURMD_NODENAME" --format=%G 2>/dev/null |
+        sed -nE 's/(^|.*,)gpu:([^:,(]+:)?([0-9]+).*/\3/p' | head -n 1) || true
+    if [ -z "$count" ] && command -v nvidia-smi >/dev/null; then
+        count=$(timeout 30 nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ') || true
+    fi
+    echo "${count:-0}"
+}
+
+# Left empty where the job has GPUs: every node then takes as many as it got, which may differ (--gpus=12).
+processes=${DPO_PROCESSES_PER_NODE:-}
+tasks_per_node=${SLURM_NTASKS_PER_NODE:-1}
+if [ -z "$processes" ] && [ "${SLURM_GPUS_ON_NODE:-0}" = 0 ]; then
+    idle_gpus=$(gpus_of_node)
+    [ "$idle_gpus" = 0 ] || die "$SLURMD_NODENAME has $idle_gpus GPUs and the job got none:" \
+        "submit with --gpus-per-node=$idle_gpus (or, to train without them, DPO_PROCESSES_PER_NODE=1)"
+    processes=$tasks_per_node
+fi
+export DPO_PROCESSES_PER_NODE=$processes
+here=${processes:-$SLURM_GPUS_ON_NODE}
+
+# --- run: one torchrun per node, meeting at the first ---------------------------------------------
+read -r first_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+port=$((15000 + SLURM_JOB_ID % 15000))   # jobs may share a node; below Linux's ephemeral ports
+[ $# -gt 0 ] || set -- --config ds_configs/zero2.json
+
+# Since 22.05 srun does not take over --cpus-per-task; our one task per node stands for all of sbatch's.
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
+    srun_options+=(--cpus-per-task="$((SLURM_CPUS_PER_TASK * tasks_per_node))")
+fi
+# torchrun would set 1: right for GPUs' helpers, a waste of a CPU node's cores.
+threads=$((SLURM_CPUS_ON_NODE / here))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+export SLURM_EXPORT_ENV=ALL   # `sbatch --export=NONE` would leave srun's tasks without PATH
+# --gpus-per-task would leave our one task per node with one task's GPUs.
+if [ -n "${SLURM_GPUS_PER_TASK:-}" ]; then srun_options+=(--gpus-per-node="$SLURM_GPUS_ON_NODE"); fi
+
+echo "slurm/dpo.sh: job $SLURM_JOB_ID, nodes $SLURM_JOB_NUM_NODES, processes on this one $here," \
+    "rendezvous $first_node:$port, repository $repository"
+# bash runs a trap only between foreground commands: srun goes to the background. On TERM (scancel,
+# time limit) Slurm signals the step as well, so all there is to do is to wait for its end.
+interrupted=
+trap 'interrupted=1' TERM
+# shellcheck disable=SC2016  # expanded on each node; torchrun reads PET_NPROC_PER_NODE as --nproc_per_node
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
+    "${srun_options[@]}" \
+    bash -c 'PET_NPROC_PER_NODE=${DPO_PROCESSES_PER_NODE:-$SLURM_GPUS_ON_NODE} exec "$@"' torchrun "${launcher[@]}" \
+    torchrun --nnodes="$SLURM_JOB_NUM_NODES" --rdzv_backend=c10d --rdzv_endpoint="$first_node:$port" \
+    --rdzv_id="$SLURM_JOB_ID" train_dpo.py "$@" &
+step=$!
+while :; do
+    status=0
+    wait "$step" || status=$?
+    [ -n "$interrupted" ] || break
+    interrupted=
+done
+exit "$status"

@@ -1,0 +1,60 @@
+"""What counts as a skipped test: without ../shared some tests cannot run, with it only GPU tests may skip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+_skips: list[str] = []
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and not hasattr(report, "wasxfail") and "gpu" not in report.keywords:
+        _skips.append(report.nodeid)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.skipped:
+        _skips.append(report.nodeid)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _skips and SHARED.is_dir() and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _skips and SHARED.is_dir():
+        terminalreporter.section("skipped although ../shared is present", red=True, bold=True)
+        for nodeid in _skips:
+            terminalreporter.line(f"{nodeid}: only tests marked gpu may skip", red=True)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets and tokenizers beside the checkout."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip("needs ../shared/data, the real data beside the checkout")
+    return SHARED / "data"
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random Llama with a byte-level tokenizer."""
+    from tests import tiny
+    from tests.data.tiny_tokenizers import tokenizer_of
+
+    folder, tokenizer = tmp_path_factory.mktemp("tiny_policy"), tokenizer_of("byte")
+    tokenizer.save_pretrained(folder)
+    return tiny.saved(folder, "llama", vocab_size=len(tokenizer))
