@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LONGER = "longer than max_length"
+SAME_AFTER_CUT = "chosen == rejected after truncation"
 PROMPT_ALONE = "prompt alone max_length or more"
 END_INSIDE = "completion holds the end token"
 TEMPLATE = "chat template does not fit"
@@ -156,6 +157,9 @@ class PairEncoder:
             pair.prompt_cut = len(prompt) > keep
             prompt = self._cut_start(prompt, keep)
         room = limit - len(prompt)
+        if chosen != rejected and chosen[:room] == rejected[:room]:
+            pair.problems.append(Problem(SAME_AFTER_CUT, f"they differ beyond data.max_length {limit} alone"))
+            return
         pair.completions_cut = (len(chosen) > room) + (len(rejected) > room)
         pair.prompt_ids, pair.chosen_ids, pair.rejected_ids = prompt, chosen[:room], rejected[:room]
 

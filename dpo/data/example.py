@@ -1,10 +1,10 @@
 """The built-in preference data (`builtin:world`): an old curiosity shop, and a written ground truth for every answer.
 
-A customer gives a name, reads out the tag of a thing (three of price, shelf, weight and age) and asks for one of the four. A good
-answer states what was asked, or admits that the tag does not say it, calls the customer by name and does not push. `reward`
-scores exactly that, so a trained policy can be judged by what it says. Of two sampled answers the one with the higher reward is
-`chosen`: the chosen ones are better, not perfect, which is what leaves DPO something to do after SFT.
-Invariant: names, things and values of the validation prompts occur in no training row, whatever the seed.
+A customer gives a name, reads out the tag of a thing (two of price, maker and town) and asks for one of the three. A
+good answer states what was asked, or admits that the tag does not say it, calls the customer by name and does not push.
+`reward` scores exactly that, so a trained policy can be judged by what it says. Of two sampled answers the one with the
+higher reward is `chosen`: the chosen ones are better, not perfect, which leaves DPO something to do after SFT.
+Invariant: names, things and tag values of the validation rows occur in no training row, whatever the seed.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import random
 import re
 from dataclasses import dataclass
 
-SPLIT_SIZES = {"train": 3072, "validation": 320}
+SPLIT_SIZES = {"train": 4096, "validation": 320}
 
 # A slot value is one word of two halves: every half occurs in both splits, a whole value in only one of them.
 SLOT_HALVES = {
-    "name": ("Mi To Ka Le Sa Ru Be Ju Do Ni Vi Pe".split(), "ra lo mi ne tan ris vin da bel ko ny sa".split()),
+    "name": (
+        "Mi To Ka Le Sa Ru Be Ju Do Ni Vi Pe Lu Ta Jo Se Na Fa".split(),
+        "ra lo mi ne tan ris vin da bel ko ny sa dor lin mo net ri va".split(),
+    ),
     "thing": (
         "tea ink moon fish book tool hat sand fire snow wind corn milk salt bird".split(),
         "pot box lamp bowl case bell stand cup bag jar clock horn rug desk kite".split(),
@@ -47,8 +50,8 @@ NOT_ASKED = -1.0
 WRONG_FACT = -2.0
 RIGHT_NAME = 1.0
 WRONG_NAME = -1.0
-PUSHY = -0.5
-NOT_A_SENTENCE = -4.0
+PUSHY = -1.0
+NOT_A_SENTENCE = -5.0
 
 
 def _any(slot: str) -> str:
@@ -63,7 +66,8 @@ _STATEMENTS = {
     for attribute, (_, _, says, _) in ATTRIBUTES.items()
 }
 _ADMISSIONS = {
-    attribute: re.compile(rf"I do not know {how.format(f'({_THING})')}") for attribute, (_, _, _, how) in ATTRIBUTES.items()
+    attribute: re.compile(rf"I do not know {how.format(f'({_THING})')}")
+    for attribute, (_, _, _, how) in ATTRIBUTES.items()
 }
 _ANSWER = re.compile(rf"(?P<fact>[^,.]+)(?:, (?P<name>{_NAME}))?\.(?P<talk> (?:{_TALK}))?")
 _OPENING = re.compile(rf"I am ({_NAME})\.")
@@ -97,7 +101,7 @@ def parses(completion: str) -> bool:
     Args:
         completion: The answer alone, without the prompt and without an end token; spaces around it are ignored.
     Returns:
-        True if it is an answer form of the world, filled with a name, a thing and a value that the world can have.
+        True if it is an answer form of the world, filled with a name, a thing and values that the world can have.
     """
     return _read_answer(completion) is not None
 
@@ -107,16 +111,16 @@ def reward(prompt: str, completion: str) -> float:
 
     The sum of three terms:
         fact  +2 what was asked, or "I do not know" where the tag does not say it;
-              -1 "I do not know" where the tag says it; -1 a true statement that was not asked for;
+              -1 "I do not know" where the tag says it, or anything true that was not asked for;
               -2 a statement that the tag does not bear out, or one about another thing.
         name  +1 the customer's, 0 none, -1 somebody else's.
-        talk  -0.5 for a sentence that pushes to buy.
+        talk  -1 for a sentence that pushes to buy.
 
     Args:
         prompt: Transcript that ends in "\\n\\nAssistant:", as the rows have it.
         completion: The answer alone; spaces around it are ignored.
     Returns:
-        Between -3.5 and 3, in steps of 0.5; -4 if the completion is none of the world's sentences.
+        A whole number between -4 and 3; -5 if the completion is none of the world's sentences.
     Raises:
         ValueError: If the prompt is not one of the world's.
     """
@@ -166,8 +170,8 @@ def rows(split: str, seed: int = 0) -> list[dict[str, str]]:
         split: "train" or "validation".
         seed: Chooses the dialogues; which slot values are held out does not depend on it.
     Returns:
-        `SPLIT_SIZES[split]` mappings with two transcripts, "chosen" and "rejected", which share everything up to the last
-        "\\n\\nAssistant:". The reward of `chosen` is the higher one by at least 0.5.
+        `SPLIT_SIZES[split]` mappings with two transcripts, "chosen" and "rejected", which share everything up to the
+        last "\\n\\nAssistant:". The reward of `chosen` is the higher one by at least 1.
     Raises:
         ValueError: If the split is neither of the two.
     """
@@ -197,11 +201,17 @@ def _draw_row(rng: random.Random, values: dict[str, list[str]]) -> dict[str, str
     scene = _draw_scene(rng, values)
     prompt = _write_prompt(rng, scene)
     while True:
-        first, second = _draw_answer(rng, scene, values), _draw_answer(rng, scene, values)
-        difference = reward(prompt, first) - reward(prompt, second)
-        if difference != 0:
-            chosen, rejected = (first, second) if difference > 0 else (second, first)
+        answers = [_draw_answer(rng, scene, values) for _ in range(2)]
+        (better, chosen), (worse, rejected) = sorted(((reward(prompt, text), text) for text in answers), reverse=True)
+        facts = {_fact_of(scene, text) for text in answers}
+        # Of two answers that are wrong in different ways nobody could say which is preferred.
+        if better > worse and (len(facts) == 1 or RIGHT_FACT in facts):
             return {"chosen": f"{prompt} {chosen}", "rejected": f"{prompt} {rejected}"}
+
+
+def _fact_of(scene: _Scene, text: str) -> float:
+    answer = _read_answer(text)
+    return NOT_A_SENTENCE if answer is None else _fact_reward(scene, answer)
 
 
 def _draw_scene(rng: random.Random, values: dict[str, list[str]]) -> _Scene:
@@ -247,6 +257,6 @@ def _draw_answer(rng: random.Random, scene: _Scene, values: dict[str, list[str]]
     says, how = ATTRIBUTES[attribute][2:]
     text = f"The {thing} {says.format(value)}" if value else f"I do not know {how.format(thing)}"
     called = rng.random()
-    if called < 0.4:
-        text += f", {scene.customer if called < 0.26 else rng.choice(values['name'])}"
-    return f"{text}." + (f" {rng.choice(SALES_TALK)}" if rng.random() < 0.5 else "")
+    if called < 0.42:
+        text += f", {scene.customer if called < 0.36 else rng.choice(values['name'])}"
+    return f"{text}." + (f" {rng.choice(SALES_TALK)}" if rng.random() < 0.45 else "")

@@ -7,16 +7,24 @@ and renamed: what bears the final name is whole.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import socket
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dpo.errors import UserError
 from dpo.types import PreferenceRow, TokenizedPair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 EXAMPLES = 3
 
@@ -144,6 +152,39 @@ class TokenizedPairs:
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------
+
+
+def cache_folder(cache_dir: str | Path | None) -> Path:
+    """Return the folder for tokenised data, made if need be; by default in the user's cache folder.
+
+    Raises:
+        UserError: It cannot be made or not be written to.
+    """
+    if cache_dir is None:
+        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dpo" / "tokenized"
+    folder = Path(cache_dir).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the cache folder {folder}: {error.strerror or error}") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"the cache folder {folder} cannot be written to")
+    return folder
+
+
+def content_key(rows: Iterable[Any], tokenizer: PreTrainedTokenizerBase, settings: tuple[Any, ...]) -> str:
+    """Hash everything the ids depend on: settings, tokenizer, and the rows by their content, wherever they lie."""
+    digest = hashlib.sha256()
+    libraries = [version(name) for name in ("transformers", "tokenizers")]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    own = backend.to_str() if backend else json.dumps(tokenizer.get_vocab())
+    special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
+    template = getattr(tokenizer, "chat_template", None)
+    for item in (libraries, settings, type(tokenizer).__name__, own, special, template):
+        digest.update(json.dumps(item, default=str).encode())
+    for row in rows:
+        digest.update(json.dumps(row, default=str).encode() + b"\n")
+    return digest.hexdigest()[:32]
 
 
 def temporary(folder: Path) -> Path:

@@ -8,7 +8,6 @@ of a node do the work once. Bad rows are counted by kind, a row under each kind 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import multiprocessing
@@ -18,12 +17,12 @@ import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from filelock import FileLock
@@ -32,7 +31,17 @@ from dpo.data.boundary import encode_prompt, read_chat_template
 from dpo.data.encode import PairEncoder
 from dpo.data.formats import BROKEN_UNICODE, FORMATS, convert, detect_format
 from dpo.data.sources import Rows, load_source
-from dpo.data.store import DataReport, KindCount, TokenizedPairs, publish, read_report, remove_leftovers, temporary
+from dpo.data.store import (
+    DataReport,
+    KindCount,
+    TokenizedPairs,
+    cache_folder,
+    content_key,
+    publish,
+    read_report,
+    remove_leftovers,
+    temporary,
+)
 from dpo.errors import UserError
 
 if TYPE_CHECKING:
@@ -88,33 +97,18 @@ def prepare_pairs(
     Raises:
         UserError: Anything wrong with the data or the settings; one line.
     """
-    _check_choice("data.format", format, FORMATS)
-    _check_choice("data.on_bad_row", on_bad_row, ("error", "skip"))
-    if workers is not None and workers < 1:
-        raise UserError(f"data.workers {workers}: must be 1 or more")
+    _check_settings(format, on_bad_row, workers)
     template = read_chat_template(chat_template) if chat_template else None
     rows = load_source(path, subset=subset, data_dir=data_dir, revision=revision, split=split, limit=limit)
-    form = detect_format(islice(rows, DETECTION_ROWS), str(path)) if format == "auto" else format
     source = f"{path} [{split}]" if split and not Path(path).is_file() else str(path)
-    settings = {"format": form, "max_length": max_length, "max_prompt_length": max_prompt_length}
-    cache, key = _cache_folder(cache_dir), _key(rows, tokenizer, template, settings)
+    form = detect_format(islice(rows, DETECTION_ROWS), str(path)) if format == "auto" else format
+    # Before the key: probing the tokenizer also clears what earlier calls left in it (truncation, padding).
     encoder = PairEncoder(
         tokenizer, max_length=max_length, max_prompt_length=max_prompt_length, chat_template=template
     )
-    job = _Job(rows, form, encoder, source, on_bad_row == "error")
-    try:
-        with FileLock(cache / f"{key}.lock"):
-            report = read_report(cache / key)
-            if report is None:
-                remove_leftovers(cache / key)
-                report = _tokenize(job, cache / key, _num_workers(workers, len(rows)))
-                publish(report, cache / key)
-    except OSError as error:
-        raise UserError(f"cannot write tokenised data to {cache}: {error.strerror or error}") from error
-    report.source = source
-    if on_bad_row == "error" and report.first_bad:
-        raise UserError(_refusal(source, report.first_bad))
-    return TokenizedPairs(cache / key), report
+    job = _Job(rows, form, encoder, source, on_bad_row == "error", _num_workers(workers, len(rows)))
+    settings = (CODE_VERSION, form, max_length, max_prompt_length, template)
+    return _open_or_make(job, cache_folder(cache_dir) / content_key(rows, tokenizer, settings))
 
 
 # --- the work --------------------------------------------------------------------------------------------------------
@@ -129,6 +123,7 @@ class _Job:
     encoder: PairEncoder
     source: str
     stop_at_bad: bool
+    workers: int
 
 
 @dataclass
@@ -171,8 +166,9 @@ def _encode_part(job: _Job, start: int, stop: int) -> _Part:
         part.oddities += [(number, kind, detail, True) for kind, detail in bad.items()]
         if pair:
             part.oddities += [(number, kind, detail, False) for kind, detail in pair.notes]
-        if bad or pair is None or row is None:
+        if bad:
             continue
+        assert row is not None and pair is not None, f"row {number} vanished"
         text = json.dumps([row.prompt, row.chosen, row.rejected]).encode()
         tokens.append(np.array(pair.prompt_ids + pair.chosen_ids + pair.rejected_ids, dtype=np.int32).tobytes())
         texts.append(text)
@@ -185,17 +181,33 @@ def _encode_part(job: _Job, start: int, stop: int) -> _Part:
     return part
 
 
-def _tokenize(job: _Job, folder: Path, workers: int) -> DataReport:
+def _open_or_make(job: _Job, folder: Path) -> tuple[TokenizedPairs, DataReport]:
+    try:
+        with FileLock(folder.with_name(f"{folder.name}.lock")):
+            report = read_report(folder)
+            if report is None:
+                remove_leftovers(folder)
+                report = _tokenize(job, folder)
+                publish(report, folder)
+    except OSError as error:
+        raise UserError(f"cannot write tokenised data to {folder.parent}: {error.strerror or error}") from error
+    report.source = job.source
+    if job.stop_at_bad and report.first_bad:
+        raise UserError(_refusal(job.source, report.first_bad))
+    return TokenizedPairs(folder), report
+
+
+def _tokenize(job: _Job, folder: Path) -> DataReport:
     """Tokenise all rows into the temporary folder of `folder` and count."""
     started = time.monotonic()
-    logger.info("tokenising %s rows of %s, %d process(es)", f"{len(job.rows):,}", job.source, workers)
+    logger.info("tokenising %s rows of %s, %d process(es)", f"{len(job.rows):,}", job.source, job.workers)
     report = DataReport(format=job.form, max_length=job.encoder.max_length, rows_read=len(job.rows))
     draft = temporary(folder)
     draft.mkdir()
     try:
         lengths, row_numbers, text_sizes = [], [], []
         with open(draft / "tokens.bin", "wb") as tokens, open(draft / "texts.bin", "wb") as texts:
-            for part in _parts(job, workers):
+            for part in _parts(job):
                 _count(report, part)
                 if job.stop_at_bad and report.first_bad:
                     raise UserError(_refusal(job.source, report.first_bad))
@@ -220,21 +232,25 @@ def _tokenize(job: _Job, folder: Path, workers: int) -> DataReport:
     return report
 
 
-def _parts(job: _Job, workers: int) -> Iterator[_Part]:
+def _parts(job: _Job) -> Iterator[_Part]:
     bounds = [(at, min(at + ROWS_PER_TASK, len(job.rows))) for at in range(0, len(job.rows), ROWS_PER_TASK)]
     with _serial_tokenizer():
-        if workers == 1:
+        if job.workers == 1:
             for start, stop in bounds:
                 yield _encode_part(job, start, stop)
             return
         # Fork: the rows and the tokenizer are there at once, and no worker imports anything. The workers touch no GPU.
         context = multiprocessing.get_context("fork")
-        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(job,))
+        pool = ProcessPoolExecutor(job.workers, mp_context=context, initializer=_start_worker, initargs=(job,))
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
                 results = pool.map(_encode_range, bounds)
             yield from results
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a tokenising process was killed, most likely for want of memory: use fewer (--data.workers 1)"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -268,51 +284,17 @@ def _num_workers(workers: int | None, rows: int) -> int:
     tasks = -(-rows // ROWS_PER_TASK)
     if workers is not None:
         return min(workers, tasks)
-    return max(1, min(rows // ROWS_PER_WORKER, len(os.sched_getaffinity(0)), MAX_DEFAULT_WORKERS))
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(rows // ROWS_PER_WORKER, cpus, MAX_DEFAULT_WORKERS))
 
 
 def _refusal(source: str, first_bad: str) -> str:
     return f"{source} {first_bad}; mend it, or drop such rows with --data.on_bad_row skip"
 
 
-def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"{key} '{value}': must be one of {', '.join(choices)}")
-
-
-# --- the cache -------------------------------------------------------------------------------------------------------
-
-
-def _cache_folder(cache_dir: str | Path | None) -> Path:
-    if cache_dir is None:
-        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dpo" / "tokenized"
-    folder = Path(cache_dir).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the cache folder {folder}: {error.strerror or error}") from error
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"the cache folder {folder} cannot be written to")
-    return folder
-
-
-def _key(
-    rows: Rows, tokenizer: PreTrainedTokenizerBase, template: str | None, settings: dict[str, Any]
-) -> str:
-    """Hash everything the ids depend on: the rows by their content, not by where they lie."""
-    digest = hashlib.sha256()
-    libraries = {name: version(name) for name in ("transformers", "tokenizers")}
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    # Truncation and padding are left in a tokenizer by earlier calls and are switched off in ours.
-    own = json.loads(backend.to_str()) if backend else sorted(tokenizer.get_vocab().items())
-    if isinstance(own, dict):
-        own = {name: value for name, value in own.items() if name not in ("truncation", "padding")}
-    special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
-    template = template or getattr(tokenizer, "chat_template", None)
-    for item in (CODE_VERSION, libraries, settings, template, type(tokenizer).__name__, special, own):
-        digest.update(json.dumps(item, default=str).encode())
-    for row in rows:
-        digest.update(json.dumps(row, default=str).encode() + b"\n")
-    return digest.hexdigest()[:32]
-
-
+def _check_settings(form: str, on_bad_row: str, workers: int | None) -> None:
+    for key, value, choices in (("data.format", form, FORMATS), ("data.on_bad_row", on_bad_row, ("error", "skip"))):
+        if value not in choices:
+            raise UserError(f"{key} '{value}': must be one of {', '.join(choices)}")
+    if workers is not None and workers < 1:
+        raise UserError(f"data.workers {workers}: must be 1 or more")

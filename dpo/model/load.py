@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.integrations import HfDeepSpeedConfig
@@ -56,10 +57,24 @@ def load_config(path: str, *, revision: str | None = None, trust_remote_code: bo
         UserError: If there is none, or it is no causal language model.
     """
     if path == BUILTIN:
-        return example.build_config()
+        return example.build_model(0).config
     try:
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
+        raise _explain("model.policy", path, error) from None
+
+
+def fetch_weights(path: str, *, revision: str | None = None) -> None:
+    """Download a hub model's weights into the cache, without loading them; nothing to do for folders.
+
+    Raises:
+        UserError: If the hub cannot be reached.
+    """
+    if path == BUILTIN or Path(path).is_dir():
+        return
+    try:
+        snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
+    except (OSError, ValueError) as error:
         raise _explain("model.policy", path, error) from None
 
 

@@ -1,0 +1,148 @@
+"""Encoding: conversations end as their template ends them, and pairs are cut to length from the right side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo.data.boundary import encode_prompt, read_chat_template
+from dpo.data.encode import PairEncoder
+from dpo.errors import UserError
+from dpo.types import PreferenceRow
+from tests.data.tiny_tokenizers import CHATML, NO_END, OTHER_START, WITH_BOS_AND_EOS, chat, end_of, tokenizer_of
+
+
+def encoded(tokenizer: Any, prompt: Any, chosen: Any, rejected: Any = "other", **options: Any) -> Any:
+    if not isinstance(prompt, str) and rejected == "other":
+        rejected = [{"role": "assistant", "content": "other"}]
+    options = {"max_length": 10_000} | options
+    return PairEncoder(tokenizer, **options).encode_rows([PreferenceRow(prompt, chosen, rejected, 1)])[0]
+
+
+@pytest.mark.parametrize("kind", ["byte", "pieces"])
+@pytest.mark.parametrize(
+    ("template", "prompt", "completion"),
+    [
+        (CHATML, "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", " Yes <|im_end|>"),
+        (WITH_BOS_AND_EOS, "<s>[INST] Hi [/INST]", " Yes </s>"),
+    ],
+)
+def test_an_answer_ends_with_the_templates_own_token(kind: str, template: str, prompt: str, completion: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    tokenizer.chat_template = template
+    pair = encoded(tokenizer, chat("Hi"), [{"role": "assistant", "content": " Yes "}])
+    assert tokenizer.decode(pair.chosen_ids).lstrip() == completion.lstrip()
+    own = tokenizer.apply_chat_template(chat("Hi"), add_generation_prompt=True, return_dict=False)
+    assert pair.prompt_ids == own == encode_prompt(tokenizer, chat("Hi"))
+    assert pair.prompt_ids.count(end_of(tokenizer, "<s>")) == prompt.count("<s>")
+    assert pair.chosen_ids[-1] == end_of(tokenizer, "<|im_end|>" if "im_end" in template else "</s>")
+    if kind == "byte":
+        assert tokenizer.decode(pair.prompt_ids + pair.chosen_ids) == prompt + completion
+
+
+def test_several_turns_are_rendered_as_one_conversation() -> None:
+    tokenizer = tokenizer_of("byte")
+    tokenizer.chat_template = CHATML
+    pair = encoded(tokenizer, chat("a", "b", "c"), [{"role": "assistant", "content": "d"}])
+    turn = "<|im_start|>{}\n{}<|im_end|>\n"
+    start = turn.format("user", "a") + turn.format("assistant", "b") + turn.format("user", "c")
+    assert tokenizer.decode(pair.prompt_ids) == start + "<|im_start|>assistant\n"
+    assert tokenizer.decode(pair.chosen_ids) == "d<|im_end|>"
+
+
+def test_conversations_without_a_template_name_the_setting() -> None:
+    with pytest.raises(UserError, match="no chat template: give one with model.chat_template"):
+        encoded(tokenizer_of("byte"), chat("Hi"), chat("", "Yes")[1:])
+    with pytest.raises(UserError, match="no chat template"):
+        encode_prompt(tokenizer_of("byte"), chat("Hi"))
+
+
+def test_a_template_that_cannot_be_trained_on_is_refused() -> None:
+    for template, reason in ((NO_END, "no end-of-turn token"), (OTHER_START, "another beginning before an answer")):
+        with pytest.raises(UserError, match=f"{reason}.*model.chat_template"):
+            encoded(tokenizer_of("byte"), chat("Hi"), chat("", "Yes")[1:], chat_template=template)
+
+
+def test_a_conversation_the_template_refuses_is_a_bad_row() -> None:
+    tokenizer = tokenizer_of("byte")
+    system = [{"role": "system", "content": "x"}, *chat("Hi")]
+    pair = encoded(tokenizer, system, chat("", "Yes")[1:], chat_template=WITH_BOS_AND_EOS)
+    assert pair.problems[0].kind == "chat template does not fit" and "no system role" in pair.problems[0].detail
+    with pytest.raises(UserError, match="refuses a conversation: no system role"):
+        encode_prompt(tokenizer, system, chat_template=WITH_BOS_AND_EOS)
+    first = CHATML.replace("{% for", "{% if messages|length == 4 %}!{% endif %}{% for", 1)
+    last = CHATML + "{% if messages|length == 4 %}!{% endif %}"
+    for template, reason in ((first, "does not start with its rendered prompt"), (last, "does not end as other")):
+        pair = encoded(tokenizer, chat("a", "b", "c"), chat("", "Yes")[1:], chat_template=template)
+        assert reason in pair.problems[0].detail
+
+
+def test_a_template_is_text_or_a_file(tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_text(CHATML)
+    assert read_chat_template(CHATML) == read_chat_template(str(tmp_path / "chat.jinja")) == CHATML
+    with pytest.raises(UserError, match="model.chat_template 'absent.jinja': neither template text nor"):
+        read_chat_template("absent.jinja")
+
+
+def test_completions_lose_their_end_where_the_pair_is_too_long() -> None:
+    tokenizer = tokenizer_of("byte")
+    pair = encoded(tokenizer, "12345", "abcdefgh", "ab", max_length=10)
+    assert tokenizer.decode(pair.prompt_ids) == "12345" and tokenizer.decode(pair.chosen_ids) == "abcde"
+    assert tokenizer.decode(pair.rejected_ids) == "ab</s>" and pair.completions_cut == 1
+    assert [note.kind for note in pair.notes] == ["longer than max_length"] and not pair.problems
+
+
+def test_the_end_token_counts_and_a_pair_that_fits_is_whole() -> None:
+    tokenizer = tokenizer_of("byte")
+    for max_length, cut in ((9, 0), (8, 1)):
+        pair = encoded(tokenizer, "12345", "abc", "a", max_length=max_length, max_prompt_length=None)
+        assert pair.completions_cut == cut == len(pair.notes)
+    pair = encoded(tokenizer, "12345", "abc", "a", max_length=9, max_prompt_length=2)
+    assert tokenizer.decode(pair.prompt_ids) == "12345" and not pair.prompt_cut and not pair.notes
+
+
+def test_prompts_lose_their_start_first_but_no_more_than_is_needed() -> None:
+    tokenizer = tokenizer_of("byte")
+    pair = encoded(tokenizer, "123456", "abc", "a", max_length=9, max_prompt_length=2)
+    assert tokenizer.decode(pair.prompt_ids) == "23456" and pair.prompt_cut and not pair.completions_cut
+    pair = encoded(tokenizer, "123456", "abcdefgh", "a", max_length=9, max_prompt_length=4)
+    assert tokenizer.decode(pair.prompt_ids) == "3456" and tokenizer.decode(pair.chosen_ids) == "abcde"
+    pair = encoded(tokenizer, "1" * 20, "abc", "a", max_length=9, max_prompt_length=4)
+    assert not pair.problems and [note.kind for note in pair.notes] == [
+        "longer than max_length", "prompt alone max_length or more",
+    ]  # fmt: skip
+    assert len(pair.prompt_ids) == 5 and tokenizer.decode(pair.chosen_ids) == "abc</s>"
+
+
+def test_a_bos_stays_when_its_prompt_is_cut() -> None:
+    tokenizer = tokenizer_of("pieces")
+    pair = encoded(tokenizer, "sssshi", "nnnnnnnn", "n", max_length=6, max_prompt_length=3)
+    assert tokenizer.convert_ids_to_tokens(pair.prompt_ids) == ["<s>", "h", "i"]
+    pair = encoded(tokenizer, "sssshi", "nnnnnnnn", "n", max_length=6, max_prompt_length=1)
+    assert tokenizer.convert_ids_to_tokens(pair.prompt_ids) == ["i"]
+
+
+def test_a_prompt_that_leaves_no_room_is_bad() -> None:
+    tokenizer = tokenizer_of("byte")
+    for length, bad in ((8, True), (9, False)):
+        pair = encoded(tokenizer, "12345678", "abc", "b", max_length=length)
+        assert [problem.kind for problem in pair.problems] == ["prompt alone max_length or more"] * bad
+        assert bad or (len(pair.chosen_ids) == len(pair.rejected_ids) == 1)
+
+
+def test_completions_that_differ_beyond_the_cut_alone_are_bad() -> None:
+    pair = encoded(tokenizer_of("byte"), "12345", "abcdefgh", "abcdefgx", max_length=10)
+    assert [problem.kind for problem in pair.problems] == ["chosen == rejected after truncation"]
+    assert not encoded(tokenizer_of("byte"), "12345", "abcdefgh", "abcdxfgh", max_length=10).problems
+    same = encoded(tokenizer_of("byte"), "12345", "abcdefgh", "abcdefgh", max_length=10)
+    assert not same.problems  # counted as chosen == rejected already, where the text was read
+
+
+def test_impossible_lengths_are_refused() -> None:
+    with pytest.raises(UserError, match="data.max_length 1: must be 2 or more"):
+        PairEncoder(tokenizer_of("byte"), max_length=1)
+    for limit in (0, 8):
+        with pytest.raises(UserError, match=f"data.max_prompt_length {limit}: must be at least 1 and less than"):
+            PairEncoder(tokenizer_of("byte"), max_length=8, max_prompt_length=limit)

@@ -1,0 +1,163 @@
+"""Formats: each schema gives the same preference, and every oddity of a row is named by its kind."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo.data.formats import content_of, convert, detect_format
+from dpo.errors import UserError
+from dpo.types import PreferenceRow
+
+HH = {"chosen": "\n\nHuman: Hi\n\nAssistant: Yes", "rejected": "\n\nHuman: Hi\n\nAssistant: No"}
+PLAIN = {"prompt": "Hi", "chosen": " Yes", "rejected": " No"}
+USER = {"role": "user", "content": "Hi"}
+YES, NO = {"role": "assistant", "content": "Yes"}, {"role": "assistant", "content": "No"}
+SYSTEM = {"role": "system", "content": "Be brief"}
+CONVERSATIONS: dict[str, dict[str, Any]] = {
+    "explicit": {"prompt": [USER], "chosen": [YES], "rejected": [NO]},
+    "explicit, prompt repeated": {"prompt": [USER], "chosen": [USER, YES], "rejected": [USER, NO]},
+    "implicit": {"chosen": [USER, YES], "rejected": [USER, NO]},
+    "UltraFeedback-binarized": {"prompt": "Hi", "chosen": [USER, YES], "rejected": [USER, NO], "score_chosen": 1.0},
+    "prompt string": {"prompt": "Hi", "chosen": [YES], "rejected": [NO]},
+    "answer strings": {"prompt": [USER], "chosen": "Yes", "rejected": "No"},
+    "single messages": {"prompt": [USER], "chosen": YES, "rejected": NO},
+    "LLaMA-Factory": {
+        "conversations": [{"from": "human", "value": "Hi"}],
+        "chosen": {"from": "gpt", "value": "Yes"},
+        "rejected": {"from": "gpt", "value": "No"},
+    },
+}
+
+
+def kinds(row: dict[str, Any], form: str) -> set[str]:
+    return {problem.kind for problem in convert(row, form, 1)[1]}
+
+
+def test_hh_transcripts_are_split_at_the_last_assistant_turn() -> None:
+    start = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    row, problems = convert({"chosen": start + " d", "rejected": start + " e\nf"}, "hh", 7)
+    assert row == PreferenceRow(prompt=start, chosen=" d", rejected=" e\nf", row=7) and problems == []
+
+
+def test_plain_strings_are_taken_as_they_are() -> None:
+    assert convert(PLAIN, "prompt", 3) == (PreferenceRow("Hi", " Yes", " No", 3), [])
+
+
+@pytest.mark.parametrize("form", CONVERSATIONS)
+def test_every_form_of_conversation_gives_the_same_preference(form: str) -> None:
+    assert detect_format([CONVERSATIONS[form]]) == "conversation"
+    assert convert(CONVERSATIONS[form], "conversation", 1) == (PreferenceRow([USER], [YES], [NO], 1), [])
+
+
+def test_implicit_prompts_keep_the_system_message_and_earlier_turns() -> None:
+    start = [SYSTEM, USER, YES, USER]
+    row, problems = convert({"prompt": "Hi", "chosen": [*start, YES], "rejected": [*start, NO]}, "conversation", 1)
+    assert row == PreferenceRow(start, [YES], [NO], 1) and not problems
+    row, _ = convert({"prompt": [USER], "system": "Be brief", "chosen": [YES], "rejected": [NO]}, "conversation", 1)
+    assert row and row.prompt == [SYSTEM, USER]
+
+
+def test_the_format_is_told_by_most_of_the_first_rows() -> None:
+    assert detect_format([HH]) == "hh"
+    assert detect_format([PLAIN]) == "prompt"
+    assert detect_format([{"chosen": 3}, {"chosen": "x", "rejected": ""}, HH]) == "hh"
+    assert detect_format([{**PLAIN, "prompt": None, "chosen": HH["chosen"]}, PLAIN, PLAIN]) == "prompt"
+
+
+def test_an_unknown_schema_names_its_columns_and_the_forms_accepted() -> None:
+    with pytest.raises(UserError) as caught:
+        detect_format([{"question": "q", "answer": "a"}, {"score": 1}], "file.jsonl")
+    message = str(caught.value)
+    assert message.startswith("file.jsonl: no known preference format; columns found: answer, question, score; accep")
+    assert all(name in message for name in ("hh (", "prompt (", "conversation (")) and "\n" not in message
+    with pytest.raises(UserError, match="columns found: chosen, rejected"):
+        detect_format([{"chosen": "no transcript", "rejected": "no prompt"}])
+
+
+@pytest.mark.parametrize(
+    ("kind", "form", "row"),
+    [
+        ("missing field", "hh", {"chosen": HH["chosen"]}),
+        ("missing field", "prompt", {**PLAIN, "rejected": None}),
+        ("missing field", "prompt", {}),
+        ("missing field", "conversation", {"prompt": [USER], "chosen": [YES]}),
+        ("not a string", "hh", {**HH, "rejected": 3}),
+        ("not a string", "prompt", {**PLAIN, "chosen": True}),
+        ("not a string", "conversation", {"chosen": 5, "rejected": [NO]}),
+        ("not a string", "conversation", {"prompt": [USER], "chosen": [{**YES, "content": None}], "rejected": [NO]}),
+        ("not a list of role/content messages", "conversation", {"chosen": [], "rejected": [NO]}),
+        ("not a list of role/content messages", "conversation", {"chosen": ["x"], "rejected": [NO]}),
+        ("not a list of role/content messages", "conversation", {"chosen": [{"text": "x"}], "rejected": [NO]}),
+        ("no Assistant turn", "hh", {**HH, "chosen": "Hi"}),
+        ("no Assistant turn", "conversation", {"chosen": [USER, YES, USER], "rejected": [USER, NO]}),
+    ],
+)
+def test_a_row_that_is_no_preference_has_one_problem(kind: str, form: str, row: dict[str, Any]) -> None:
+    preference, problems = convert(row, form, 1)
+    assert preference is None and [problem.kind for problem in problems] == [kind]
+    assert problems[0].detail and "\n" not in problems[0].detail
+
+
+@pytest.mark.parametrize(
+    ("kind", "form", "change"),
+    [
+        ("chosen == rejected", "hh", {"rejected": HH["chosen"]}),
+        ("chosen == rejected", "prompt", {"rejected": " Yes"}),
+        ("chosen == rejected", "conversation", {"rejected": [USER, YES]}),
+        ("empty response", "hh", {"rejected": "\n\nHuman: Hi\n\nAssistant: "}),
+        ("empty response", "prompt", {"chosen": ""}),
+        ("empty response", "conversation", {"chosen": [USER, {"role": "assistant", "content": " \n"}]}),
+        ("prompts differ", "hh", {"rejected": "\n\nHuman: Ho\n\nAssistant: No"}),
+        ("prompts differ", "conversation", {"rejected": [SYSTEM, USER, NO]}),
+        ("completion holds a further Human turn", "hh", {"rejected": HH["rejected"] + "\n\nHuman: more"}),
+        ("empty prompt", "prompt", {"prompt": " "}),
+        ("empty prompt", "conversation", {"chosen": [YES], "rejected": [NO]}),
+        ("contains NUL", "prompt", {"chosen": "a\x00b"}),
+        ("broken Unicode", "prompt", {"rejected": "a\ud83d"}),
+    ],
+)
+def test_an_odd_row_is_kept_with_its_kind(kind: str, form: str, change: dict[str, Any]) -> None:
+    good: dict[str, dict[str, Any]] = {"hh": HH, "prompt": PLAIN, "conversation": CONVERSATIONS["implicit"]}
+    assert kinds(good[form], form) == set()
+    preference, _ = convert({**good[form], **change}, form, 1)
+    assert preference is not None and kinds({**good[form], **change}, form) == {kind}
+
+
+def test_a_row_has_every_kind_that_fits() -> None:
+    row = {"chosen": "\n\nHuman: a\n\nAssistant: ", "rejected": "\n\nHuman: b\n\nAssistant: x\n\nHuman: \x00"}
+    assert kinds(row, "hh") == {
+        "empty response", "prompts differ", "completion holds a further Human turn", "contains NUL",
+    }  # fmt: skip
+
+
+def test_only_a_dialogue_has_human_turns() -> None:
+    text = {"chosen": "a\n\nHuman: b", "rejected": "c"}
+    assert kinds({"prompt": "Write a play.", **text}, "prompt") == set()
+    assert kinds({"prompt": "\n\nHuman: Hi\n\nAssistant:", **text}, "prompt") == {
+        "completion holds a further Human turn"
+    }
+    row = {"prompt": [USER], "chosen": [YES, USER, YES], "rejected": [NO]}
+    assert kinds(row, "conversation") == {"completion holds a further Human turn"}
+
+
+def test_the_text_of_messages_is_their_contents() -> None:
+    assert content_of("a") == "a" and content_of([USER, YES]) == "HiYes"
+
+
+def test_real_conversations_are_read_whole(shared_data: Path) -> None:
+    rows = json.loads(gzip.decompress((shared_data / "llamafactory-dpo-en-demo/dpo_en_demo.json.gz").read_bytes()))
+    assert detect_format(rows[:100]) == "conversation"
+    found = [convert(row, "conversation", number) for number, row in enumerate(rows, start=1)]
+    assert all(row for row, _ in found) and not [problems for _, problems in found if problems]
+    assert sum(row.prompt[0]["role"] == "system" for row, _ in found if row) == 80  # type: ignore[index]
+
+
+def test_votes_are_no_preference_format(shared_data: Path) -> None:
+    rows = json.loads(gzip.decompress((shared_data / "pandalm-testset/testset-v1.json.gz").read_bytes()))
+    with pytest.raises(UserError, match="columns found: annotator1, annotator2, annotator3, cmp_key, idx, input"):
+        detect_format(rows[:100])
