@@ -7,7 +7,7 @@ import difflib
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -45,6 +45,7 @@ def _parser(recipe: str | None) -> ArgumentParser:
         prog="train_dpo.py",
         description="Direct Preference Optimization of a Hugging Face causal language model.",
         exit_on_error=False,
+        allow_abbrev=False,
         default_config_files=[recipe] if recipe else [],
     )
     parser.add_argument("--config", help="DeepSpeed JSON: memory and communication, e.g. ds_configs/zero2.json")
@@ -59,74 +60,99 @@ def _parser(recipe: str | None) -> ArgumentParser:
 
 
 def _first_pass(argv: list[str]) -> tuple[str | None, bool]:
-    """The recipe named in argv, and whether argv itself names a model or data."""
+    """The recipe named in argv, and whether argv itself names a model or data, or only asks for help."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--recipe")
-    early.add_argument("--model.policy", dest="policy")
-    early.add_argument("--data.train", dest="data")
-    try:
-        known, _ = early.parse_known_args(argv)
-    except SystemExit:
-        return None, True
-    return known.recipe, known.policy is not None or known.data is not None
+    early.add_argument("--recipe", nargs="?")
+    early.add_argument("--model.policy", dest="policy", nargs="?")
+    early.add_argument("--data.train", dest="data", nargs="?")
+    known, _ = early.parse_known_args(argv)
+    asks_for_help = "-h" in argv or "--help" in argv
+    return known.recipe, known.policy is not None or known.data is not None or asks_for_help
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key given twice, where YAML would take the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                mark = node.value[index][0].start_mark
+                raise yaml.MarkedYAMLError(problem=f"{name} is given twice; keep one", problem_mark=mark)
+        return super().construct_mapping(node, deep)
 
 
 def _check_recipe(path: str) -> None:
+    """Refuse what is no recipe: not YAML, not sections, not our keys."""
     if not Path(path).is_file():
         raise UserError(f"--recipe {path}: no such file; the recipes that come with the project are in recipes/")
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--recipe {path}: not valid YAML: {_one_line(str(error))}") from None
-    if content is None:
-        return
-    if not isinstance(content, dict):
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else str(error)
+        raise UserError(f"--recipe {path}: not valid YAML: {_one_line(where)}") from None
+    if not isinstance(content, dict | None):
         raise UserError(f"--recipe {path}: expected sections such as 'train:', got {type(content).__name__}")
-    for section, keys in content.items():
-        if section in {f.name for f in fields(Config)} and not isinstance(keys, dict):
-            raise UserError(f"--recipe {path}: section {section} must hold keys, got {keys!r}")
+    for section, values in (content or {}).items():
+        is_section = section in {f.name for f in fields(Config)}
+        if is_section and not isinstance(values, dict):
+            raise UserError(f"--recipe {path}: section {section} must hold keys, got {values!r}; mend or remove it")
+        for name in [f"{section}.{key}" for key in values] if isinstance(values, dict) else [str(section)]:
+            if name not in _keys():
+                raise UserError(f"--recipe {path}: {_unknown(name, _keys())}")
 
 
 def _one_line(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
-def _known_keys(parser: ArgumentParser) -> list[str]:
-    return [a.dest for a in parser._actions if a.dest not in ("help", "local_rank")]
+def _keys() -> list[str]:
+    sections = get_type_hints(Config)
+    return [f"{name}.{key.name}" for name, section in sections.items() for key in fields(section)]
 
 
-def _explain(parser: ArgumentParser, error: Exception, source: str) -> str:
+def _unknown(name: str, keys: list[str]) -> str:
+    close = difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}?" if close else "python train_dpo.py --help lists all keys"
+    return f"unknown key {name}; {hint}"
+
+
+def _explain(parser: ArgumentParser, error: Exception) -> str:
     """Turn the parser's message into one line that names key, value and fix."""
     text = str(error)
-    unknown = (
-        re.search(r"unrecognized arguments: --([\w.]+)", text)
-        or re.search(r"Option '([\w.]+)' is not accepted", text)
-    )
-    in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text)
-    name = unknown.group(1) if unknown else f"{in_group.group(1)}.{in_group.group(2)}" if in_group else None
-    if name is not None:
-        close = difflib.get_close_matches(name, _known_keys(parser), n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]}?" if close else "python train_dpo.py --help lists all keys"
-        return f"{source}unknown key {name}; {hint}"
-    wrong = re.search(r'Parser key "([\w.]+)":(.*)', text, re.DOTALL)
-    if wrong:
+    if unknown := re.search(r"unrecognized arguments: (--)?(\S+)", text):
+        name = unknown.group(2).split("=")[0]
+        if unknown.group(1):
+            return _unknown(name, [*_keys(), "config", "recipe", "dry_run", "prepare_only"])
+        return f"unknown argument {name}; settings are given as --section.key VALUE"
+    if wrong := re.search(r'Parser key "([\w.]+)":(.*)', text, re.DOTALL):
         key, rest = wrong.groups()
-        value = re.search(r"(?:Got value|Given value): (.*)", rest)
-        action = next((a for a in parser._actions if a.dest == key), None)
-        got = value.group(1).strip() if value else "something else"
-        return f"{source}{key} is {got}; use {_type_name(action)}"
-    return source + _one_line(text)
+        value = re.search(r"(?:Got value|Given value): (.*)|Unable to load config '(.*)'", rest)
+        got = next(filter(None, value.groups()), "''") if value else "something else"
+        hint = next((getattr(a, "_typehint", None) for a in parser._actions if a.dest == key), None)
+        return f"{key} is {got}; use {_type_name(hint) if hint else f'its keys, as in --{key}.KEY VALUE'}"
+    return _one_line(text)
 
 
-def _type_name(action: Any) -> str:
-    help_text = str(getattr(action, "help", "") or "")
-    if action is not None and action.choices:
-        return " or ".join(map(str, action.choices))
-    hint = getattr(action, "_typehint", None) or getattr(action, "type", None)
-    text = getattr(hint, "__name__", None) if not hasattr(hint, "__args__") else str(hint)
-    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-    text = words.get(str(text), str(text or help_text))
-    return re.sub(r"typing\.|<class '(\w+)'>", r"\1", text).replace("Literal", "one of ")
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", ...: "..."}
+
+
+def _type_name(hint: Any) -> str:
+    """What a user may write for a setting of this type."""
+    if hint in _WORDS:
+        return _WORDS[hint]
+    if get_origin(hint) is Literal:
+        return " or ".join(map(str, get_args(hint)))
+    names = [_type_name(part) for part in get_args(hint) if part is not type(None)]
+    return f"[{', '.join(names)}]" if get_origin(hint) is tuple else " or ".join(names)
+
+
+def _refuse_null(parser: ArgumentParser, parsed: Any) -> None:
+    """The parser lets null pass everywhere; only a setting that is null by default may be."""
+    for action in parser._actions:
+        if "." in action.dest and action.default is not None and parsed[action.dest] is None:
+            raise ValueError(f"{action.dest} is null; use {_type_name(getattr(action, '_typehint', None))}")
 
 
 def parse(argv: list[str]) -> Command:
@@ -149,10 +175,11 @@ def parse(argv: list[str]) -> Command:
     parser = _parser(recipe)
     try:
         parsed = parser.parse_args(argv)
+        _refuse_null(parser, parsed)
         values = parser.instantiate(parsed)
         config = Config(**{f.name: getattr(values, f.name) for f in fields(Config)})
     except (ArgumentError, ValueError, TypeError) as error:
-        raise UserError(_explain(parser, error, "")) from None
+        raise UserError(_explain(parser, error)) from None
     return Command(
         config=config,
         deepspeed_json=values.config,

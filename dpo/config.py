@@ -35,7 +35,7 @@ class ModelConfig:
     attention: Literal["auto", "sdpa"] = "auto"
     """Kernel behind packed and prefix-shared attention."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
-    """Recompute activations in backward: less memory, about a quarter more time. auto: on a GPU above 2e9 parameters."""
+    """Recompute activations in backward: less memory, about a quarter more time. auto: on a GPU, above 2e9 weights."""
     chat_template: str | None = None
     """Chat template (text or file) for conversations when the tokenizer has none."""
     trust_remote_code: bool = False
@@ -75,7 +75,7 @@ class DataConfig:
     max_length: int | None = None
     """Longest prompt + completion in tokens; default: 1024, or the model's context if that is shorter."""
     max_prompt_length: int | None = None
-    """Prompts longer than this lose their beginning; default: no own limit."""
+    """In pairs longer than max_length the prompt loses its start down to this; default: half of max_length."""
     train_limit: int | None = None
     """Use only the first rows of the training split."""
     validation_limit: int | None = None
@@ -110,7 +110,7 @@ class LossConfig:
     """The objective; formulas in docs/objectives.md."""
 
     name: LossName = "sigmoid"
-    """sigmoid: DPO. hinge: SLiC. ipo: log-ratios averaged over tokens (as TRL). ipo_sum: summed (as the paper's code)."""
+    """sigmoid: DPO. hinge: SLiC. ipo: log-ratios averaged over tokens (as TRL). ipo_sum: summed (as the paper)."""
     beta: float = 0.1
     """Strength of the pull towards the reference, > 0."""
     label_smoothing: float = 0.0
@@ -194,7 +194,7 @@ class TrainConfig:
     micro_batch_size: int | None = None
     """At most this many pairs per forward pass; default: as many as tokens_per_micro_batch allows."""
     tokens_per_micro_batch: Literal["auto"] | int = "auto"
-    """Tokens per forward pass of one GPU; changes speed and memory, never the result. auto: 16384 on a GPU, 4096 on a CPU."""
+    """Tokens per forward pass of one GPU; changes speed and memory alone. auto: 16384 on a GPU, 4096 on a CPU."""
     layout: Literal["shared", "packed", "padded"] = "shared"
     """shared: a pair's prompt is computed once; packed: no padding; padded: one sequence a row."""
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
@@ -220,7 +220,8 @@ class TrainConfig:
                 value is None or isinstance(value, str) or value >= 1,
                 f"train.{key} is {value}; use a whole number of at least 1",
             )
-        _require(self.sft_epochs >= 0, f"train.sft_epochs is {self.sft_epochs}; use 0 or more")
+        for key in ("sft_epochs", "seed"):
+            _require(getattr(self, key) >= 0, f"train.{key} is {getattr(self, key)}; use 0 or more")
         _require(bool(self.output_dir), "train.output_dir is empty; name a folder")
 
 

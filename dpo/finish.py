@@ -59,7 +59,8 @@ def _closing(setup: Setup, tracker: Tracker) -> None:
     if source == "builtin:world" and len(samples) > 1:
         found = world_rewards(samples)
         rows.append(["reward of greedy answers", f"{found['reference']:.4f}", f"{found['policy']:.4f}"])
-        tracker.say(f"greedy answers to {len(samples)} held-out prompts: {found['parsed']:.0%} parse, p = {found['p']:.1e}")
+        shares = f"{found['parsed']:.0%} parse, p = {found['p']:.1e}"
+        tracker.say(f"greedy answers to {len(samples)} held-out prompts: {shares}")
     tracker.table("DPO: before and after", rows)
     tracker.say(f"weights {run}/final, curves {run}/training_metrics.png, answers {run}/samples.jsonl")
     total = setup.total_steps

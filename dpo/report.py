@@ -89,6 +89,7 @@ def model_card(config: dict[str, Any], lines: list[dict[str, Any]], versions: di
         f" (Rafailov et al. 2023, arXiv:2305.18290).\n\n{table}\n\n"
         f"Accuracy: share of pairs whose chosen completion gained more log-probability over the reference than the"
         f" rejected one; a tie counts one half.\n\n"
-        f"<details><summary>Settings</summary>\n\n```yaml\n{yaml.safe_dump(config, sort_keys=False)}```\n\n</details>\n\n"
+        f"<details><summary>Settings</summary>\n\n```yaml\n{yaml.safe_dump(config, sort_keys=False)}```\n\n"
+        f"</details>\n\n"
         f"Made with {', '.join(f'{k} {v}' for k, v in versions.items())}.\n"
     )

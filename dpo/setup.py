@@ -14,7 +14,7 @@ from dpo.config import Config, check_world_size
 from dpo.data.loader import Loader
 from dpo.data.planner import Epochs, Layout
 from dpo.data.sources import validation_split_of
-from dpo.data.tokenize import TokenizedPairs, prepare_pairs
+from dpo.data.tokenize import TokenizedPairs, prepare_pairs, read_chat_template
 from dpo.errors import UserError
 from dpo.model import load
 from dpo.model.check import settle, use_layout
@@ -139,7 +139,7 @@ def _longest(config: Config, model_config: Any) -> int:
     if wanted is None:
         return min(1024, context or 1024)
     if context is not None and wanted > context:
-        raise UserError(f"data.max_length is {wanted} but the model's context is {context} tokens; use at most {context}")
+        raise UserError(f"data.max_length is {wanted}, the model's context {context} tokens; use at most {context}")
     return wanted
 
 
@@ -161,7 +161,7 @@ def _data(config: Config, tokenizer: Any, longest: int) -> tuple[TokenizedPairs,
     def prepared(path: str, split: str, limit: int | None) -> tuple[TokenizedPairs, list[str]]:
         pairs, report = prepare_pairs(
             path, tokenizer, subset=data.subset, data_dir=data.data_dir, revision=data.revision, split=split,
-            format=data.format, limit=limit, max_length=longest, max_prompt_length=data.max_prompt_length,
+            format=data.format, limit=limit, max_length=longest, max_prompt_length=data.max_prompt_length or longest // 2,
             on_bad_row=data.on_bad_row, chat_template=config.model.chat_template, workers=data.workers,
             cache_dir=data.cache_folder,
         )
@@ -207,6 +207,8 @@ def prepare(config: Config, world: World, deepspeed_json: str | None) -> Setup:
         tokenizer = load.load_tokenizer(
             model.tokenizer or model.policy, revision=model.revision if own else None, trust_remote_code=trust
         )
+        if model.chat_template is not None:
+            tokenizer.chat_template = read_chat_template(model.chat_template)  # final/ takes it along
         vocabulary = model_config.get_text_config().vocab_size
         if len(tokenizer) > vocabulary:
             raise UserError(
@@ -268,7 +270,8 @@ def start_policy(setup: Setup, path: str, model: Any = None) -> Policy:
     )
     notes += given_up
     attention = "one causal call per row" if layout == "padded" else "sdpa per segment"
-    notes.append(f"layout: {layout}; attention: {attention}; {_count(model) / 1e6:.1f}M parameters in {setup.precision}")
+    size = f"{_count(model) / 1e6:.1f}M parameters in {setup.precision}"
+    notes.append(f"layout: {layout}; attention: {attention}; {size}")
     return Policy(engine, scorer, layout, notes)
 
 

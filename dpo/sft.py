@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from dpo.data.planner import num_tokens
+from dpo.data.planner import Layout, num_tokens
 from dpo.export import write_weights
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import sum_over_ranks
@@ -40,7 +40,7 @@ def run_sft(setup: Setup, tracker: Tracker) -> None:
 def _train(setup: Setup, policy: Policy, tracker: Tracker) -> None:
     config, world = setup.config, setup.world
     # One causal call per row serves a model that cannot attend in segments; else chosen sequences are packed.
-    layout = "padded_chosen" if policy.layout == "padded" else "chosen"
+    layout: Layout = "padded_chosen" if policy.layout == "padded" else "chosen"
     loader = setup.loader(setup.train_pairs, layout)
     total = config.train.sft_epochs * setup.epochs.steps_per_epoch
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -20,6 +22,7 @@ from dpo.evaluate import evaluate
 from dpo.export import write_weights
 from dpo.finish import closing, take_samples
 from dpo.model.forward import pair_logps
+from dpo.model.load import fetch_weights
 from dpo.model.reference import remembered
 from dpo.objective.losses import Loss, make_loss
 from dpo.objective.metrics import averages, sums
@@ -33,6 +36,7 @@ from dpo.runtime.tracking import Recorder, Silent, Tracker, keep_lines, read_lin
 from dpo.setup import FrozenReference, Policy, Setup, prepare, start_models
 from dpo.sft import run_sft
 from dpo.start import check_start
+from dpo.types import PackedBatch
 
 
 @dataclass
@@ -93,6 +97,7 @@ def train(command: Command) -> None:
     checkpoint.check_run(config, world)
     setup = prepare(config, world, command.deepspeed_json)
     if command.prepare_only:
+        distributed.main_first(world, lambda: fetch_weights(config.model.policy or "", revision=config.model.revision))
         show_plan(setup, command)
         return
     sft_is_done = (setup.run / "reference").is_dir()
@@ -139,7 +144,7 @@ def _tracker(setup: Setup) -> Tracker:
     return Recorder(setup.run, to_dict(config), config.log.backends)
 
 
-def _keep(setup: Setup, keep) -> None:
+def _keep(setup: Setup, keep: Callable[[dict[str, Any]], bool]) -> None:
     distributed.only_main(setup.world, lambda: keep_lines(setup.run, keep))
 
 
@@ -161,7 +166,9 @@ def _train_dpo(
     loss = make_loss(config.loss.name, config.loss.beta, config.loss.label_smoothing)
     loader = setup.loader(setup.train_pairs, policy.layout)
     per_epoch = setup.epochs.steps_per_epoch
-    validation = [] if setup.validation_pairs is None else whole_pass(setup.loader(setup.validation_pairs, policy.layout))
+    validation: list[PackedBatch] = []
+    if setup.validation_pairs is not None:
+        validation = whole_pass(setup.loader(setup.validation_pairs, policy.layout))
     known_reference = remembered(reference.logps)
 
     def evaluate_after(step: int) -> None:
@@ -204,7 +211,13 @@ def _sample_every(every: int | str, total: int) -> int | str:
 
 
 def _step(
-    setup: Setup, policy: Policy, reference: FrozenReference, loss: Loss, work: StepBatches, lr: float, meter: Meter
+    setup: Setup,
+    policy: Policy,
+    reference: FrozenReference,
+    loss: Loss,
+    work: StepBatches,
+    lr: float,
+    meter: Meter,
 ) -> None:
     """One optimizer step: the mean loss over the pairs of the global batch."""
     world, started = setup.world, time.perf_counter()

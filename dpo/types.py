@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -122,9 +122,10 @@ class PackedBatch:
         return self.input_ids.numel() - self.num_useful_tokens if self.num_rows > 1 else 0
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
-        return replace(
-            self, **{f.name: change(getattr(self, f.name)) for f in fields(self) if f.type in ("Tensor", Tensor)}
-        )
+        changed: dict[str, Any] = {
+            f.name: change(getattr(self, f.name)) for f in fields(self) if f.type in ("Tensor", Tensor)
+        }
+        return replace(self, **changed)
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Return the batch with its tensors on `device`; copies overlap compute when the source is pinned."""

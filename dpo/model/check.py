@@ -19,7 +19,9 @@ from dpo.model.forward import Scorer, own_logits_logps
 from dpo.types import TokenizedPair
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
-"""Largest difference, nats per completion token, that is rounding and not another model (fp64: layers round to fp32 within)."""
+"""Largest difference, nats per completion token, that is rounding and not another model.
+
+In fp64 it is 1e-5, since norms and softmax of some models round to fp32 within."""
 
 
 def use_layout(scorer: Scorer, layout: Layout, own_head: bool = False) -> None:
@@ -54,7 +56,9 @@ def _complaint(scorer: Scorer, layout: Layout, own_head: bool, pair: TokenizedPa
     return f"log-probs differ from the model's own by {difference:.2g} nats a token (limit {limit:g})"
 
 
-def settle(scorer: Scorer, layout: Layout, pair: TokenizedPair, longest: int, device: torch.device) -> tuple[Layout, list[str]]:
+def settle(
+    scorer: Scorer, layout: Layout, pair: TokenizedPair, longest: int, device: torch.device
+) -> tuple[Layout, list[str]]:
     """Choose layout and head for a model and leave the scorer set to them.
 
     Args:

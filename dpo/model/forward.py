@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo.model import attention
 from dpo.model.head import CHUNK_ROWS, Head, logps_of_logits
 from dpo.types import PackedBatch, PairLogps, TokenizedPair
 

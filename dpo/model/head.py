@@ -71,7 +71,7 @@ class Head(nn.Module):
 
     def __init__(self, output_layer: nn.Module, chunk_rows: int = CHUNK_ROWS) -> None:
         super().__init__()
-        self.weight = output_layer.weight
+        self.weight: nn.Parameter = output_layer.weight  # type: ignore[assignment]
         self.bias = getattr(output_layer, "bias", None)
         self.chunk_rows = chunk_rows
 

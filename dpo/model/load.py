@@ -36,7 +36,9 @@ def _explain(what: str, path: str, error: Exception) -> UserError:
     )
 
 
-def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a model.
 
     Raises:
@@ -73,7 +75,8 @@ def fetch_weights(path: str, *, revision: str | None = None) -> None:
     if path == BUILTIN or Path(path).is_dir():
         return
     try:
-        snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
+        kinds = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+        snapshot_download(path, revision=revision, allow_patterns=kinds)
     except (OSError, ValueError) as error:
         raise _explain("model.policy", path, error) from None
 

@@ -1,4 +1,4 @@
-"""What is reported of pairs: sums on the device, merged over micro-batches and ranks, divided once when a line is logged.
+"""What is reported of pairs: sums on the device, merged over micro-batches and ranks, divided once a log line.
 
 A mean of means would weigh a rank's pairs by how many it happened to get; sums and one count do not.
 """

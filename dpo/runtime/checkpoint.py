@@ -110,12 +110,13 @@ def _check_run(config: Config) -> None:
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
         raise UserError(f"{path} is not the settings of a run; name another train.output_dir") from None
     new = _flat(to_dict(config))
-    for key in sorted(old.keys() | new.keys()):
-        if key not in MAY_CHANGE and old.get(key) != new.get(key):
-            raise UserError(
-                f"train.output_dir {run} holds another run: {key} was {old.get(key)!r}, now {new.get(key)!r};"
-                f" name another folder, or give the old value to continue"
-            )
+    changed = [key for key in sorted((old.keys() | new.keys()) - {*MAY_CHANGE}) if old.get(key) != new.get(key)]
+    if changed:
+        listed = ", ".join(f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in changed)
+        raise UserError(
+            f"train.output_dir {run} holds another run: {listed}; name another folder, or give the old values to"
+            f" continue"
+        )
 
 
 def write_whole(path: Path, text: str) -> None:

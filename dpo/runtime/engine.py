@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dpo.config import OptimConfig
@@ -25,6 +26,7 @@ from dpo.errors import UserError
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed  # noqa: E402  (reads DS_ACCELERATOR, and warns without it)
+from deepspeed.runtime.zero.config import get_zero_config  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 
 DEFAULT_JSON = {"zero_optimization": {"stage": 2}}
@@ -49,8 +51,6 @@ def read_json(path: str | None) -> dict[str, Any]:
         raise UserError(f"--config {path}: not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: expected a JSON object, got {type(content).__name__}")
-    if not isinstance(content.get("zero_optimization", {}), dict):
-        raise UserError(f"--config {path}: zero_optimization must be an object such as {{\"stage\": 2}}")
     return content
 
 
@@ -58,6 +58,22 @@ def _without_auto(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _without_auto(v) for k, v in value.items() if v != "auto"}
     return value
+
+
+def _check_sections(config: dict[str, Any], name: str) -> None:
+    """Refuse sections that DeepSpeed would stumble over."""
+    for key in ("zero_optimization", "fp16", "bf16", "data_types", "optimizer", "scheduler"):
+        if not isinstance(config.get(key, {}), dict):
+            raise UserError(f"{name}: {key} is {json.dumps(config[key])}; it must be an object, or leave it out")
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"{name}: zero_optimization.stage is {json.dumps(stage)}; use 1, 2 or 3")
+    try:
+        get_zero_config(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, ("zero_optimization", *first["loc"])))
+        raise UserError(f"{name}: {key} is {json.dumps(first['input'])}: {first['msg']}") from None
 
 
 def _check_owned(
@@ -80,6 +96,9 @@ def _check_owned(
                 f'{name}: {key}.enabled is {str(enabled).lower()} but train.precision is {precision}; remove it or'
                 f' write "auto"'
             )
+    kind = json_config.get("optimizer", {}).get("type", "AdamW")
+    if str(kind).lower() not in ("adam", "adamw"):
+        raise UserError(f"{name}: optimizer.type is {kind}; leave it out: it is AdamW, set by the optim section")
     for key in ("optimizer", "scheduler"):
         if json_config.get(key, {}).get("params"):
             raise UserError(f'{name}: {key}.params is set; remove it or write "auto": it is set by the optim section')
@@ -106,11 +125,10 @@ def build_config(
     Raises:
         UserError: If the JSON sets a value that the recipe owns to something else, or an unknown ZeRO stage.
     """
+    _quiet()  # loading weights for stage 3 is DeepSpeed's business already
     config = _without_auto(json_config)
+    _check_sections(config, name)
     _check_owned(config, optim, precision, global_batch_size, name)
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        raise UserError(f"{name}: zero_optimization.stage is {stage}; use 1, 2 or 3")
     for key in ("optimizer", "scheduler", "train_batch_size"):
         config.pop(key, None)
     half: dict[str, Any] = {}
@@ -122,6 +140,7 @@ def build_config(
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optim.max_grad_norm,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW serves offloading too, without compiling an op
         "steps_per_print": 2**31,
     }
 

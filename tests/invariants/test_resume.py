@@ -53,8 +53,8 @@ def argv(shared_data, tmp_path_factory) -> list[str]:
     """A run with SFT, 2 epochs of 4 steps of DPO, and a checkpoint every second step."""
     return [
         "--config", "ds_configs/zero2.json", "--model.policy", str(shared_data / "stories260k-llama"),
-        "--data.train", str(shared_data / "hh-rlhf/train.jsonl.gz"), "--data.train_limit", "60",
-        "--data.validation", str(shared_data / "hh-rlhf/validation.jsonl.gz"), "--data.validation_limit", "20",
+        "--data.train", str(shared_data / "hh-rlhf/train.jsonl.gz"), "--data.train_limit", "32",
+        "--data.validation", str(shared_data / "hh-rlhf/validation.jsonl.gz"), "--data.validation_limit", "9",
         "--data.on_bad_row", "skip", "--data.max_length", "256", "--data.cache_dir",
         str(tmp_path_factory.mktemp("cache")), "--train.global_batch_size", "8", "--train.epochs", "2",
         "--train.sft_epochs", "1", "--train.save_every", "2", "--optim.lr", "3e-4", "--optim.sft_lr", "1e-4",

@@ -29,12 +29,12 @@ EQUAL = [name for name in VARIANTS if name not in ("plain", "fp16_reference")]
 
 @pytest.fixture(scope="module")
 def runs(shared_data, tmp_path_factory) -> dict[str, Run]:
-    """Every variant: 9 pairs a step of 39, so that the last step of the epoch is smaller and odd."""
+    """Every variant: 9 pairs a step of 43, so that the last step of the epoch is smaller and odd."""
     folder = tmp_path_factory.mktemp("scheduling")
     common = [
         "--model.policy", str(shared_data / "stories260k-llama"), "--data.on_bad_row", "skip",
-        "--data.train", str(shared_data / "hh-rlhf/train.jsonl.gz"), "--data.train_limit", "86",
-        "--data.validation", str(shared_data / "hh-rlhf/validation.jsonl.gz"), "--data.validation_limit", "25",
+        "--data.train", str(shared_data / "hh-rlhf/train.jsonl.gz"), "--data.train_limit", "44",
+        "--data.validation", str(shared_data / "hh-rlhf/validation.jsonl.gz"), "--data.validation_limit", "13",
         "--data.max_length", "256", "--data.cache_dir", str(folder / "cache"), "--train.global_batch_size", "9",
         "--train.max_steps", str(STEPS), "--train.eval_every", "2", "--optim.lr", "3e-4", "--optim.warmup_steps", "0",
         "--optim.weight_decay", "0.1", "--log.samples", "0", "--train.precision", "fp32",

@@ -17,7 +17,7 @@ from dpo.data.tokenize import prepare_pairs
 from dpo.runtime.tracking import read_lines
 
 LOSSES = ("sigmoid", "hinge", "ipo")
-STEPS, BATCH, LENGTH, ROWS, BETA, LR = 10, 6, 256, 400, 0.1, 3e-4
+STEPS, BATCH, LENGTH, ROWS, BETA, LR = 10, 6, 256, 70, 0.1, 3e-4
 DATA = "hh-rlhf/train.jsonl.gz"
 
 

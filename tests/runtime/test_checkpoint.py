@@ -1,0 +1,259 @@
+"""The run directory: whose it is, which checkpoints stay, and what appears whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from dpo.config import Config, DataConfig, ModelConfig, to_dict
+from dpo.errors import UserError
+from dpo.runtime import checkpoint
+from dpo.runtime.checkpoint import MAY_CHANGE, TrainState
+from dpo.runtime.distributed import World
+
+ALONE = World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+
+
+def config_of(run: Path, **changes: Any) -> Config:
+    """A config whose run directory is `run`; changes are given as section__key=value."""
+    config = Config(model=ModelConfig(policy="p"), data=DataConfig(train="d"))
+    for name, value in ({"train__output_dir": str(run)} | changes).items():
+        section, key = name.split("__")
+        part = dataclasses.replace(getattr(config, section), **{key: value})
+        config = dataclasses.replace(config, **{section: part})
+    return config
+
+
+def refusal(config: Config) -> str:
+    with pytest.raises(UserError) as error:
+        checkpoint.check_run(config, ALONE)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "runs" / "one"
+
+
+# --- whose folder it is ----------------------------------------------------------------------------------------------
+
+
+def test_a_new_or_empty_folder_is_taken_and_checking_writes_nothing(run: Path) -> None:
+    checkpoint.check_run(config_of(run), ALONE)
+    assert not run.exists()
+    run.mkdir(parents=True)
+    checkpoint.check_run(config_of(run), ALONE)
+    assert not any(run.iterdir())
+
+
+def test_an_opened_run_is_known_the_second_time_and_holds_its_settings(run: Path) -> None:
+    config = config_of(run)
+    assert checkpoint.open_run(config, ALONE) is False
+    assert [file.name for file in run.iterdir()] == ["config.yaml"]
+    checkpoint.check_run(config, ALONE)
+    longer = config_of(run, train__epochs=3)
+    assert checkpoint.open_run(longer, ALONE) is True
+    assert yaml.safe_load((run / "config.yaml").read_text()) == to_dict(longer)
+
+
+def test_other_files_are_refused(run: Path) -> None:
+    run.mkdir(parents=True)
+    (run / "thesis.txt").write_text("mine")
+    assert refusal(config_of(run)) == (
+        f"train.output_dir {run} holds other files and no run; name a new or empty folder"
+    )
+
+
+def test_a_file_in_the_way_is_refused(run: Path) -> None:
+    run.parent.mkdir()
+    run.write_text("mine")
+    assert refusal(config_of(run)) == f"train.output_dir {run} is a file; name a folder"
+    assert "cannot be written" in str(pytest.raises(UserError, checkpoint.open_run, config_of(run / "x"), ALONE).value)
+    assert run.read_text() == "mine"
+
+
+def test_another_run_is_refused_and_every_changed_key_is_named(run: Path) -> None:
+    checkpoint.open_run(config_of(run), ALONE)
+    before = (run / "config.yaml").read_text()
+    message = refusal(config_of(run, loss__beta=0.5, data__train="e", optim__betas=(0.9, 0.95), train__epochs=7))
+    assert message == (
+        f"train.output_dir {run} holds another run: data.train was 'd', now 'e', loss.beta was 0.1, now 0.5,"
+        f" optim.betas was [0.9, 0.999], now [0.9, 0.95]; name another folder, or give the old values to continue"
+    )
+    assert (run / "config.yaml").read_text() == before
+
+
+def test_a_key_that_the_old_run_did_not_have_counts_as_changed_unless_it_is_unset(run: Path) -> None:
+    checkpoint.open_run(config_of(run), ALONE)
+    old = yaml.safe_load((run / "config.yaml").read_text())
+    del old["optim"]["lr"], old["data"]["subset"]
+    (run / "config.yaml").write_text(yaml.safe_dump(old))
+    assert "optim.lr was None, now 1e-06;" in refusal(config_of(run)) and "subset" not in refusal(config_of(run))
+
+
+OTHER_VALUES: dict[type, Any] = {int: 5, float: 0.25, str: "sdpa", bool: True, type(None): 6, tuple: ("wandb",)}
+
+
+@pytest.mark.parametrize("key", sorted({*MAY_CHANGE} - {"train.resume", "train.output_dir"}))
+def test_settings_that_move_no_step_may_change(run: Path, key: str) -> None:
+    section, name = key.split(".")
+    checkpoint.open_run(config_of(run), ALONE)
+    other = OTHER_VALUES[type(getattr(getattr(config_of(run), section), name))]
+    changed = config_of(run, **{f"{section}__{name}": other})
+    assert changed != config_of(run)
+    checkpoint.check_run(changed, ALONE)
+
+
+def test_every_setting_that_may_not_change_is_refused(run: Path) -> None:
+    checkpoint.open_run(config_of(run), ALONE)
+    keys = checkpoint._flat(to_dict(config_of(run))).keys() - {*MAY_CHANGE}
+    assert {"loss.beta", "optim.lr", "train.seed", "train.global_batch_size", "train.precision"} <= keys
+    assert {*MAY_CHANGE} < checkpoint._flat(to_dict(config_of(run))).keys(), "a key of MAY_CHANGE is no setting"
+    path = run / "config.yaml"
+    whole = yaml.safe_load(path.read_text())
+    for key in keys:
+        section, name = key.split(".")
+        path.write_text(yaml.safe_dump(whole | {section: whole[section] | {name: "other"}}))
+        assert f": {key} was 'other', now " in refusal(config_of(run))
+
+
+def test_resume_never_refuses_a_folder_with_a_run(run: Path) -> None:
+    checkpoint.check_run(config_of(run, train__resume="never"), ALONE)
+    checkpoint.open_run(config_of(run), ALONE)
+    message = refusal(config_of(run, train__resume="never"))
+    assert message == f"train.output_dir {run} holds a run and train.resume is never; name another folder"
+    checkpoint.check_run(config_of(run, train__resume=str(run / "checkpoints" / "step-000001")), ALONE)
+
+
+@pytest.mark.parametrize("content", [b"- a\n- b\n", b"{", b"\xff\xfe\x00", b"text"])
+def test_settings_that_cannot_be_read_are_refused(run: Path, content: bytes) -> None:
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_bytes(content)
+    assert refusal(config_of(run)).startswith(f"{run}/config.yaml is not the settings of a run; name another")
+
+
+def test_a_finished_run_says_what_to_raise_until_there_are_more_steps(run: Path) -> None:
+    run.mkdir(parents=True)
+    assert checkpoint.finished(run, 4) is None
+    (run / "finished.json").write_text('{"step": 4}')
+    said = checkpoint.finished(run, 4)
+    assert said == f"{run} is finished: 4 steps are done; raise train.epochs or train.max_steps to go on"
+    assert checkpoint.finished(run, 3) is not None
+    assert checkpoint.finished(run, 5) is None
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+class FakeEngine:
+    """Writes and reads a folder as DeepSpeed does."""
+
+    def save_checkpoint(self, parent: str, tag: str, client_state: dict[str, Any], save_latest: bool) -> None:
+        assert save_latest is False and client_state["universal_checkpoint_info"]
+        (Path(parent) / tag).mkdir(parents=True)
+        (Path(parent) / tag / "weights").write_text(tag)
+
+    def load_checkpoint(self, parent: str, tag: str) -> None:
+        self.loaded = (Path(parent) / tag / "weights").read_text()
+
+
+def names(run: Path) -> list[str]:
+    return sorted(folder.name for folder in (run / "checkpoints").iterdir())
+
+
+def test_the_newest_checkpoints_are_kept(run: Path) -> None:
+    for step in (2, 4, 6, 12):
+        folder = checkpoint.save(FakeEngine(), run, TrainState(step, 10 * step), ALONE, keep=2)
+        assert folder == run / "checkpoints" / f"step-{step:06d}"
+    assert names(run) == ["step-000006", "step-000012"]
+    found = checkpoint.newest(run, "auto", ALONE)
+    assert found == run / "checkpoints" / "step-000012"
+    assert checkpoint.load(FakeEngine(), found) == TrainState(12, 120)
+    assert checkpoint.newest(run, str(run / "checkpoints" / "step-000006"), ALONE).name == "step-000006"  # type: ignore[union-attr]
+
+
+def test_a_checkpoint_written_again_replaces_the_old_one(run: Path) -> None:
+    checkpoint.save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=3)
+    (run / "checkpoints" / "step-000002" / "stale").write_text("")
+    checkpoint.save(FakeEngine(), run, TrainState(2, 7), ALONE, keep=3)
+    assert names(run) == ["step-000002"]
+    assert not (run / "checkpoints" / "step-000002" / "stale").exists()
+    assert checkpoint.load(FakeEngine(), run / "checkpoints" / "step-000002") == TrainState(2, 7)
+
+
+def test_a_checkpoint_that_was_not_finished_is_never_taken(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=2)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(FakeEngine(), run, TrainState(4, 2), ALONE, keep=2)
+    (run / "checkpoints" / "step-000009").mkdir()
+    assert checkpoint.newest(run, "auto", ALONE) == run / "checkpoints" / "step-000002"
+    checkpoint.save(FakeEngine(), run, TrainState(4, 2), ALONE, keep=2)
+    assert checkpoint.newest(run, "auto", ALONE) == run / "checkpoints" / "step-000004"
+    assert "partial-step-000004" not in names(run)
+
+
+def test_nothing_to_resume_is_no_error_but_a_named_checkpoint_must_be_there(run: Path) -> None:
+    assert checkpoint.newest(run, "auto", ALONE) is None
+    with pytest.raises(UserError, match="train.resume .*none: no checkpoint; give a folder such as checkpoints/step-"):
+        checkpoint.newest(run, str(run / "none"), ALONE)
+
+
+def test_a_checkpoint_of_other_ranks_names_both_numbers(run: Path) -> None:
+    folder = checkpoint.save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=2)
+    state = json.loads((folder / "state.json").read_text())
+    assert state == {"step": 2, "num_tokens": 1, "world_size": 1}
+    (folder / "state.json").write_text(json.dumps(state | {"world_size": 3}))
+    with pytest.raises(UserError, match="was written by 3 ranks and there are 1 now; start as many"):
+        checkpoint.newest(run, "auto", ALONE)
+
+
+# --- whole or not at all ---------------------------------------------------------------------------------------------
+
+
+def test_a_published_folder_replaces_the_old_one(run: Path) -> None:
+    final = run / "final"
+    checkpoint.publish(final, lambda folder: (folder / "old").touch(), ALONE)
+    checkpoint.publish(final, lambda folder: (folder / "new").touch(), ALONE)
+    assert [file.name for file in final.iterdir()] == ["new"]
+    assert [folder.name for folder in run.iterdir()] == ["final"]
+
+
+def test_an_error_while_publishing_leaves_the_old_folder(run: Path) -> None:
+    final = run / "final"
+    checkpoint.publish(final, lambda folder: (folder / "old").touch(), ALONE)
+
+    def full(folder: Path) -> None:
+        (folder / "half").touch()
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.publish(final, full, ALONE)
+    assert [file.name for file in final.iterdir()] == ["old"]
+    checkpoint.publish(final, lambda folder: (folder / "new").touch(), ALONE)
+    assert [file.name for file in final.iterdir()] == ["new"], "leftovers of the failed attempt were published"
+
+
+def test_a_reader_sees_the_old_text_or_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "status.json"
+    checkpoint.write_whole(file, "old")
+    monkeypatch.setattr(checkpoint.os, "replace", lambda *_: (_ for _ in ()).throw(OSError()))
+    with pytest.raises(OSError):
+        checkpoint.write_whole(file, "new")
+    assert file.read_text() == "old"
+
+
+def test_versions_name_what_computed_a_run() -> None:
+    assert {"python", "torch", "transformers", "deepspeed"} <= checkpoint.versions().keys()

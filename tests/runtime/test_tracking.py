@@ -1,0 +1,104 @@
+"""metrics.jsonl is JSON whatever the numbers are, and a resumed run continues it at the right line."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo.runtime import tracking
+from dpo.runtime.tracking import Recorder, Silent, keep_lines, read_lines
+
+
+def test_what_json_cannot_say_is_null(tmp_path: Path) -> None:
+    values = {"step": 1, "loss": math.nan, "grad_norm": math.inf, "a": -math.inf, "b": None, "c": 0.5, "d": 3}
+    Recorder(tmp_path, {}).record(values)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text == '{"step": 1, "loss": null, "grad_norm": null, "a": null, "b": null, "c": 0.5, "d": 3}\n'
+    assert read_lines(tmp_path) == [json.loads(text)]
+
+
+def test_every_record_is_a_line_on_disk_at_once_and_another_recorder_continues(tmp_path: Path) -> None:
+    first = Recorder(tmp_path, {})
+    first.record({"sft_step": 1, "sft_loss": 2.0})
+    assert len(read_lines(tmp_path)) == 1
+    first.close()
+    Recorder(tmp_path, {}).record({"step": 1, "loss": 0.5})
+    assert read_lines(tmp_path) == [{"sft_step": 1, "sft_loss": 2.0}, {"step": 1, "loss": 0.5}]
+
+
+def test_keep_lines_drops_later_lines_and_a_torn_last_one(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = ['{"sft_step": 9}', '{"step": 0}', '{"step": 2}', '{"step": 3}', '{"step": 2, "eval_loss": 1}']
+    path.write_text("\n".join([*lines, '{"step": 1, "lo']))
+    keep_lines(tmp_path, lambda line: "sft_step" in line or line["step"] <= 2)
+    assert path.read_text() == "".join(line + "\n" for line in lines if line != '{"step": 3}')
+    keep_lines(tmp_path, lambda line: False)
+    assert path.read_text() == "" and read_lines(tmp_path) == []
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_keep_lines_and_read_lines_find_nothing_where_nothing_is(tmp_path: Path) -> None:
+    keep_lines(tmp_path, lambda line: True)
+    assert read_lines(tmp_path) == [] and not any(tmp_path.iterdir())
+
+
+def test_trackers_get_numbers_alone_and_are_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def start(run: Path, config: dict[str, Any]) -> Any:
+        seen.append((run, config))
+        return seen.append, lambda: seen.append("closed")
+
+    monkeypatch.setitem(tracking.BACKENDS, "wandb", start)
+    recorder = Recorder(tmp_path, {"a": 1}, ["wandb"])
+    recorder.record({"step": 1, "loss": math.nan})
+    recorder.close()
+    assert seen == [(tmp_path, {"a": 1}), {"step": 1, "loss": None}, "closed"]
+    assert tracking._axis({"step": 4, "loss": None, "x": 0.5}) == (4, {"x": 0.5})
+    assert tracking._axis({"sft_step": 6, "sft_loss": 2.0}) == (6, {"sft_loss": 2.0})
+
+
+def test_tensorboard_gets_every_number_at_its_step(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="an extra")
+    recorder = Recorder(tmp_path, {}, ["tensorboard"])
+    recorder.record({"step": 3, "loss": 0.5, "grad_norm": math.inf})
+    recorder.close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["loss"]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, 0.5)]
+
+
+def test_a_log_file_gets_about_twenty_progress_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recorder = Recorder(tmp_path, {})
+    for step in range(1, 1001):
+        recorder.progress("DPO", step, 1000, f"loss {step}")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 20 and lines[0] == "DPO 50/1000 loss 50" and lines[-1] == "DPO 1000/1000 loss 1000"
+
+
+def test_lines_and_tables_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recorder = Recorder(tmp_path, {})
+    recorder.say("data [train]: [bold]kept[/bold] " + "x" * 200)
+    recorder.table("Plan", [["name", "before"], ["loss", "0.6931"]])
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert lines[0] == "data [train]: [bold]kept[/bold] " + "x" * 200
+    assert lines[1].strip() == "Plan" and any("loss" in line and "0.6931" in line for line in lines)
+
+
+def test_other_ranks_write_and_say_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    silent = Silent()
+    silent.say("x")
+    silent.table("x", [["a"]])
+    silent.record({"step": 1})
+    silent.progress("DPO", 1, 2)
+    silent.close()
+    assert capfd.readouterr() == ("", "")

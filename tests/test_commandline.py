@@ -1,0 +1,284 @@
+"""argv -> Config: who overrides whom, and one line for every mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dpo import commandline
+from dpo.commandline import Command, parse
+from dpo.config import Config, check_world_size, to_dict
+from dpo.errors import UserError
+
+GIVEN = ["--model.policy", "p", "--data.train", "d"]
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def recipe(folder: Path, text: str) -> list[str]:
+    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    return ["--recipe", str(folder / "recipe.yaml")]
+
+
+def message_of(argv: list[str]) -> str:
+    with pytest.raises(UserError) as error:
+        parse(argv)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# --- who decides -----------------------------------------------------------------------------------------------------
+
+
+def test_flags_override_the_recipe_and_the_recipe_the_defaults_in_any_order(tmp_path: Path) -> None:
+    named = recipe(tmp_path, "train: {epochs: 5, seed: 7}\noptim: {lr: 0.5}\n")
+    flags = [*GIVEN, "--train.epochs", "9"]
+    for argv in (named + flags, flags + named, flags[:2] + named + flags[2:]):
+        config = parse(argv).config
+        assert (config.train.epochs, config.train.seed, config.optim.lr) == (9, 7, 0.5)
+        assert config.train.global_batch_size == 64 and config.loss.beta == 0.1
+
+
+def test_the_last_of_two_equal_flags_counts() -> None:
+    assert parse([*GIVEN, "--train.epochs", "2", "--train.epochs=3"]).config.train.epochs == 3
+
+
+@pytest.mark.parametrize("text", ["5e-7", "5E-7", "0.0000005", "5.0e-07"])
+def test_a_number_in_a_recipe_is_a_number_whatever_yaml_thinks(tmp_path: Path, text: str) -> None:
+    assert parse([*GIVEN, *recipe(tmp_path, f"optim:\n  lr: {text}\n")]).config.optim.lr == 5e-7
+    assert parse([*GIVEN, "--optim.lr", text]).config.optim.lr == 5e-7
+
+
+@pytest.mark.parametrize("text", ["off", "no", "false", "False"])
+def test_off_is_false_in_recipe_and_flag(tmp_path: Path, text: str) -> None:
+    assert parse([*GIVEN, *recipe(tmp_path, f"data:\n  shuffle: {text}\n")]).config.data.shuffle is False
+    if text != "no":
+        assert parse([*GIVEN, "--data.shuffle", text]).config.data.shuffle is False
+
+
+def test_a_setting_of_two_types_takes_both(tmp_path: Path) -> None:
+    text = "train: {eval_every: epoch, save_every: 5}\nmodel: {gradient_checkpointing: false}\n"
+    flags = ["--train.tokens_per_micro_batch", "512", "--log.backends", "[wandb]"]
+    config = parse([*GIVEN, *recipe(tmp_path, text), *flags]).config
+    assert (config.train.eval_every, config.train.save_every) == ("epoch", 5)
+    assert config.train.tokens_per_micro_batch == 512
+    assert config.model.gradient_checkpointing is False and config.log.backends == ("wandb",)
+
+
+def test_what_is_no_setting_of_the_run_stands_beside_the_config() -> None:
+    argv = [*GIVEN, "--config", "ds.json", "--dry_run"]
+    config = parse(GIVEN).config
+    assert parse(argv) == Command(config, "ds.json", None, False, dry_run=True, prepare_only=False)
+    assert parse([*GIVEN, "--prepare_only"]).prepare_only
+
+
+@pytest.mark.parametrize("flag", [["--local_rank", "1"], ["--local_rank=1"]])
+def test_local_rank_of_the_deepspeed_launcher_changes_nothing(flag: list[str]) -> None:
+    assert parse([*flag, *GIVEN]) == parse(GIVEN)
+
+
+def test_quickstart_is_assumed_only_where_nothing_names_recipe_model_or_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "model: {policy: quick}\ndata: {train: start}\n"
+    monkeypatch.setattr(commandline, "QUICKSTART", Path(recipe(tmp_path, text)[1]))
+    assumed = parse(["--train.epochs", "4"])
+    assert assumed.assumed_quickstart and assumed.recipe == str(tmp_path / "recipe.yaml")
+    assert (assumed.config.model.policy, assumed.config.train.epochs) == ("quick", 4)
+    named = parse(["--recipe", str(tmp_path / "recipe.yaml")])
+    assert not named.assumed_quickstart and named.config.model.policy == "quick"
+    assert not parse(GIVEN).assumed_quickstart and parse(GIVEN).recipe is None
+    assert "data.train is not set" in message_of(["--model.policy", "p"])
+    assert "model.policy is not set" in message_of(["--data.train=d"])
+
+
+def test_the_resolved_config_reads_back_the_same(tmp_path: Path) -> None:
+    argv = [*GIVEN, "--optim.lr", "5e-7", "--optim.betas", "[0.5, 0.75]", "--log.backends", "[wandb, trackio]"]
+    config = parse([*argv, "--data.shuffle", "off", "--train.eval_every", "3", "--train.max_steps", "7"]).config
+    written = yaml.safe_dump(to_dict(config), sort_keys=False)
+    assert parse(recipe(tmp_path, written)).config == config
+    assert yaml.safe_load(written)["optim"]["betas"] == [0.5, 0.75]
+
+
+def test_help_lists_every_section_and_key_with_the_dataclass_defaults(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as stopped:
+        parse(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 0
+    config = parse(GIVEN).config
+    for section in dataclasses.fields(Config):
+        for field in dataclasses.fields(getattr(config, section.name)):
+            entry = text.rpartition(f"--{section.name}.{field.name} ")[2].partition(" --")[0]
+            default = getattr(type(getattr(config, section.name))(), field.name)
+            assert f"default: {'null' if default is None else default})" in entry, (section.name, field.name, entry)
+            assert len(entry.partition("(type")[0].split()) > 1, f"{field.name} has no help"
+
+
+# --- what is wrong, and what to do -----------------------------------------------------------------------------------
+
+FLAG_MISTAKES: dict[str, tuple[list[str], str]] = {
+    "unknown key": (["--train.epochss", "3"], "unknown key train.epochss; did you mean train.epochs?"),
+    "unknown key with =": (["--loss.betta=3"], "unknown key loss.betta; did you mean loss.beta?"),
+    "section left out": (["--epochs", "3"], "unknown key epochs; did you mean train.epochs?"),
+    "abbreviated key": (["--train.epoch", "3"], "unknown key train.epoch; did you mean train.epochs?"),
+    "dash for underscore": (["--train.max-steps", "3"], "unknown key train.max-steps; did you mean train.max_steps?"),
+    "nothing like it": (["--zzz", "3"], "unknown key zzz; python train_dpo.py --help lists all keys"),
+    "no flag": (["extra"], "unknown argument extra; settings are given as --section.key VALUE"),
+    "no value": (["--train.epochs"], "argument --train.epochs: expected one argument"),
+    "no recipe": (["--recipe"], "argument --recipe: expected one argument"),
+    "no whole number": (["--train.epochs", "x"], "train.epochs is x; use a whole number"),
+    "a fraction": (["--train.epochs", "1.5"], "train.epochs is 1.5; use a whole number"),
+    "no number": (["--optim.lr", "fast"], "optim.lr is fast; use a number"),
+    "an optional number": (["--train.max_steps", "x"], "train.max_steps is x; use a whole number"),
+    "number or word": (["--train.eval_every", "often"], "train.eval_every is often; use a whole number or epoch"),
+    "number or words": (["--log.sample_every", "x"], "log.sample_every is x; use a whole number or epoch or end"),
+    "word or bool": (
+        ["--model.gradient_checkpointing", "maybe"], "model.gradient_checkpointing is maybe; use auto or true or false",
+    ),
+    "no bool": (["--data.shuffle", "maybe"], "data.shuffle is maybe; use true or false"),
+    "no choice": (["--loss.name", "dpo"], "loss.name is dpo; use sigmoid or hinge or ipo or ipo_sum"),
+    "no pair": (["--optim.betas", "0.9"], "optim.betas is 0.9; use [a number, a number]"),
+    "no list": (["--log.backends", "x"], "log.backends is x; use [tensorboard or wandb or trackio, ...]"),
+    "a section": (["--loss", "sigmoid"], "loss is sigmoid; use its keys, as in --loss.KEY VALUE"),
+    "null": (["--train.epochs", "null"], "train.epochs is None; use a whole number"),
+    "nan": (["--loss.beta", "nan"], "loss.beta is nan; use a number"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FLAG_MISTAKES)
+def test_a_wrong_flag_is_one_line_with_key_value_and_fix(case: str, capfd: pytest.CaptureFixture[str]) -> None:
+    flags, expected = FLAG_MISTAKES[case]
+    assert message_of([*GIVEN, *flags]) == expected
+    assert capfd.readouterr() == ("", ""), "the parser printed something of its own"
+
+
+VALUE_MISTAKES: dict[str, tuple[Any, str]] = {
+    "data.max_length": (1, "use at least 2"),
+    "data.max_prompt_length": (0, "use a whole number of at least 1"),
+    "data.train_limit": (0, "use a whole number of at least 1"),
+    "data.validation_limit": (-3, "use a whole number of at least 1"),
+    "data.workers": (0, "use a whole number of at least 1"),
+    "loss.beta": (0.0, "use a positive number, 0.1 to 0.5 is usual"),
+    "loss.label_smoothing": (0.5, "use a number in [0, 0.5)"),
+    "optim.lr": (0.0, "use a positive number such as 1e-6"),
+    "optim.sft_lr": (-1.0, "use a positive number such as 1e-6"),
+    "optim.warmup_steps": (-1.0, "use a number of at least 0"),
+    "optim.weight_decay": (-0.1, "use a number of at least 0"),
+    "optim.max_grad_norm": (-1.0, "use a number of at least 0"),
+    "optim.betas": ([0.9, 1.0], "use two numbers in [0, 1)"),
+    "optim.eps": (0.0, "use a positive number"),
+    "train.seed": (-1, "use 0 or more"),
+    "train.epochs": (0, "use a whole number of at least 1"),
+    "train.max_steps": (0, "use a whole number of at least 1"),
+    "train.sft_epochs": (-1, "use 0 or more"),
+    "train.global_batch_size": (0, "use a whole number of at least 1"),
+    "train.micro_batch_size": (0, "use a whole number of at least 1"),
+    "train.tokens_per_micro_batch": (0, "use a whole number of at least 1"),
+    "train.eval_every": (0, "use a whole number of at least 1"),
+    "train.save_every": (-2, "use a whole number of at least 1"),
+    "train.keep_checkpoints": (0, "use a whole number of at least 1"),
+    "log.every": (0, "use a whole number of at least 1"),
+    "log.samples": (-1, "use 0 or more"),
+    "log.sample_every": (0, "use at least 1, epoch or end"),
+    "log.sample_tokens": (0, "use at least 1"),
+}
+
+
+@pytest.mark.parametrize("key", VALUE_MISTAKES)
+def test_an_impossible_value_is_one_line_with_key_value_and_fix(key: str) -> None:
+    value, fix = VALUE_MISTAKES[key]
+    assert message_of([*GIVEN, f"--{key}", str(value)]) == f"{key} is {value}; {fix}"
+
+
+def test_values_that_contradict_each_other_are_named_together() -> None:
+    message = message_of([*GIVEN, "--loss.label_smoothing", "0.1", "--loss.name", "hinge"])
+    assert message == "loss.label_smoothing is 0.1 with loss.name hinge; it belongs to sigmoid"
+    assert message_of([*GIVEN, "--train.output_dir", ""]) == "train.output_dir is empty; name a folder"
+
+
+@pytest.mark.parametrize("number", [".nan", ".inf"])
+def test_a_number_that_is_none_is_refused(tmp_path: Path, number: str) -> None:
+    for key, fix in (("loss.beta", "positive"), ("optim.lr", "positive"), ("optim.weight_decay", "at least 0")):
+        section, name = key.split(".")
+        message = message_of([*GIVEN, *recipe(tmp_path, f"{section}:\n  {name}: {number}\n")])
+        assert message.startswith(f"{key} is {number[1:]}; use a") and fix in message
+
+
+RECIPE_MISTAKES = {
+    "trian:\n  epochs: 3\n": "unknown key trian.epochs; did you mean train.epochs?",
+    "train:\n  epochss: 3\n": "unknown key train.epochss; did you mean train.epochs?",
+    "train:\n  3: 4\n": "unknown key train.3; did you mean",
+    "recipe: other.yaml\n": "unknown key recipe; python train_dpo.py --help lists all keys",
+    "dry_run: true\n": "unknown key dry_run;",
+    "train: 3\n": "section train must hold keys, got 3",
+    "train:\nloss: {beta: 1}\n": "section train must hold keys, got None",
+    "train: [1]\n": "section train must hold keys, got [1]",
+    "- train\n": "expected sections such as 'train:', got list",
+    "train\n": "expected sections such as 'train:', got str",
+    "train: {epochs: 1\n": "not valid YAML: line 2: expected ',' or '}'",
+    "train:\n\tepochs: 1\n": "not valid YAML: line 2: found character",
+    "\x00": "not valid YAML: unacceptable character",
+    "train:\n  epochs: 1\n  epochs: 2\n": "not valid YAML: line 3: epochs is given twice; keep one",
+    "loss: {beta: 1}\ntrain: {}\nloss: {name: ipo}\n": "not valid YAML: line 3: loss is given twice; keep one",
+}
+
+
+@pytest.mark.parametrize("text", RECIPE_MISTAKES)
+def test_a_broken_recipe_is_one_line_that_names_the_file(tmp_path: Path, text: str) -> None:
+    message = message_of([*GIVEN, *recipe(tmp_path, text)])
+    assert message.startswith(f"--recipe {tmp_path}/recipe.yaml: {RECIPE_MISTAKES[text]}")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("train: {epochs: soon}", "train.epochs is soon; use a whole number"),
+        ("train: {epochs: null}", "train.epochs is null; use a whole number"),
+        ("train: {epochs: yes}", "train.epochs is True; use a whole number"),
+        ("train: {output_dir: on}", "train.output_dir is True; use text"),
+        ("model: {policy: 3}", "model.policy is 3; use text"),
+        ("data: {shuffle: null}", "data.shuffle is null; use true or false"),
+        ("optim: {betas: [0.9]}", "optim.betas is [0.9]; use [a number, a number]"),
+        ("train: {eval_every: [1]}", "train.eval_every is [1]; use a whole number or epoch"),
+    ],
+)
+def test_a_wrong_type_in_a_recipe_is_one_line(tmp_path: Path, text: str, expected: str) -> None:
+    assert message_of([*GIVEN[2 * ("policy" in text) :], *recipe(tmp_path, text)]) == expected
+
+
+def test_a_missing_recipe_says_where_recipes_are(tmp_path: Path) -> None:
+    for path in (str(tmp_path / "none.yaml"), str(tmp_path)):
+        assert message_of(["--recipe", path]).startswith(f"--recipe {path}: no such file; the recipes")
+
+
+def test_a_recipe_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(b"\xff\xfe\x00t")
+    assert "not valid YAML" in message_of(["--recipe", str(tmp_path / "recipe.yaml")])
+
+
+def test_every_rank_needs_a_pair() -> None:
+    config = parse([*GIVEN, "--train.global_batch_size", "4"]).config
+    check_world_size(config, 4)
+    with pytest.raises(UserError, match="train.global_batch_size is 4 pairs for 5 ranks.*use at least 5, or fewer"):
+        check_world_size(config, 5)
+
+
+def test_a_typo_is_answered_before_torch_is_imported() -> None:
+    code = (
+        "import sys, train_dpo; found = train_dpo.main(sys.argv[1:]);"
+        "sys.exit(found if 'torch' not in sys.modules else 9)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *GIVEN, "--train.epochss", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "train_dpo.py: unknown key train.epochss; did you mean train.epochs?\n"

@@ -1,0 +1,127 @@
+"""Real preference data and a real model, through the real launchers."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import train_dpo
+from dpo.data.tokenize import prepare_pairs
+from dpo.runtime.tracking import read_lines
+
+
+@pytest.fixture(scope="module")
+def short_rows(shared_data, tmp_path_factory) -> Path:
+    """The first 64 HH rows that fit the small model's context whole."""
+    folder = tmp_path_factory.mktemp("rows")
+    source = shared_data / "hh-rlhf/train.jsonl.gz"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(shared_data / "stories260k-llama")
+    pairs, _ = prepare_pairs(
+        source, tokenizer, limit=400, max_length=512, on_bad_row="skip", cache_dir=folder / "cache"
+    )
+    whole = pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(axis=1) < 512
+    lines = gzip.open(source, "rt", encoding="utf-8").read().splitlines()
+    chosen = [lines[row - 1] for row in pairs.row_numbers[whole][:64]]
+    assert len(chosen) == 64
+    (folder / "64.jsonl").write_text("\n".join(chosen), encoding="utf-8")
+    return folder / "64.jsonl"
+
+
+def test_a_real_model_starts_at_ln_2_with_dropout_in_its_config_and_learns_its_rows(shared_data, short_rows, tmp_path):
+    policy = tmp_path / "policy"
+    shutil.copytree(shared_data / "stories260k-llama", policy, copy_function=shutil.copyfile)
+    policy.chmod(0o755)
+    config = json.loads((policy / "config.json").read_text())
+    (policy / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.3}))
+    code = train_dpo.main([
+        "--config", "ds_configs/zero2.json", "--model.policy", str(policy), "--data.train", str(short_rows),
+        "--data.validation", str(short_rows), "--data.cache_dir", str(tmp_path / "cache"),
+        "--train.global_batch_size", "8", "--train.epochs", "3", "--train.precision", "fp32",
+        "--optim.lr", "1e-4", "--optim.schedule", "constant", "--optim.warmup_steps", "0",
+        "--train.output_dir", str(tmp_path / "run"), "--log.samples", "0",
+    ])
+    assert code == 0
+    lines = read_lines(tmp_path / "run")
+    start, first, last = lines[0], lines[1], lines[-1]
+    assert (start["step"], first["step"], last["step"]) == (0, 1, 24)
+    for line, prefix in ((start, "eval_"), (first, "")):
+        assert line[prefix + "loss"] == pytest.approx(0.693147, abs=1e-6)
+        for name in ("rewards/margins", "rewards/chosen", "rewards/rejected"):
+            assert line[prefix + name] == 0
+        assert line[prefix + "rewards/accuracies"] == 0.5
+    assert last["eval_loss"] < 0.15
+    assert last["eval_rewards/accuracies"] > 0.95
+    final = json.loads((tmp_path / "run/final/config.json").read_text())
+    assert final["attention_dropout"] == 0.3
+
+
+@pytest.fixture(scope="module")
+def gpt2_folder(shared_data, tmp_path_factory) -> Path:
+    """A random GPT-2 of 4 layers x 256 with the real tokenizer."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_layer=4, n_embd=256, n_head=4)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(shared_data / "gpt2-tokenizer").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_hh_with_sft_runs_to_the_end_on_two_ranks(launcher, shared_data, gpt2_folder, tmp_path):
+    starts = {
+        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+        "deepspeed": [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29533"],
+    }
+    hh = shared_data / "hh-rlhf"
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [*starts[launcher], "train_dpo.py", "--config", "ds_configs/zero2.json", "--model.policy", str(gpt2_folder),
+         "--data.train", str(hh / "train.jsonl.gz"), "--data.validation", str(hh / "validation.jsonl.gz"),
+         "--data.train_limit", "64", "--data.validation_limit", "16", "--data.on_bad_row", "skip",
+         "--data.max_length", "256", "--train.sft_epochs", "1", "--train.global_batch_size", "16",
+         "--optim.lr", "1e-5", "--log.samples", "1", "--log.sample_tokens", "4",
+         "--data.cache_dir", str(tmp_path / "cache"), "--train.output_dir", str(tmp_path / "run")],
+        env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert "chosen == rejected: 1" in done.stdout + done.stderr
+    lines = read_lines(tmp_path / "run")
+    sft = [line["sft_loss"] for line in lines if "sft_loss" in line]
+    assert len(sft) >= 3 and sft[-1] < sft[0]
+    assert next(line for line in lines if line.get("step") == 0)["eval_loss"] == pytest.approx(0.693147, abs=1e-5)
+    for name in ("config.yaml", "training_metrics.png", "samples.jsonl", "reference/model.safetensors",
+                 "final/model.safetensors", "final/README.md", "final/tokenizer.json"):
+        assert (tmp_path / "run" / name).stat().st_size > 0, name
+
+
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(short_rows, shared_data, tmp_path, capsys):
+    code = train_dpo.main([
+        "--config", "ds_configs/zero2.json", "--model.policy", str(shared_data / "stories260k-llama"),
+        "--data.train", str(short_rows), "--data.cache_dir", str(tmp_path / "cache"),
+        "--train.output_dir", str(tmp_path / "run"), "--dry_run",
+    ])
+    printed = capsys.readouterr().out
+    assert code == 0
+    for words in ("optimizer steps", "costliest micro-batch", "memory per GPU: reference", "layout in use"):
+        assert words in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_prepare_only_fills_the_cache_and_names_the_variables_for_compute_nodes(short_rows, shared_data, tmp_path, capsys):
+    argv = ["--model.policy", str(shared_data / "stories260k-llama"), "--data.train", str(short_rows),
+            "--data.cache_dir", str(tmp_path / "cache"), "--train.output_dir", str(tmp_path / "run"), "--prepare_only"]
+    assert train_dpo.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "HF_HUB_OFFLINE=1" in printed and str(tmp_path / "cache") in printed
+    assert any((tmp_path / "cache").iterdir()) and not (tmp_path / "run").exists()
+    assert train_dpo.main(argv) == 0
+    assert "read from the cache" in capsys.readouterr().out
