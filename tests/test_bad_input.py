@@ -15,9 +15,9 @@ import datasets
 import huggingface_hub
 import pytest
 
-import dpo.train  # noqa: F401  (DeepSpeed tries a compiler when it is first imported, whose words are not ours)
 import train_dpo
-from dpo.runtime import tracking
+from dpo.config import OptimConfig
+from dpo.runtime import engine, tracking
 from tests.data.tiny_tokenizers import plain_rows, written
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,6 +109,12 @@ CASES: dict[str, Case] = {
     "another run": other_run,
     "other files": other_files,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def deepspeed_has_tried_the_compiler() -> None:
+    """It does so once in a process, silently but where standard error is captured, as in tests."""
+    engine.build_config({}, optim=OptimConfig(), precision="fp32", global_batch_size=1)
 
 
 def contents(folder: Path) -> dict[str, str | None]:
