@@ -37,7 +37,7 @@ class ModelConfig:
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in backward: less memory, about a quarter more time. auto: on a GPU, above 2e9 weights."""
     chat_template: str | None = None
-    """Chat template (text or file) for conversations when the tokenizer has none."""
+    """Chat template (text or file) for conversations, in place of the tokenizer's own."""
     trust_remote_code: bool = False
     """Run modelling code that comes with the model. Only for sources you have read."""
 
@@ -83,7 +83,7 @@ class DataConfig:
     shuffle: bool = True
     """Draw every epoch's order from (seed, epoch); false keeps the file's order."""
     workers: int | None = None
-    """Processes that tokenise; default: the cores of this node, at most 16."""
+    """Processes that tokenise; default: one per 4,096 rows, at most the cores of this node, at most 16."""
     on_bad_row: Literal["error", "skip"] = "error"
     """A row that cannot be trained on: stop and name it, or drop and count it."""
     cache_dir: str | None = None
@@ -142,7 +142,7 @@ class OptimConfig:
     sft_lr: float | None = None
     """Peak learning rate of the SFT stage; default: 20 x lr."""
     schedule: Literal["cosine", "linear", "constant"] = "linear"
-    """Decay after the warm-up, down to zero at the last step."""
+    """Decay after the warm-up, down to zero just after the last step."""
     warmup_steps: float = 0.1
     """Steps of linear warm-up; below 1: the share of all steps."""
     weight_decay: float = 0.0
@@ -182,7 +182,7 @@ class TrainConfig:
     output_dir: str = "runs/dpo"
     """The run directory."""
     seed: int = 0
-    """Decides the order of the pairs."""
+    """Decides the order of the pairs, and the weights of the built-in model."""
     epochs: int = 1
     """Passes over the training pairs."""
     max_steps: int | None = None

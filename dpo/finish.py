@@ -62,7 +62,8 @@ def _closing(setup: Setup, tracker: Tracker) -> None:
         shares = f"{found['parsed']:.0%} parse, p = {found['p']:.1e}"
         tracker.say(f"greedy answers to {len(samples)} held-out prompts: {shares}")
     tracker.table("DPO: before and after", rows)
-    tracker.say(f"weights {run}/final, curves {run}/training_metrics.png, answers {run}/samples.jsonl")
+    answers = f", answers {run}/samples.jsonl" if samples else ""
+    tracker.say(f"weights {run}/final, curves {run}/training_metrics.png{answers}")
     total = setup.total_steps
     write_whole(run / "finished.json", json.dumps({"step": total, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}))
 

@@ -27,7 +27,7 @@ def memory(num_parameters: int, *, stage: int, world_size: int, half: bool, refe
         num_parameters: Of the policy.
         stage: ZeRO stage: 1 partitions optimizer states, 2 gradients as well, 3 weights as well.
         world_size: Ranks.
-        half: Weights and gradients of 2 bytes and an fp32 master copy; else fp32 throughout.
+        half: Weights of 2 bytes, an fp32 master copy and gradients accumulated in fp32; else fp32 throughout.
         reference_bytes: Per parameter; 0 for none.
     Returns:
         Part -> GiB.
@@ -39,7 +39,7 @@ def memory(num_parameters: int, *, stage: int, world_size: int, half: bool, refe
     width = 2 if half else 4
     per_parameter = {
         "weights": width * share["weights"],
-        "gradients": width * share["gradients"],
+        "gradients": 4 * share["gradients"],
         "optimizer (AdamW, fp32 master)": (12 if half else 8) * share["optimizer"],
         "reference": reference_bytes * share["weights"],
     }

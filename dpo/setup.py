@@ -143,36 +143,40 @@ def _longest(config: Config, model_config: Any) -> int:
     return wanted
 
 
-def _validation_source(config: Config) -> tuple[str, str] | None:
-    """Path and split of the validation data; None where there is none."""
+def _source(config: Config, path: str) -> dict[str, Any]:
+    """A data source; subset, directory and revision belong to the source that data.train names."""
     data = config.data
-    path = data.validation or data.train
-    assert path is not None
-    found = validation_split_of(path, subset=data.subset, data_dir=data.data_dir, revision=data.revision)
-    split = data.validation_split or found
-    if data.validation is None:
-        return (path, split) if split is not None and split != data.train_split else None
-    return path, split or data.train_split
+    if path != data.train:
+        return {"path": path}
+    return {"path": path, "subset": data.subset, "data_dir": data.data_dir, "revision": data.revision}
+
+
+def _validation_source(config: Config) -> dict[str, Any] | None:
+    """Source and split of the validation data; None where there is none."""
+    data = config.data
+    source = _source(config, data.validation or data.train or "")
+    split = data.validation_split or validation_split_of(**source)
+    if data.validation is None and split in (None, data.train_split):
+        return None
+    return source | {"split": split or data.train_split}
 
 
 def _data(config: Config, tokenizer: Any, longest: int) -> tuple[TokenizedPairs, TokenizedPairs | None, list[str]]:
     data = config.data
 
-    def prepared(path: str, split: str, limit: int | None) -> tuple[TokenizedPairs, list[str]]:
+    def prepared(source: dict[str, Any], limit: int | None) -> tuple[TokenizedPairs, list[str]]:
         pairs, report = prepare_pairs(
-            path, tokenizer, subset=data.subset, data_dir=data.data_dir, revision=data.revision, split=split,
-            format=data.format, limit=limit, max_length=longest, max_prompt_length=data.max_prompt_length or longest // 2,
+            **source, tokenizer=tokenizer, format=data.format, limit=limit, max_length=longest, max_prompt_length=data.max_prompt_length or longest // 2,
             on_bad_row=data.on_bad_row, chat_template=config.model.chat_template, workers=data.workers,
             cache_dir=data.cache_folder,
         )
         return pairs, report.lines()
 
-    assert data.train is not None
-    train, notes = prepared(data.train, data.train_split, data.train_limit)
+    train, notes = prepared(_source(config, data.train or "") | {"split": data.train_split}, data.train_limit)
     source = _validation_source(config)
     if source is None:
         return train, None, [*notes, "no validation: data.validation is not set and data.train has no such split"]
-    validation, more = prepared(*source, data.validation_limit)
+    validation, more = prepared(source, data.validation_limit)
     return train, validation, notes + more
 
 

@@ -72,7 +72,7 @@ def _train(setup: Setup, policy: Policy, tracker: Tracker) -> None:
                     "num_tokens": tokens_seen,
                 }
             )
-            rate = config.log.every / (now - since)
+            rate = ((done - 1) % config.log.every + 1) / (now - since)
             tracker.progress("SFT", done, total, f"loss {nll_sum / target_tokens:.4f}  {rate:.1f} steps/s")
             sums.zero_()
             since = now

@@ -6,6 +6,7 @@ handed on as mappings in file order, unchecked; `formats.py` gives them meaning.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -188,7 +189,8 @@ def _load_hub(
 
 
 def _hub_splits(path: str, subset: str | None, data_dir: str | None, revision: str | None) -> list[str]:
-    # Loading, not asking the hub's API for names: this works offline from the cache and is needed next anyway.
+    with contextlib.suppress(Exception):  # without network, or for older kinds of data sets: load from the cache
+        return list(datasets.get_dataset_split_names(path, subset, revision=revision, data_dir=data_dir))
     found = _from_hub(
         path, lambda: datasets.load_dataset(path, name=subset, data_dir=data_dir, revision=revision)
     )

@@ -114,9 +114,9 @@ def load_model(
     Raises:
         UserError: If the model cannot be loaded.
     """
+    disable_progress_bar()  # a bar per rank says nothing that our own log does not
     if path == BUILTIN:
         return cast_parameters(example.build_model(seed), dtype).eval()
-    disable_progress_bar()  # a bar per rank says nothing that our own log does not
     # transformers keeps only a weak reference to this object and shards while it lives.
     sharded = HfDeepSpeedConfig(zero3_config) if zero3_config is not None else None
     try:

@@ -4,7 +4,7 @@
     checkpoints/step-000200/     engine state of every rank, state.json
     reference/                   after SFT: the frozen start of DPO
     final/                       the trained policy
-    finished.json                written last, with the closing figures
+    finished.json                written last: the step
 
 Whatever must be whole is written under a temporary name and renamed.
 """

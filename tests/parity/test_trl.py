@@ -27,8 +27,8 @@ def trl(shared_data, tmp_path_factory) -> dict[str, list[dict[str, float]]]:
     folder = tmp_path_factory.mktemp("trl")
     policy = shared_data / "stories260k-llama"
     pairs, _ = prepare_pairs(
-        shared_data / DATA, AutoTokenizer.from_pretrained(policy), limit=ROWS, max_length=LENGTH, on_bad_row="skip",
-        cache_dir=folder / "cache",
+        shared_data / DATA, AutoTokenizer.from_pretrained(policy), limit=ROWS, max_length=LENGTH,
+        max_prompt_length=LENGTH // 2, on_bad_row="skip", cache_dir=folder / "cache",
     )
     rows = [pairs[i] for i in range(STEPS * BATCH)]
     assert len({len(row.chosen_ids) - len(row.rejected_ids) for row in rows}) > 10

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -191,8 +192,12 @@ def test_a_checkpoint_written_again_replaces_the_old_one(run: Path) -> None:
 def test_a_checkpoint_that_was_not_finished_is_never_taken(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint.save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=2)
 
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
+    move = os.replace
+
+    def killed(old: Path, new: Path) -> None:
+        if old.is_dir():  # everything is written but the last rename
+            raise KeyboardInterrupt
+        move(old, new)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.os, "replace", killed)
