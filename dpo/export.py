@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from dpo.model.load import save_folder
+from dpo.policy import Policy
 from dpo.runtime.checkpoint import publish
 from dpo.runtime.engine import DTYPES, full_state
-from dpo.setup import Policy, Setup
+from dpo.setup import Setup
 
 
 def write_weights(setup: Setup, policy: Policy, folder: Path, card: str | None) -> None:

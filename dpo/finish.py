@@ -6,12 +6,13 @@ import json
 import time
 from pathlib import Path
 
+from dpo.policy import FrozenReference, Policy
 from dpo.report import closing_rows, plot
 from dpo.runtime.checkpoint import write_whole
 from dpo.runtime.distributed import only_main
 from dpo.runtime.tracking import Tracker, read_lines
 from dpo.sample import greedy_answers, world_rewards, write_samples
-from dpo.setup import FrozenReference, Policy, Setup
+from dpo.setup import Setup
 
 
 def take_samples(setup: Setup, policy: Policy, reference: FrozenReference, step: int) -> None:

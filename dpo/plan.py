@@ -14,8 +14,9 @@ from dpo.data.loader import Loader
 from dpo.data.planner import num_tokens
 from dpo.model.forward import pair_logps
 from dpo.objective.losses import make_loss
+from dpo.policy import FrozenReference, Policy
 from dpo.runtime import engine as deepspeed_engine
-from dpo.setup import FrozenReference, Policy, Setup
+from dpo.setup import Setup
 
 GIB = 2**30
 

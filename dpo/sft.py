@@ -13,11 +13,12 @@ import torch
 
 from dpo.data.planner import Layout, num_tokens
 from dpo.export import write_weights
+from dpo.policy import Policy, start_policy
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import sum_over_ranks
 from dpo.runtime.schedule import learning_rate
 from dpo.runtime.tracking import Tracker
-from dpo.setup import Policy, Setup, start_policy
+from dpo.setup import Setup
 
 
 def run_sft(setup: Setup, tracker: Tracker) -> None:

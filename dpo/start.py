@@ -15,9 +15,10 @@ import torch
 from dpo.errors import UserError
 from dpo.model.forward import pair_logps
 from dpo.objective.losses import Loss, start_loss
+from dpo.policy import FrozenReference, Policy
 from dpo.runtime import distributed
 from dpo.runtime.tracking import Tracker
-from dpo.setup import FrozenReference, Policy, Setup
+from dpo.setup import Setup
 from dpo.types import PackedBatch
 
 SAME_DTYPE_LOSS = 1e-5

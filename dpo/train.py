@@ -27,13 +27,14 @@ from dpo.model.reference import remembered
 from dpo.objective.losses import Loss, make_loss
 from dpo.objective.metrics import averages, sums
 from dpo.plan import show_plan
+from dpo.policy import FrozenReference, Policy, start_models
 from dpo.report import model_card
 from dpo.runtime import checkpoint, distributed
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.checkpoint import TrainState
 from dpo.runtime.schedule import learning_rate
 from dpo.runtime.tracking import Recorder, Silent, Tracker, keep_lines, read_lines
-from dpo.setup import FrozenReference, Policy, Setup, prepare, start_models
+from dpo.setup import Setup, prepare
 from dpo.sft import run_sft
 from dpo.start import check_start
 from dpo.types import PackedBatch

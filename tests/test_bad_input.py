@@ -230,7 +230,7 @@ codes = []
 for argv in json.loads(open(sys.argv[1]).read()):
     os.write(2, b"next\\n") if os.environ["RANK"] == "0" else None
     codes.append(train_dpo.main(argv))
-print("codes", codes, flush=True)
+os.write(1, f"codes {codes}\\n".encode())
 """
 
 

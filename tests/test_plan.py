@@ -19,10 +19,10 @@ def parts(stage: int, **changes: int | bool) -> list[float]:
 
 
 def test_each_stage_shares_one_part_more_among_the_ranks() -> None:
-    assert parts(0) == [2, 2, 12, 2]
-    assert parts(1) == [2, 2, 3, 2]
-    assert parts(2) == [2, 0.5, 3, 2]
-    assert parts(3) == [0.5, 0.5, 3, 0.5]
+    assert parts(0) == [2, 4, 12, 2]
+    assert parts(1) == [2, 4, 3, 2]
+    assert parts(2) == [2, 1, 3, 2]
+    assert parts(3) == [0.5, 1, 3, 0.5]
 
 
 def test_fp32_has_no_master_copy() -> None:
@@ -32,7 +32,7 @@ def test_fp32_has_no_master_copy() -> None:
 
 def test_seven_billion_parameters_on_eight_gpus_take_what_is_known() -> None:
     found = memory(7_000_000_000, stage=2, world_size=8, half=True, reference_bytes=2)
-    assert sum(found.values()) == pytest.approx(7e9 * (2 + 2 / 8 + 12 / 8 + 2) / 2**30)
+    assert sum(found.values()) == pytest.approx(7e9 * (2 + 4 / 8 + 12 / 8 + 2) / 2**30)
     assert list(found) == ["weights", "gradients", "optimizer (AdamW, fp32 master)", "reference"]
 
 

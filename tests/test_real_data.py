@@ -116,7 +116,9 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(short_rows, shared_data, t
     assert not (tmp_path / "run").exists()
 
 
-def test_prepare_only_fills_the_cache_and_names_the_variables_for_compute_nodes(short_rows, shared_data, tmp_path, capsys):
+def test_prepare_only_fills_the_cache_and_names_the_variables_for_compute_nodes(
+    short_rows, shared_data, tmp_path, capsys
+):
     argv = ["--model.policy", str(shared_data / "stories260k-llama"), "--data.train", str(short_rows),
             "--data.cache_dir", str(tmp_path / "cache"), "--train.output_dir", str(tmp_path / "run"), "--prepare_only"]
     assert train_dpo.main(argv) == 0

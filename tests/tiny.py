@@ -44,6 +44,13 @@ def model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, dropou
         config = transformers.CohereConfig(**common | {"logit_scale": 0.25} | changes)
     elif family == "mistral":
         config = transformers.MistralConfig(**common | changes)
+    elif family == "bloom":
+        config = transformers.BloomConfig(
+            vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3, hidden_dropout=dropout,
+            attention_dropout=dropout,
+        )
+    elif family == "mamba":
+        config = transformers.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4)
     else:
         raise KeyError(family)
     made = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

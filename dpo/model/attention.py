@@ -10,6 +10,8 @@ Segments travel to every layer as the keyword argument `segments` of the model's
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -89,3 +91,20 @@ def segment_attention(
 def register() -> None:
     """Make `segment_attention` known to transformers under NAME; calling it again changes nothing."""
     AttentionInterface.register(NAME, segment_attention)
+
+
+@contextmanager
+def counted_calls() -> Iterator[list[nn.Module]]:
+    """Collect the layers that attend in segments within the block: a layer that mixes tokens in any other way (state
+    space, linear attention, convolution) would let one sequence see another."""
+    layers: list[nn.Module] = []
+
+    def counted(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        layers.append(module)
+        return segment_attention(module, *args, **kwargs)
+
+    AttentionInterface.register(NAME, counted)
+    try:
+        yield layers
+    finally:
+        register()

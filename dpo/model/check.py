@@ -1,12 +1,15 @@
 """Which layout and which head give a model's true log-probs, found by asking the model itself.
 
-At start one real pair is scored twice: by the fast path, and by the model's own logits, each sequence alone and
-unpadded. Where they differ, or the model's attention cannot be expressed in segments, the next simpler path is tried:
+At start two real pairs are scored twice: by the fast path, in one micro-batch, and by the model's own logits, each
+sequence alone and unpadded. Where they differ, or the model's attention cannot be expressed in segments, the next
+simpler path is tried:
 
     wanted layout, fast head  ->  padded, fast head  ->  padded, the model's own head  ->  refused
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -34,22 +37,29 @@ def use_layout(scorer: Scorer, layout: Layout, own_head: bool = False) -> None:
         scorer.model.set_attn_implementation(attention.NAME)
 
 
-def _difference(scorer: Scorer, layout: Layout, pair: TokenizedPair, truth: torch.Tensor) -> float:
+def _difference(scorer: Scorer, layout: Layout, pairs: Sequence[TokenizedPair], truth: torch.Tensor) -> float:
+    """Largest difference from the truth, nats per completion token."""
+    batch = collate(pairs, layout).to(truth.device)
     with torch.no_grad():
-        logps = scorer(collate([pair], layout).to(truth.device))
-    lengths = torch.tensor([len(pair.chosen_ids), len(pair.rejected_ids)], device=truth.device)
-    return float(((logps - truth).abs() / lengths).max())
+        logps = scorer(batch)
+    return float(((logps - truth).abs() / batch.completion_lengths).max())
 
 
-def _complaint(scorer: Scorer, layout: Layout, own_head: bool, pair: TokenizedPair, truth: torch.Tensor) -> str | None:
+def _complaint(
+    scorer: Scorer, layout: Layout, own_head: bool, pairs: Sequence[TokenizedPair], truth: torch.Tensor
+) -> str | None:
     """Why a path cannot be used; None if it can."""
     if layout != "padded" and not scorer.model._can_set_attn_implementation():
         return f"{type(scorer.model).__name__} has its own attention code"
     use_layout(scorer, layout, own_head)
     try:
-        difference = _difference(scorer, layout, pair, truth)
-    except (UnsupportedAttention, TypeError) as error:
+        with attention.counted_calls() as attending:
+            difference = _difference(scorer, layout, pairs, truth)
+    except (UnsupportedAttention, TypeError, AttributeError) as error:
         return " ".join(str(error).split())
+    layers = scorer.model.config.get_text_config().num_hidden_layers
+    if layout != "padded" and len(attending) != layers:
+        return f"{len(attending)} of {layers} layers attend, the others mix tokens in their own way"
     limit = TOLERANCE[scorer.head.weight.dtype]
     if difference <= limit:
         return None
@@ -57,14 +67,14 @@ def _complaint(scorer: Scorer, layout: Layout, own_head: bool, pair: TokenizedPa
 
 
 def settle(
-    scorer: Scorer, layout: Layout, pair: TokenizedPair, longest: int, device: torch.device
+    scorer: Scorer, layout: Layout, pairs: Sequence[TokenizedPair], longest: int, device: torch.device
 ) -> tuple[Layout, list[str]]:
     """Choose layout and head for a model and leave the scorer set to them.
 
     Args:
-        scorer: Around the policy; collective under ZeRO-3, where every rank calls it with the same pair.
+        scorer: Around the policy; collective under ZeRO-3, where every rank calls it with the same pairs.
         layout: The one asked for.
-        pair: A real pair.
+        pairs: Two real pairs; one is enough for a data set of one.
         longest: Longest sequence in tokens that the run will see.
         device: Of the model.
     Returns:
@@ -72,7 +82,7 @@ def settle(
     Raises:
         UserError: If no path gives the model's own log-probs.
     """
-    truth = own_logits_logps(scorer, pair, device)
+    truth = torch.stack([own_logits_logps(scorer, pair, device) for pair in pairs]).T.reshape(-1)
     window = getattr(scorer.model.config.get_text_config(), "sliding_window", None)
     windowed = window is not None and longest > window and _uses_window(scorer)
     paths: list[tuple[Layout, bool]] = [(layout, False), ("padded", False), ("padded", True)]
@@ -81,7 +91,7 @@ def settle(
         if path != "padded" and windowed:
             complaint: str | None = f"a sliding window of {window} tokens is shorter than sequences of up to {longest}"
         else:
-            complaint = _complaint(scorer, path, own_head, pair, truth)
+            complaint = _complaint(scorer, path, own_head, pairs, truth)
         if complaint is None:
             return path, notes
         name = f"layout {path}" + (" with the model's own head" if own_head else "")

@@ -51,12 +51,10 @@ class Scorer(nn.Module):
         return sums.index_add(0, batch.sequence_ids, token_logps)
 
     def _inputs(self, batch: PackedBatch) -> dict[str, Any]:
-        inputs = {
-            "input_ids": batch.input_ids.view(batch.num_rows, -1),
-            "position_ids": batch.position_ids.view(batch.num_rows, -1),
-            "use_cache": False,
-        }
-        return inputs | ({} if batch.segments is None else {"segments": batch.segments})
+        inputs = {"input_ids": batch.input_ids.view(batch.num_rows, -1), "use_cache": False}
+        if batch.segments is None:
+            return inputs  # positions of a padded row are the model's own, and not every model takes them
+        return inputs | {"position_ids": batch.position_ids.view(batch.num_rows, -1), "segments": batch.segments}
 
     def _token_logps(self, batch: PackedBatch) -> Tensor:
         backbone = self.model.base_model

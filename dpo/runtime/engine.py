@@ -77,13 +77,18 @@ def _check_sections(config: dict[str, Any], name: str) -> None:
 
 
 def _check_owned(
-    json_config: dict[str, Any], optim: OptimConfig, precision: str, global_batch_size: int, name: str
+    json_config: dict[str, Any],
+    optim: OptimConfig,
+    precision: str,
+    global_batch_size: int,
+    micro_batch_size: int | None,
+    name: str,
 ) -> None:
     """Refuse a JSON that contradicts the recipe."""
     owned = {
         "train_batch_size": (global_batch_size, "train.global_batch_size"),
         "gradient_clipping": (optim.max_grad_norm, "optim.max_grad_norm"),
-        "train_micro_batch_size_per_gpu": (None, "train.micro_batch_size or train.tokens_per_micro_batch"),
+        "train_micro_batch_size_per_gpu": (micro_batch_size, "train.micro_batch_size"),
         "gradient_accumulation_steps": (None, "train.global_batch_size and train.tokens_per_micro_batch"),
     }
     for key, (value, owner) in owned.items():
@@ -110,6 +115,7 @@ def build_config(
     optim: OptimConfig,
     precision: str,
     global_batch_size: int,
+    micro_batch_size: int | None = None,
     name: str = "--config",
 ) -> dict[str, Any]:
     """Merge the user's JSON with what the recipe owns.
@@ -118,7 +124,7 @@ def build_config(
         json_config: As read; not changed.
         optim: For clipping.
         precision: fp16, bf16 or fp32.
-        global_batch_size: Pairs per step, only to compare with.
+        global_batch_size, micro_batch_size: Pairs per step and per forward pass, only to compare with.
         name: Of the JSON, for messages.
     Returns:
         A config for `deepspeed.initialize`.
@@ -128,7 +134,7 @@ def build_config(
     _quiet()  # loading weights for stage 3 is DeepSpeed's business already
     config = _without_auto(json_config)
     _check_sections(config, name)
-    _check_owned(config, optim, precision, global_batch_size, name)
+    _check_owned(config, optim, precision, global_batch_size, micro_batch_size, name)
     for key in ("optimizer", "scheduler", "train_batch_size"):
         config.pop(key, None)
     half: dict[str, Any] = {}

@@ -30,6 +30,7 @@ def watch(seen: dict[str, Any]) -> Any:
     def start_models(*args: Any, **kwargs: Any) -> Any:
         policy, reference = original(*args, **kwargs)
         seen["stage"] = policy.engine.zero_optimization_stage()
+        seen["weights_are_whole"] = any(p.numel() > 0 for s in (policy, reference) for p in s.scorer.parameters())
         seen["reference_is_engine"] = hasattr(reference.logps, "zero_optimization_stage")
         seen["reference_dtypes"] = sorted({str(p.dtype) for p in reference.scorer.parameters()})
         seen["reference_wants_gradient"] = any(p.requires_grad for p in reference.scorer.parameters())

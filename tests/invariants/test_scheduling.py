@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests.invariants.jobs import Run, train_all
@@ -16,11 +18,11 @@ VARIANTS: dict[str, tuple[int, list[str]]] = {
     "padded": (1, ["--config", "ds_configs/zero2.json", "--train.layout", "padded"]),
     "micro1": (1, ["--config", "ds_configs/zero2.json", "--train.micro_batch_size", "1"]),
     "micro4": (1, ["--config", "ds_configs/zero1.json", "--train.micro_batch_size", "4"]),
-    "zero3": (1, ["--config", "ds_configs/zero3.json", "--train.tokens_per_micro_batch", "700"]),
+    "zero3": (1, ["--config", "SHARDED/zero3.json", "--train.tokens_per_micro_batch", "700"]),
     "fp16_reference": (1, ["--config", "ds_configs/zero2.json", "--reference.dtype", "fp16"]),
     "two_ranks": (2, ["--config", "ds_configs/zero2.json"]),
     "two_ranks_zero1": (2, ["--config", "ds_configs/zero1.json", "--train.tokens_per_micro_batch", "600"]),
-    "two_ranks_zero3": (2, ["--config", "ds_configs/zero3.json", "--train.micro_batch_size", "3"]),
+    "two_ranks_zero3": (2, ["--config", "SHARDED/zero3.json", "--train.micro_batch_size", "3"]),
     "two_ranks_padded": (2, ["--config", "ds_configs/zero2.json", "--train.layout", "padded",
                              "--train.micro_batch_size", "2"]),
 }
@@ -31,6 +33,10 @@ EQUAL = [name for name in VARIANTS if name not in ("plain", "fp16_reference")]
 def runs(shared_data, tmp_path_factory) -> dict[str, Run]:
     """Every variant: 9 pairs a step of 43, so that the last step of the epoch is smaller and odd."""
     folder = tmp_path_factory.mktemp("scheduling")
+    # A tiny model's weights stay gathered under ZeRO-3 unless these are 0, and then the stage proves nothing.
+    always = ("stage3_param_persistence_threshold", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size")
+    sharded = {"zero_optimization": {"stage": 3} | dict.fromkeys(always, 0)}
+    (folder / "zero3.json").write_text(json.dumps(sharded))
     common = [
         "--model.policy", str(shared_data / "stories260k-llama"), "--data.on_bad_row", "skip",
         "--data.train", str(shared_data / "hh-rlhf/train.jsonl.gz"), "--data.train_limit", "44",
@@ -41,7 +47,11 @@ def runs(shared_data, tmp_path_factory) -> dict[str, Run]:
     ]
     found: dict[str, Run] = {}
     for ranks in (1, 2):
-        jobs = {name: common + flags for name, (needed, flags) in VARIANTS.items() if needed == ranks}
+        jobs = {
+            name: common + [flag.replace("SHARDED", str(folder)) for flag in flags]
+            for name, (needed, flags) in VARIANTS.items()
+            if needed == ranks
+        }
         found |= train_all(folder / str(ranks), jobs, ranks)
     return found
 
@@ -77,7 +87,8 @@ def test_the_variants_really_differ(runs, name):
     seen = runs[name].seen
     assert len(seen) == ranks
     assert all(s["code"] == 0 for s in seen)
-    assert {s["stage"] for s in seen} == {int(flags[1][len("ds_configs/zero")])}
+    assert {s["stage"] for s in seen} == {int(flags[1].removesuffix(".json")[-1])}
+    assert all(s["weights_are_whole"] is ("zero3" not in name) for s in seen)
     one_row = all(rows == 1 for s in seen for rows, _ in s["policy_rows"][2:])
     assert one_row is ("padded" not in name)
     if "--train.micro_batch_size" in flags:

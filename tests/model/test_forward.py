@@ -24,7 +24,9 @@ def scorer_for(family: str, layout: Layout, **kwargs) -> Scorer:
     return scorer
 
 
-def gradients(scorer: Scorer, pairs: list[TokenizedPair], layout: Layout) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def gradients(
+    scorer: Scorer, pairs: list[TokenizedPair], layout: Layout
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     logps = scorer(collate(pairs, layout))
     weights = torch.linspace(-1, 2, len(logps), dtype=logps.dtype)
     scorer.zero_grad()
@@ -58,7 +60,8 @@ def test_shared_and_packed_layouts_have_the_gradients_of_padded(family):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_changing_rejected_never_moves_chosen_log_probs(layout):
     first, second = tiny.pairs(4, seed=1), tiny.pairs(4, seed=2)
-    changed = [TokenizedPair(a.pair_id, a.prompt_ids, a.chosen_ids, b.rejected_ids) for a, b in zip(first, second)]
+    both = zip(first, second, strict=True)
+    changed = [TokenizedPair(a.pair_id, a.prompt_ids, a.chosen_ids, b.rejected_ids) for a, b in both]
     scorer = scorer_for("llama", layout)
     with torch.no_grad():
         before, after = (pair_logps(scorer, collate(p, layout)) for p in (first, changed))
@@ -75,7 +78,7 @@ def test_layouts_really_differ_in_what_the_first_layer_is_fed():
         scorer = scorer_for("llama", layout)
         seen = []
         layer = scorer.model.model.layers[0]
-        layer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(args[0].shape[:2]), with_kwargs=True)
+        layer.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0].shape[:2]))
         scorer(collate(pairs, layout))
         assert seen == [shape], layout
 
@@ -151,7 +154,7 @@ def test_an_empty_batch_scores_nothing_and_reaches_every_parameter():
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_families_that_share_prompts_keep_the_layout_asked_for(family):
-    assert settle(Scorer(tiny.model(family)), "shared", tiny.pairs(2)[1], 100, CPU) == ("shared", [])
+    assert settle(Scorer(tiny.model(family)), "shared", tiny.pairs(3)[1:], 100, CPU) == ("shared", [])
 
 
 @pytest.mark.parametrize(
@@ -160,23 +163,25 @@ def test_families_that_share_prompts_keep_the_layout_asked_for(family):
         ("gemma2", {}, "soft-capped"),
         ("cohere", {}, "differ"),
         ("mistral", {"sliding_window": 4}, "sliding window"),
+        ("bloom", {}, "own attention code"),
+        ("mamba", {}, "0 of 2 layers attend"),
     ],
 )
 def test_other_families_fall_back_to_padded_with_the_reason_and_true_log_probs(family, changes, reason):
     scorer = Scorer(tiny.model(family, **changes))
     pairs = tiny.pairs(4)
-    layout, notes = settle(scorer, "shared", pairs[1], 100, CPU)
+    layout, notes = settle(scorer, "shared", pairs[1:3], 100, CPU)
     assert layout == "padded"
     assert reason in notes[0]
     truth = torch.stack([own_logits_logps(scorer, pair, CPU) for pair in pairs]).T.reshape(-1)
     with torch.no_grad():
-        torch.testing.assert_close(scorer(collate(pairs, layout)), truth, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(scorer(collate(pairs, layout)), truth, rtol=1e-6, atol=1e-6, check_dtype=False)
 
 
 @pytest.mark.parametrize(("family", "own_head"), [("gemma2", True), ("cohere", True), ("mistral", False)])
 def test_the_models_own_head_is_used_where_it_does_more_than_a_product(family, own_head):
     scorer = Scorer(tiny.model(family))
-    settle(scorer, "shared", tiny.pairs(2)[1], 100, CPU)
+    settle(scorer, "shared", tiny.pairs(3)[1:], 100, CPU)
     assert scorer.own_head is own_head
     if own_head:
         scorer(collate(tiny.pairs(3), "padded")).sum().backward()
@@ -184,4 +189,5 @@ def test_the_models_own_head_is_used_where_it_does_more_than_a_product(family, o
 
 
 def test_a_window_wider_than_every_sequence_is_no_obstacle():
-    assert settle(Scorer(tiny.model("mistral", sliding_window=100)), "shared", tiny.pairs(2)[1], 100, CPU)[0] == "shared"
+    scorer = Scorer(tiny.model("mistral", sliding_window=100))
+    assert settle(scorer, "shared", tiny.pairs(3)[1:], 100, CPU)[0] == "shared"

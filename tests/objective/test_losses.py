@@ -60,7 +60,9 @@ def test_rewards_carry_no_gradient():
     assert output.losses.requires_grad and not output.chosen_rewards.requires_grad
 
 
-@pytest.mark.parametrize(("name", "expected"), [("sigmoid", math.log(2)), ("hinge", 1.0), ("ipo", 6.25), ("ipo_sum", 6.25)])
+@pytest.mark.parametrize(
+    ("name", "expected"), [("sigmoid", math.log(2)), ("hinge", 1.0), ("ipo", 6.25), ("ipo_sum", 6.25)]
+)
 def test_equal_models_give_the_stated_start(name, expected):
     assert start_loss(name, 0.2) == pytest.approx(expected, rel=1e-6)
     assert make_loss(name, 0.2)(POLICY, POLICY).losses.tolist() == pytest.approx([expected] * 2)

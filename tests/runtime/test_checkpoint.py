@@ -190,8 +190,6 @@ def test_a_checkpoint_written_again_replaces_the_old_one(run: Path) -> None:
 
 
 def test_a_checkpoint_that_was_not_finished_is_never_taken(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint.save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=2)
-
     move = os.replace
 
     def killed(old: Path, new: Path) -> None:
@@ -203,6 +201,8 @@ def test_a_checkpoint_that_was_not_finished_is_never_taken(run: Path, monkeypatc
         patch.setattr(checkpoint.os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             checkpoint.save(FakeEngine(), run, TrainState(4, 2), ALONE, keep=2)
+    assert checkpoint.newest(run, "auto", ALONE) is None
+    checkpoint.save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=2)
     (run / "checkpoints" / "step-000009").mkdir()
     assert checkpoint.newest(run, "auto", ALONE) == run / "checkpoints" / "step-000002"
     checkpoint.save(FakeEngine(), run, TrainState(4, 2), ALONE, keep=2)

@@ -1,0 +1,87 @@
+"""Data flows one way: a module imports only from what stands above it, and each heavy library has one owner."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ORDER = [
+    "errors", "config", "commandline", "types",
+    "data.example", "data.files", "data.sources", "data.formats", "data.boundary", "data.encode", "data.store",
+    "data.tokenize", "data.planner", "data.batch", "data.loader",
+    "model.example", "model.load", "model.attention", "model.head", "model.forward", "model.check", "model.reference",
+    "objective.losses", "objective.metrics",
+    "runtime.distributed", "runtime.schedule", "runtime.engine", "runtime.checkpoint", "runtime.tracking",
+    "setup", "policy", "start", "export", "sft", "evaluate", "sample", "plan", "report", "finish", "train",
+]  # fmt: skip
+OWNERS = {
+    "datasets": {"data.sources"},
+    "deepspeed": {"runtime.engine"},
+    "torch.distributed": {"runtime.distributed"},
+    "transformers": {m for m in ORDER if m.startswith("model.")},
+    "peft": {"model.load"},
+    "matplotlib": {"report"},
+    "jsonargparse": {"commandline"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Modules imported anywhere in a file, except for type checking alone."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def modules() -> dict[str, Path]:
+    """Name below dpo -> file."""
+    files = sorted((ROOT / "dpo").rglob("*.py"))
+    names = {".".join(f.relative_to(ROOT / "dpo").with_suffix("").parts): f for f in files}
+    return {name: file for name, file in names.items() if not name.endswith("__init__")}
+
+
+def test_every_module_has_its_place_in_the_order():
+    assert sorted(modules()) == sorted(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_a_module_imports_only_from_above(name):
+    above = ORDER[: ORDER.index(name)]
+    for imported in imports(modules()[name]):
+        below = [m for m in ORDER if imported == f"dpo.{m}"]
+        assert all(m in above for m in below), f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize("library", OWNERS)
+def test_a_heavy_library_has_one_owner(library):
+    users = {
+        name
+        for name, file in modules().items()
+        if any(i == library or i.startswith(library + ".") for i in imports(file))
+    }
+    assert users <= OWNERS[library]
+
+
+def test_files_and_functions_stay_short():
+    for name, file in modules().items():
+        text = file.read_text(encoding="utf-8")
+        assert text.count("\n") <= 320, name
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                limit = 120 if node.name == "train" else 70
+                assert (node.end_lineno or 0) - node.lineno < limit, f"{name}.{node.name}"
