@@ -22,8 +22,8 @@ from dpo.runtime import distributed, tracking
 def watch(seen: dict[str, Any]) -> Any:
     """Wrap what starts the models, so that hooks see every forward pass of policy and reference.
 
-    Fills `seen` with: stage, calls and input shapes of both backbones and first layers, pair ids of every micro-batch,
-    the reference's dtypes, and a closure that tells whether its weights moved.
+    Fills `seen` with: stage, calls of both backbones, input shapes of the first layers in training, pair ids of every
+    micro-batch, the reference's dtypes, and a closure that tells whether its weights moved.
     """
     original = dpo.train.start_models
 
@@ -47,7 +47,7 @@ def watch(seen: dict[str, Any]) -> Any:
             layers = backbone.layers if hasattr(backbone, "layers") else backbone.h
             backbone.register_forward_hook(lambda *_, calls=calls: calls.append(torch.is_grad_enabled()))
             layers[0].register_forward_pre_hook(
-                lambda _, inputs, kwargs, rows=rows: rows.append(list(inputs[0].shape[:2])), with_kwargs=True
+                lambda _, inputs, rows=rows: rows.append(list(inputs[0].shape[:2])) if torch.is_grad_enabled() else None
             )
         return policy, reference
 

@@ -20,13 +20,15 @@ VARIANTS: dict[str, tuple[int, list[str]]] = {
     "micro4": (1, ["--config", "ds_configs/zero1.json", "--train.micro_batch_size", "4"]),
     "zero3": (1, ["--config", "SHARDED/zero3.json", "--train.tokens_per_micro_batch", "700"]),
     "fp16_reference": (1, ["--config", "ds_configs/zero2.json", "--reference.dtype", "fp16"]),
+    "bf16": (1, ["--config", "ds_configs/zero2.json", "--train.precision", "bf16",
+                 "--train.tokens_per_micro_batch", "600"]),
     "two_ranks": (2, ["--config", "ds_configs/zero2.json"]),
     "two_ranks_zero1": (2, ["--config", "ds_configs/zero1.json", "--train.tokens_per_micro_batch", "600"]),
     "two_ranks_zero3": (2, ["--config", "SHARDED/zero3.json", "--train.micro_batch_size", "3"]),
     "two_ranks_padded": (2, ["--config", "ds_configs/zero2.json", "--train.layout", "padded",
                              "--train.micro_batch_size", "2"]),
 }
-EQUAL = [name for name in VARIANTS if name not in ("plain", "fp16_reference")]
+EQUAL = [name for name in VARIANTS if name not in ("plain", "fp16_reference", "bf16")]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,8 @@ def runs(shared_data, tmp_path_factory) -> dict[str, Run]:
         "--data.validation", str(shared_data / "hh-rlhf/validation.jsonl.gz"), "--data.validation_limit", "13",
         "--data.max_length", "256", "--data.cache_dir", str(folder / "cache"), "--train.global_batch_size", "9",
         "--train.max_steps", str(STEPS), "--train.eval_every", "2", "--optim.lr", "3e-4", "--optim.warmup_steps", "0",
-        "--optim.weight_decay", "0.1", "--log.samples", "0", "--train.precision", "fp32",
+        "--optim.weight_decay", "0.1", "--log.samples", "3", "--log.sample_tokens", "8",
+        "--train.precision", "fp32",
     ]
     found: dict[str, Run] = {}
     for ranks in (1, 2):
@@ -89,7 +92,7 @@ def test_the_variants_really_differ(runs, name):
     assert all(s["code"] == 0 for s in seen)
     assert {s["stage"] for s in seen} == {int(flags[1].removesuffix(".json")[-1])}
     assert all(s["weights_are_whole"] is ("zero3" not in name) for s in seen)
-    one_row = all(rows == 1 for s in seen for rows, _ in s["policy_rows"][2:])
+    one_row = all(rows == 1 for s in seen for rows, _ in s["policy_rows"])
     assert one_row is ("padded" not in name)
     if "--train.micro_batch_size" in flags:
         size = int(flags[flags.index("--train.micro_batch_size") + 1])
@@ -101,6 +104,7 @@ def test_a_micro_batch_is_one_pass_of_the_policy_and_one_of_the_reference(runs, 
     for seen in runs[name].seen:
         assert all(calls == [1, 1] for calls in seen["calls_a_micro_batch"])
         assert not any(seen["reference_calls"])  # gradients are off
+        assert len(seen["policy_rows"]) == sum(map(len, seen["pairs"]))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -114,6 +118,23 @@ def test_each_step_scores_each_pair_of_its_batch_once_over_all_ranks(runs, name)
     assert all(counts == micro_steps[0] for counts in micro_steps)
 
 
+@pytest.mark.parametrize("name", EQUAL)
+def test_reference_and_policy_answer_the_same_under_every_variant(runs, name):
+    rows, truth = ((runs[n].folder / "samples.jsonl").read_text().splitlines() for n in (name, "plain"))
+    assert len(rows) == 3 and rows == truth
+    assert any(json.loads(row)["reference"] != json.loads(row)["policy"] for row in rows)
+
+
+def test_bf16_starts_at_ln_2_and_exports_the_starting_dtype(runs):
+    lines = [line for line in runs["bf16"].lines if "loss" in line]
+    assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-6) and lines[0]["rewards/margins"] == 0
+    truth = [line for line in runs["plain"].lines if "loss" in line]
+    assert lines[-1]["loss"] == pytest.approx(truth[-1]["loss"], abs=0.05)
+    assert runs["bf16"].seen[0]["reference_dtypes"] == ["torch.bfloat16"]
+    config = json.loads((runs["bf16"].folder / "final" / "config.json").read_text())
+    assert config["dtype"] == "float32"
+
+
 def test_rank_0_alone_writes_and_a_log_line_is_one_all_reduce(runs):
     first, second = runs["two_ranks"].seen
     assert (first["recorders"], second["recorders"]) == (1, 0)
@@ -123,7 +144,7 @@ def test_rank_0_alone_writes_and_a_log_line_is_one_all_reduce(runs):
     assert first["sums"] == second["sums"] == lines + evaluations + start_check
 
 
-@pytest.mark.parametrize("name", [n for n in VARIANTS if "zero3" not in n])
+@pytest.mark.parametrize("name", [n for n in VARIANTS if "zero3" not in n and n != "bf16"])
 def test_the_reference_is_a_frozen_plain_module_that_never_moves(runs, name):
     for seen in runs[name].seen:
         expected = "torch.float16" if name == "fp16_reference" else "torch.float32"
