@@ -43,17 +43,24 @@ def take_samples(setup: Setup, policy: Policy, reference: FrozenReference, step:
     only_main(setup.world, lambda: write_samples(setup.run, step, rows))
 
 
-def closing(setup: Setup, tracker: Tracker) -> None:
-    """Draw the curves, print what was reached and where things are, and mark the run as finished; collective."""
-    only_main(setup.world, lambda: _closing(setup, tracker))
+def closing(setup: Setup, tracker: Tracker, seconds: float) -> None:
+    """Draw the curves, print what was reached and where things are, and mark the run as finished; collective.
+
+    Args:
+        setup: The run.
+        tracker: Where it is shown.
+        seconds: Since this process began the run or took it up again.
+    """
+    only_main(setup.world, lambda: _closing(setup, tracker, seconds))
 
 
-def _closing(setup: Setup, tracker: Tracker) -> None:
+def _closing(setup: Setup, tracker: Tracker, seconds: float) -> None:
     run = setup.run
     lines = read_lines(run)
     plot(lines, run / "training_metrics.png")
     samples = _last_samples(run)
-    for row in samples[:2]:
+    differing = [row for row in samples if row["reference"] != row["policy"]]
+    for row in (differing + samples)[:2]:
         tracker.say(f"\nprompt:    {row['prompt'].strip()}\nreference: {row['reference']}\npolicy:    {row['policy']}")
     rows = closing_rows(lines)
     source = setup.config.data.validation or setup.config.data.train
@@ -62,6 +69,7 @@ def _closing(setup: Setup, tracker: Tracker) -> None:
         rows.append(["reward of greedy answers", f"{found['reference']:.4f}", f"{found['policy']:.4f}"])
         shares = f"{found['parsed']:.0%} parse, p = {found['p']:.1e}"
         tracker.say(f"greedy answers to {len(samples)} held-out prompts: {shares}")
+    rows.append(["time", "", f"{seconds / 60:.1f} min"])
     tracker.table("DPO: before and after", rows)
     answers = f", answers {run}/samples.jsonl" if samples else ""
     tracker.say(f"weights {run}/final, curves {run}/training_metrics.png{answers}")

@@ -93,6 +93,7 @@ def train(command: Command) -> None:
     Raises:
         UserError: The same line on every rank.
     """
+    began = time.perf_counter()
     config = command.config
     world = distributed.start()
     checkpoint.check_run(config, world)
@@ -125,7 +126,7 @@ def train(command: Command) -> None:
     state = _train_dpo(setup, policy, reference, state, tracker)
     card = model_card(to_dict(config), read_lines(setup.run), checkpoint.versions()) if world.is_main else None
     write_weights(setup, policy, setup.run / "final", card)
-    closing(setup, tracker)
+    closing(setup, tracker, time.perf_counter() - began)
     tracker.close()
 
 

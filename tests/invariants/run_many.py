@@ -17,6 +17,7 @@ import torch
 import dpo.train
 import train_dpo
 from dpo.runtime import distributed, tracking
+from dpo.runtime.engine import deepspeed
 
 
 def watch(seen: dict[str, Any]) -> Any:
@@ -31,7 +32,6 @@ def watch(seen: dict[str, Any]) -> Any:
         policy, reference = original(*args, **kwargs)
         seen["stage"] = policy.engine.zero_optimization_stage()
         seen["weights_are_whole"] = any(p.numel() > 0 for s in (policy, reference) for p in s.scorer.parameters())
-        seen["reference_is_engine"] = hasattr(reference.logps, "zero_optimization_stage")
         seen["reference_dtypes"] = sorted({str(p.dtype) for p in reference.scorer.parameters()})
         seen["reference_wants_gradient"] = any(p.requires_grad for p in reference.scorer.parameters())
         optimized = {id(p) for g in policy.engine.optimizer.optimizer.param_groups for p in g["params"]}
@@ -56,8 +56,13 @@ def watch(seen: dict[str, Any]) -> Any:
 
 def run(name: str, argv: list[str], out: Path) -> None:
     """One training run under observation."""
-    seen: dict[str, Any] = {"sums": 0, "recorders": 0, "pairs": []}
+    seen: dict[str, Any] = {"sums": 0, "recorders": 0, "pairs": [], "own_losses": [], "engines": 0}
     originals = dpo.train.start_models, distributed.sum_over_ranks, tracking.Recorder.__init__, dpo.train._step
+    initialize = deepspeed.initialize
+
+    def counted_initialize(*args: Any, **kwargs: Any) -> Any:
+        seen["engines"] += 1
+        return initialize(*args, **kwargs)
 
     def counted_sum(tensor: torch.Tensor) -> torch.Tensor:
         seen["sums"] += 1
@@ -67,9 +72,10 @@ def run(name: str, argv: list[str], out: Path) -> None:
         seen["recorders"] += 1
         originals[2](self, *args, **kwargs)
 
-    def seen_step(setup: Any, policy: Any, reference: Any, loss: Any, work: Any, *rest: Any) -> None:
+    def seen_step(setup: Any, policy: Any, reference: Any, loss: Any, work: Any, lr: float, meter: Any) -> None:
         before = len(seen["policy_calls"]), len(seen["reference_calls"])
-        originals[3](setup, policy, reference, loss, work, *rest)
+        originals[3](setup, policy, reference, loss, work, lr, meter)
+        seen["own_losses"].append(float(meter.totals[0] / meter.totals[7]))  # of this rank's pairs alone
         after = len(seen["policy_calls"]), len(seen["reference_calls"])
         seen["pairs"].append([list(b.pair_ids) for b in work.batches])
         seen.setdefault("calls_a_micro_batch", []).append(
@@ -78,11 +84,13 @@ def run(name: str, argv: list[str], out: Path) -> None:
 
     dpo.train.start_models, distributed.sum_over_ranks = watch(seen), counted_sum
     tracking.Recorder.__init__, dpo.train._step = counted_init, seen_step  # type: ignore[method-assign]
+    deepspeed.initialize = counted_initialize
     try:
         seen["code"] = train_dpo.main(argv)
     finally:
         dpo.train.start_models, distributed.sum_over_ranks = originals[:2]
         tracking.Recorder.__init__, dpo.train._step = originals[2:]  # type: ignore[method-assign]
+        deepspeed.initialize = initialize
     seen["reference_moved"] = seen["reference_moved"]() if "reference_moved" in seen else None
     (out / f"{name}.{distributed.launched_ranks()[0]}.json").write_text(json.dumps(seen))
 

@@ -149,10 +149,19 @@ def test_the_reference_is_a_frozen_plain_module_that_never_moves(runs, name):
     for seen in runs[name].seen:
         expected = "torch.float16" if name == "fp16_reference" else "torch.float32"
         assert seen["reference_dtypes"] == [expected]
-        assert not seen["reference_is_engine"]
+        assert seen["engines"] == 1  # the policy's alone
         assert not seen["reference_wants_gradient"]
         assert not seen["reference_in_optimizer"]
         assert seen["reference_moved"] is False
+
+
+def test_ranks_of_very_different_loss_log_the_mean_over_all_pairs(runs):
+    own = zip(*(seen["own_losses"] for seen in runs["two_ranks"].seen), strict=True)
+    assert max(abs(a - b) for a, b in own) > 0.1
+
+
+def test_under_zero_3_the_reference_is_sharded_by_an_engine_of_its_own(runs):
+    assert [runs[name].seen[0]["engines"] for name in ("zero3", "two_ranks_zero3")] == [2, 2]
 
 
 def test_an_fp16_reference_starts_within_the_stated_distance(runs):

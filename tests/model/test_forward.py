@@ -7,6 +7,7 @@ import torch
 
 from dpo.data.batch import collate
 from dpo.data.planner import Layout
+from dpo.errors import UserError
 from dpo.model.check import settle, use_layout
 from dpo.model.forward import Scorer, own_logits_logps, pair_logps
 from dpo.model.head import token_logps
@@ -186,6 +187,12 @@ def test_the_models_own_head_is_used_where_it_does_more_than_a_product(family, o
     if own_head:
         scorer(collate(tiny.pairs(3), "padded")).sum().backward()
         assert scorer.head.weight.grad.abs().max() > 0
+
+
+def test_a_model_that_no_path_scores_faithfully_is_refused(monkeypatch):
+    monkeypatch.setattr("dpo.model.check.own_logits_logps", lambda *_: torch.zeros(2, dtype=torch.float64))
+    with pytest.raises(UserError, match="LlamaForCausalLM cannot be scored faithfully: layout shared is not used: .*"):
+        settle(Scorer(tiny.model("llama")), "shared", tiny.pairs(3)[1:], 100, CPU)
 
 
 def test_a_window_wider_than_every_sequence_is_no_obstacle():
