@@ -46,10 +46,12 @@ class ModelConfig:
 class ReferenceConfig:
     """The frozen reference: the policy as it starts (after SFT, where there is one)."""
 
-    mode: Literal["online"] = "online"
-    """online: score every batch with a frozen copy."""
+    mode: Literal["online", "cached"] = "online"
+    """online: score every batch with a frozen copy. cached: score every pair once and keep the scores on disk."""
     dtype: Literal["auto", "fp16", "bf16", "fp32", "policy"] = "auto"
-    """Precision of the reference. auto: fp16 on a GPU, the policy's dtype on a CPU and under ZeRO-3."""
+    """auto: the policy's on a CPU, under ZeRO-3 and if cached, else fp16 on a GPU."""
+    cache_dir: str | None = None
+    """Where cached scores are kept, for this and later runs; default: data.cache_dir."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from dpo.setup import Setup
 
 
 def take_samples(setup: Setup, policy: Policy, reference: FrozenReference, step: int) -> None:
-    """Answer the first validation prompts (training prompts where there is no validation) by both models; collective.
+    """Answer the sample prompts by both models; collective.
 
     Args:
         setup: The run.
@@ -24,12 +24,9 @@ def take_samples(setup: Setup, policy: Policy, reference: FrozenReference, step:
         reference: The frozen reference.
         step: Optimizer steps done.
     """
-    pairs = setup.validation_pairs if setup.validation_pairs is not None else setup.train_pairs
-    shown = [pairs[i] for i in range(min(setup.config.log.samples, len(pairs)))]
-    prompts = [pair.prompt_ids.tolist() for pair in shown]
     tokens, device = setup.config.log.sample_tokens, setup.world.device
-    before = greedy_answers(reference.scorer, setup.tokenizer, prompts, tokens, device)
-    after = greedy_answers(policy.scorer, setup.tokenizer, prompts, tokens, device)
+    before = reference.answer(setup)
+    after = greedy_answers(policy.scorer, setup.tokenizer, setup.sample_prompts(), tokens, device)
     decode = setup.tokenizer.decode
     rows = [
         {
@@ -38,7 +35,7 @@ def take_samples(setup: Setup, policy: Policy, reference: FrozenReference, step:
             "policy": new,
             "chosen": decode(pair.chosen_ids.tolist(), skip_special_tokens=True),
         }
-        for pair, old, new in zip(shown, before, after, strict=True)
+        for pair, old, new in zip(setup.sample_pairs(), before, after, strict=True)
     ]
     only_main(setup.world, lambda: write_samples(setup.run, step, rows))
 

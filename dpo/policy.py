@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,13 +12,16 @@ from torch import Tensor
 
 from dpo.config import Config
 from dpo.data.planner import Layout
+from dpo.data.tokenize import TokenizedPairs
 from dpo.errors import UserError
 from dpo.model import load
 from dpo.model.check import settle, use_layout
 from dpo.model.forward import Scorer
-from dpo.model.reference import Reference, online
+from dpo.model.reference import Reference, from_scores, online
+from dpo.reference_cache import cached_scores, manifest_of
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import together
+from dpo.sample import greedy_answers
 from dpo.setup import Setup
 from dpo.types import PackedBatch
 
@@ -33,12 +37,14 @@ class Policy:
         engine: DeepSpeed's, around the scorer.
         scorer: Backbone and head.
         layout: The one that is exact for this model.
+        attention: How it attends.
         notes: Lines for the log.
     """
 
     engine: Any
     scorer: Scorer
     layout: Layout
+    attention: str
     notes: list[str]
 
     def score(self, batch: PackedBatch) -> Tensor:
@@ -46,17 +52,35 @@ class Policy:
         return self.engine(batch)
 
 
-@dataclass(frozen=True)
+@dataclass
 class FrozenReference:
     """The reference beside a policy under training.
 
     Attributes:
-        logps: reference(batch) -> PairLogps, without gradient.
-        scorer: Backbone and head, for samples.
+        train, validation: reference(batch) -> PairLogps of the pairs of each data set, without gradient.
+        dtype: In which it scores.
+        scorer: Backbone and head; None once a cached reference has no more need of it.
+        answers: To the sample prompts; they never change.
     """
 
-    logps: Reference
-    scorer: Scorer
+    train: Reference
+    validation: Reference
+    dtype: torch.dtype
+    scorer: Scorer | None
+    answers: list[str] | None = None
+
+    def answer(self, setup: Setup) -> list[str]:
+        """Greedy answers to the sample prompts, made once; collective."""
+        if self.answers is None:
+            assert self.scorer is not None
+            self.answers = greedy_answers(
+                self.scorer,
+                setup.tokenizer,
+                setup.sample_prompts(),
+                setup.config.log.sample_tokens,
+                setup.world.device,
+            )
+        return self.answers
 
 
 def _load(setup: Setup, path: str, dtype: torch.dtype) -> Any:
@@ -75,8 +99,8 @@ def _load(setup: Setup, path: str, dtype: torch.dtype) -> Any:
 
 
 def _longest_sequence(setup: Setup) -> int:
-    lengths = setup.train_pairs.lengths
-    return int((lengths[:, 0] + lengths[:, 1:].max(axis=1)).max())
+    sets = [pairs for pairs in (setup.train_pairs, setup.validation_pairs) if pairs is not None]
+    return max(int((pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(axis=1)).max()) for pairs in sets)
 
 
 def start_policy(setup: Setup, path: str, model: Any = None) -> Policy:
@@ -106,46 +130,85 @@ def start_policy(setup: Setup, path: str, model: Any = None) -> Policy:
     attention = "one causal call per row" if layout == "padded" else "sdpa per segment"
     size = f"{_count(model) / 1e6:.1f}M parameters in {setup.precision}"
     notes.append(f"layout: {layout}; attention: {attention}; {size}")
-    return Policy(engine, scorer, layout, notes)
+    return Policy(engine, scorer, layout, attention, notes)
 
 
-def start_models(setup: Setup, path: str) -> tuple[Policy, FrozenReference]:
+def start_models(setup: Setup, path: str, say: Callable[[str], None]) -> tuple[Policy, FrozenReference]:
     """Start the policy and the reference that is frozen beside it; collective.
 
-    Under ZeRO 1 and 2 the reference is a plain copy of the loaded policy, under ZeRO-3 a second sharded engine.
+    Under ZeRO 1 and 2 the reference is a plain copy of the loaded policy, under ZeRO-3 a second sharded engine. A
+    cached reference of the policy's own dtype needs neither: before the first step the policy is the reference.
 
     Args:
         setup: The run.
         path: Weights that both start from.
+        say: Shows a line.
     Returns:
         Policy and reference.
     Raises:
-        UserError: If the model cannot be loaded or scored faithfully.
+        UserError: If the model cannot be loaded or scored faithfully, or a cache is of something else.
     """
-    world = setup.world
+    world, wanted = setup.world, setup.config.reference
     sharded = deepspeed_engine.zero_stage(setup.engine_config) == 3
-    dtype, reason = reference_dtype(setup.config.reference.dtype, setup.dtype, world.device, sharded)
+    cached = wanted.mode == "cached"
+    dtype, reason = reference_dtype(wanted.dtype, setup.dtype, world.device, sharded=sharded, cached=cached)
     model = _load(setup, path, setup.dtype)
-    if sharded:
-        scorer = Scorer(_load(setup, path, dtype))
-        score = deepspeed_engine.start_frozen(scorer, setup.engine_config, dtype)
-    else:
-        scorer = Scorer(load.frozen_copy(model, dtype)).to(world.device)
-        score = scorer
+    scorer: Scorer | None = None
+    score: Callable[[PackedBatch], Tensor] | None = None
+    if not (cached and dtype == setup.dtype):
+        if sharded:
+            scorer = Scorer(_load(setup, path, dtype))
+            score = deepspeed_engine.start_frozen(scorer, setup.engine_config, dtype)
+        else:
+            score = scorer = Scorer(load.frozen_copy(model, dtype)).to(world.device)
     policy = start_policy(setup, path, model)
-    policy.notes.insert(0, f"reference: {str(dtype).removeprefix('torch.')}, frozen ({reason})")
-    use_layout(scorer, policy.layout, policy.scorer.own_head)
-    return policy, FrozenReference(online(score), scorer)
+    policy.notes.insert(0, f"reference: {wanted.mode}, {str(dtype).removeprefix('torch.')} ({reason})")
+    if scorer is None or score is None:
+        scorer, score = policy.scorer, policy.score
+    else:
+        use_layout(scorer, policy.layout, policy.scorer.own_head)
+    for note in policy.notes:
+        say(note)
+    if not cached:
+        return policy, FrozenReference(online(score), online(score), dtype, scorer)
+    return policy, _cached_reference(setup, policy, scorer, score, dtype, say)
+
+
+def _cached_reference(
+    setup: Setup,
+    policy: Policy,
+    scorer: Scorer,
+    score: Callable[[PackedBatch], Tensor],
+    dtype: torch.dtype,
+    say: Callable[[str], None],
+) -> FrozenReference:
+    """Scores of both data sets and answers to the sample prompts, after which no model is needed."""
+    weights = deepspeed_engine.fingerprint(scorer.model)
+    path = policy.attention + (", own head" if scorer.own_head else "")
+    cache = Path(setup.config.reference.cache_dir or setup.config.data.cache_folder)
+
+    def scores(pairs: TokenizedPairs) -> Reference:
+        manifest = manifest_of(weights, pairs, dtype, policy.layout, path)
+        loader = setup.loader(pairs, policy.layout)
+        return from_scores(cached_scores(score, loader, manifest, cache, setup.world, say), setup.world.device)
+
+    train = scores(setup.train_pairs)
+    validation = train if setup.validation_pairs is None else scores(setup.validation_pairs)
+    frozen = FrozenReference(train, validation, dtype, scorer)
+    frozen.answers = frozen.answer(setup)
+    frozen.scorer = None
+    return frozen
 
 
 def reference_dtype(
-    wanted: str, policy_dtype: torch.dtype, device: torch.device, sharded: bool
+    wanted: str, policy_dtype: torch.dtype, device: torch.device, *, sharded: bool, cached: bool
 ) -> tuple[torch.dtype, str]:
     """The reference's dtype and why."""
     if wanted not in ("auto", "policy"):
         return deepspeed_engine.DTYPES[wanted], "reference.dtype"
-    if wanted == "policy" or sharded:
-        return policy_dtype, "the policy's dtype" + (" under ZeRO-3" if sharded else "")
+    if wanted == "policy" or sharded or cached:
+        why = " under ZeRO-3" if sharded else ": the policy scores before its first step" if cached else ""
+        return policy_dtype, f"the policy's dtype{why}"
     if device.type == "cuda":
         return torch.float16, "half the memory, and log-probs closer than bf16"
     return policy_dtype, "the policy's dtype: half precision products are slow on a CPU"

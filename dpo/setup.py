@@ -17,6 +17,7 @@ from dpo.errors import UserError
 from dpo.model import load
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import World, together
+from dpo.types import TokenizedPair
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,15 @@ class Setup:
         steps = self.config.train.epochs * self.epochs.steps_per_epoch
         limit = self.config.train.max_steps
         return steps if limit is None else min(steps, limit)
+
+    def sample_pairs(self) -> list[TokenizedPair]:
+        """Pairs whose prompts are answered: the first of validation, of training where there is none."""
+        pairs = self.train_pairs if self.validation_pairs is None else self.validation_pairs
+        return [pairs[i] for i in range(min(self.config.log.samples, len(pairs)))]
+
+    def sample_prompts(self) -> list[list[int]]:
+        """Token ids of their prompts."""
+        return [pair.prompt_ids.tolist() for pair in self.sample_pairs()]
 
     def loader(self, pairs: TokenizedPairs, layout: Layout) -> Loader:
         """This rank's micro-batches over a data set, in the order of the run's epochs."""

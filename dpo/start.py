@@ -45,7 +45,7 @@ def check_start(
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     for batch in batches:
         on_device = batch.to(device)
-        of_reference, of_policy = reference.logps(on_device), pair_logps(policy.score, on_device)
+        of_reference, of_policy = reference.train(on_device), pair_logps(policy.score, on_device)
         gap = (of_policy.chosen - of_reference.chosen).abs() + (of_policy.rejected - of_reference.rejected).abs()
         losses = loss(of_policy, of_reference).losses
         totals += torch.stack(
@@ -55,7 +55,7 @@ def check_start(
     loss_sum, gap_sum, tokens, pairs = distributed.sum_over_ranks(totals).tolist()
     mean, per_token = loss_sum / pairs, gap_sum / tokens
     expected = start_loss(setup.config.loss.name, setup.config.loss.beta)
-    mixed = reference.scorer.head.weight.dtype != policy.scorer.head.weight.dtype
+    mixed = reference.dtype != setup.dtype
     limit = MIXED_DTYPE_LOSS if mixed else SAME_DTYPE_LOSS
     tracker.say(
         f"start: loss {mean:.6f} (equal models: {expected:.6f}), policy and reference differ by {per_token:.2g} nats"

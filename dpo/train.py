@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -102,11 +102,14 @@ def train(command: Command) -> None:
         distributed.main_first(world, lambda: fetch_weights(config.model.policy or "", revision=config.model.revision))
         show_plan(setup, command)
         return
-    sft_is_done = (setup.run / "reference").is_dir()
+    sft_is_done = distributed.only_main(world, lambda: (setup.run / "reference").is_dir())
     start = str(setup.run / "reference") if config.train.sft_epochs else config.model.policy
     assert start is not None
     if command.dry_run:
-        policy, reference = start_models(setup, config.model.policy or start)
+        # Online, whatever the mode: a look at the plan should not score the whole data set.
+        online = replace(config, reference=replace(config.reference, mode="online"))
+        setup = replace(setup, config=online)
+        policy, reference = start_models(setup, config.model.policy or start, lambda note: None)
         show_plan(setup, command, policy, reference)
         return
     continued = checkpoint.open_run(config, world)
@@ -119,9 +122,7 @@ def train(command: Command) -> None:
     if config.train.sft_epochs and not sft_is_done:
         _keep(setup, lambda line: False)
         run_sft(setup, tracker)
-    policy, reference = start_models(setup, start)
-    for note in policy.notes:
-        tracker.say(note)
+    policy, reference = start_models(setup, start, tracker.say)
     state = _resume(setup, policy, tracker)
     state = _train_dpo(setup, policy, reference, state, tracker)
     card = model_card(to_dict(config), read_lines(setup.run), checkpoint.versions()) if world.is_main else None
@@ -171,7 +172,7 @@ def _train_dpo(
     validation: list[PackedBatch] = []
     if setup.validation_pairs is not None:
         validation = whole_pass(setup.loader(setup.validation_pairs, policy.layout))
-    known_reference = remembered(reference.logps)
+    known_reference = remembered(reference.validation)
 
     def evaluate_after(step: int) -> None:
         if validation:
@@ -227,7 +228,7 @@ def _step(
         meter.totals[8] += batch.input_ids.numel()
         meter.totals[9] += batch.num_padding_tokens
         on_device = batch.to(world.device)
-        reference_logps = reference.logps(on_device)
+        reference_logps = reference.train(on_device)
         policy_logps = pair_logps(policy.score, on_device)
         output = loss(policy_logps, reference_logps)
         scaled = output.losses.sum() * world.world_size / work.num_pairs

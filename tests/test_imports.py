@@ -15,7 +15,8 @@ ORDER = [
     "model.example", "model.load", "model.attention", "model.head", "model.forward", "model.check", "model.reference",
     "objective.losses", "objective.metrics",
     "runtime.distributed", "runtime.schedule", "runtime.engine", "runtime.checkpoint", "runtime.tracking",
-    "setup", "policy", "start", "export", "sft", "evaluate", "sample", "plan", "report", "finish", "train",
+    "reference_cache", "sample", "setup", "policy", "start", "export", "sft", "evaluate", "plan", "report", "finish",
+    "train",
 ]  # fmt: skip
 OWNERS = {
     "datasets": {"data.sources"},

@@ -29,6 +29,25 @@ def online(score: Callable[[PackedBatch], Tensor]) -> Reference:
     return reference
 
 
+def from_scores(scores: Tensor, device: torch.device) -> Reference:
+    """Look up what the reference said of every pair of a data set.
+
+    Args:
+        scores: (n, 2) fp32: summed log-probs of chosen and rejected, nats, by pair id.
+        device: Where they are wanted.
+    Returns:
+        reference(batch) -> PairLogps.
+    """
+    here = scores.to(device)
+
+    def reference(batch: PackedBatch) -> PairLogps:
+        chosen, rejected = here[list(batch.pair_ids)].unbind(1)
+        chosen_lengths, rejected_lengths = batch.completion_lengths.tensor_split(2)
+        return PairLogps(chosen, rejected, chosen_lengths, rejected_lengths)
+
+    return reference
+
+
 def remembered(reference: Reference) -> Callable[[int, PackedBatch], PairLogps]:
     """Score each batch of a fixed list once and remember the answer: validation pairs never change.
 

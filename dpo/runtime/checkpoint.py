@@ -24,7 +24,7 @@ import yaml
 
 from dpo.config import Config, to_dict
 from dpo.errors import UserError
-from dpo.runtime.distributed import World, only_main, together
+from dpo.runtime.distributed import World, only_main
 
 MAY_CHANGE = (
     "train.epochs", "train.max_steps", "train.eval_every", "train.save_every", "train.keep_checkpoints",
@@ -81,7 +81,7 @@ def open_run(config: Config, world: World) -> bool:
         except OSError as error:
             raise UserError(f"train.output_dir {run} cannot be written: {error.strerror}; name another") from None
 
-    continued = together(lambda: (run / "config.yaml").exists())
+    continued = only_main(world, lambda: (run / "config.yaml").exists())
     only_main(world, work)
     return continued
 
@@ -190,7 +190,7 @@ def newest(run: Path, resume: str, world: World) -> Path | None:
                 )
         return str(folder) if folder else None
 
-    folder = together(find)
+    folder = only_main(world, find)
     return Path(folder) if folder else None
 
 

@@ -134,13 +134,17 @@ def main_first(world: World, function: Callable[[], T]) -> T:
     return result if world.is_main else function()  # type: ignore[return-value]
 
 
-def only_main(world: World, function: Callable[[], T]) -> T | None:
-    """Run a function on rank 0 while the others wait; None there.
+def only_main(world: World, function: Callable[[], T]) -> T:
+    """Run a function on rank 0 and give its answer to every rank: what is read from the file system is read once, so
+    that all decide alike.
 
     Raises:
         UserError: The same line on every rank.
     """
-    return together(function if world.is_main else lambda: None)
+    answer = [together(function if world.is_main else lambda: None)]
+    if world.world_size > 1:
+        dist.broadcast_object_list(answer, src=0, group=_control[0])
+    return answer[0]  # type: ignore[return-value]
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ gradient_accumulation_steps 1 and no boundary set, all backward passes but the l
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -240,6 +241,16 @@ def step(engine: Any, lr: float) -> float | None:
         return None
     norm = engine.get_global_grad_norm()
     return None if norm is None else float(norm)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of a model's weights as they are, names included; collective under ZeRO-3, the same on every rank."""
+    digest = hashlib.sha256()
+    for name, tensor in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+            digest.update(tensor.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def full_state(model: nn.Module, dtype: torch.dtype, keep: bool) -> dict[str, Tensor]:

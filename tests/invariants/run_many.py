@@ -31,32 +31,44 @@ def watch(seen: dict[str, Any]) -> Any:
     def start_models(*args: Any, **kwargs: Any) -> Any:
         policy, reference = original(*args, **kwargs)
         seen["stage"] = policy.engine.zero_optimization_stage()
-        seen["weights_are_whole"] = any(p.numel() > 0 for s in (policy, reference) for p in s.scorer.parameters())
-        seen["reference_dtypes"] = sorted({str(p.dtype) for p in reference.scorer.parameters()})
-        seen["reference_wants_gradient"] = any(p.requires_grad for p in reference.scorer.parameters())
-        optimized = {id(p) for g in policy.engine.optimizer.optimizer.param_groups for p in g["params"]}
-        seen["reference_in_optimizer"] = any(id(p) in optimized for p in reference.scorer.parameters())
-        weights = [p.detach().clone() for p in reference.scorer.parameters()]
-        seen["reference_moved"] = lambda: not all(
-            torch.equal(a, b) for a, b in zip(weights, reference.scorer.parameters(), strict=True)
-        )
-        for name, scorer in (("policy", policy.scorer), ("reference", reference.scorer)):
-            seen[f"{name}_calls"] = calls = []
-            seen[f"{name}_rows"] = rows = []
-            backbone = scorer.model.base_model
-            layers = backbone.layers if hasattr(backbone, "layers") else backbone.h
-            backbone.register_forward_hook(lambda *_, calls=calls: calls.append(torch.is_grad_enabled()))
-            layers[0].register_forward_pre_hook(
-                lambda _, inputs, rows=rows: rows.append(list(inputs[0].shape[:2])) if torch.is_grad_enabled() else None
-            )
+        scorers = {"policy": policy.scorer} | ({"reference": reference.scorer} if reference.scorer else {})
+        seen["weights_are_whole"] = any(p.numel() > 0 for s in scorers.values() for p in s.parameters())
+        for name, scorer in scorers.items():
+            watch_calls(seen, name, scorer)
+        if reference.scorer is not None:
+            watch_reference(seen, policy, reference.scorer)
         return policy, reference
 
     return start_models
 
 
+def watch_reference(seen: dict[str, Any], policy: Any, scorer: Any) -> None:
+    """What the reference is, and whether it stays so."""
+    seen["reference_dtypes"] = sorted({str(p.dtype) for p in scorer.parameters()})
+    seen["reference_wants_gradient"] = any(p.requires_grad for p in scorer.parameters())
+    optimized = {id(p) for g in policy.engine.optimizer.optimizer.param_groups for p in g["params"]}
+    seen["reference_in_optimizer"] = any(id(p) in optimized for p in scorer.parameters())
+    weights = [p.detach().clone() for p in scorer.parameters()]
+    seen["reference_moved"] = lambda: not all(
+        torch.equal(a, b) for a, b in zip(weights, scorer.parameters(), strict=True)
+    )
+
+
+def watch_calls(seen: dict[str, Any], name: str, scorer: Any) -> None:
+    """Every call of a backbone, and what its first layer is fed in training."""
+    calls, rows = seen[f"{name}_calls"], seen[f"{name}_rows"]
+    backbone = scorer.model.base_model
+    layers = backbone.layers if hasattr(backbone, "layers") else backbone.h
+    backbone.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    layers[0].register_forward_pre_hook(
+        lambda _, inputs: rows.append(list(inputs[0].shape[:2])) if torch.is_grad_enabled() else None
+    )
+
+
 def run(name: str, argv: list[str], out: Path) -> None:
     """One training run under observation."""
     seen: dict[str, Any] = {"sums": 0, "recorders": 0, "pairs": [], "own_losses": [], "engines": 0}
+    seen |= {f"{who}_{what}": [] for who in ("policy", "reference") for what in ("calls", "rows")}
     originals = dpo.train.start_models, distributed.sum_over_ranks, tracking.Recorder.__init__, dpo.train._step
     initialize = deepspeed.initialize
 
