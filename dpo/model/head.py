@@ -11,6 +11,8 @@ Legend: N scored tokens, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -20,9 +22,37 @@ CHUNK_ROWS = 2048
 """Rows of one logits tile; 2048 x 50257 in fp32 is 0.4 GB. Measured on a CPU, one tile up to 2048 rows is fastest."""
 
 
-def _logps_of_tile(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    logits = linear(hidden, weight, bias)  # (n, V)
-    return logps_of_logits(logits, targets)
+class _TileLogps(torch.autograd.Function):
+    """Log-probs of one tile, with the softmax of the forward pass kept for backward and no other (n, V) tensor.
+
+    d logp_t / dz = onehot(target_t) - softmax(z). Autograd over `logps_of_logits` makes four more passes over the tile;
+    measured on 2 CPU cores, 1,100 rows x 50,257 in bf16, forward and backward together take two thirds of its time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        logits = linear(hidden, weight, bias)  # (n, V)
+        exps = logits if logits.dtype == torch.float64 else logits.float()
+        peak = exps.amax(dim=1, keepdim=True)
+        of_target = exps.gather(1, targets[:, None])
+        exps.sub_(peak).exp_()
+        total = exps.sum(dim=1, keepdim=True)
+        ctx.save_for_backward(hidden, weight, bias, targets, exps, total)
+        return (of_target - peak - total.log()).squeeze(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        hidden, weight, bias, targets, exps, total = ctx.saved_tensors
+        dz = exps * (-grad[:, None] / total)
+        dz.scatter_add_(1, targets[:, None], grad[:, None])
+        dz = dz.to(hidden.dtype)
+        wants_hidden, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        return (
+            dz @ weight if wants_hidden else None,
+            dz.T @ hidden if wants_weight else None,
+            dz.sum(dim=0) if wants_bias else None,
+            None,
+        )
 
 
 def logps_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
@@ -54,12 +84,17 @@ def token_logps(
         (N,) fp32 (fp64 for fp64 inputs), nats; N = 0 gives an empty tensor that still depends on hidden and weight.
     """
     if hidden.shape[0] <= chunk_rows:
-        return _logps_of_tile(hidden, weight, bias, targets)
+        return _TileLogps.apply(hidden, weight, bias, targets) if len(hidden) else _logps_of_nothing(hidden, weight)
     tiles = [
-        checkpoint(_logps_of_tile, h, weight, bias, t, use_reentrant=False)
+        checkpoint(_TileLogps.apply, h, weight, bias, t, use_reentrant=False)
         for h, t in zip(hidden.split(chunk_rows), targets.split(chunk_rows), strict=True)
     ]
     return torch.cat(tiles)
+
+
+def _logps_of_nothing(hidden: Tensor, weight: Tensor) -> Tensor:
+    """(0,): no log-probs, yet a function of hidden and weight, so that an empty micro-batch reaches both."""
+    return (hidden @ weight.T[:, :1]).squeeze(1).float()
 
 
 class Head(nn.Module):

@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.activations import NewGELUActivation
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
@@ -126,9 +127,18 @@ def load_model(
     except (OSError, ValueError, KeyError) as error:
         raise _explain("model.policy", path, error) from None
     del sharded
+    fuse_gelu(model)
     if model.get_output_embeddings() is None:
         raise UserError(f"model.policy {path}: {type(model).__name__} has no output embedding; use a causal LM")
     return model.eval()
+
+
+def fuse_gelu(model: Any) -> None:
+    """Compute GPT-2's tanh-GELU in one kernel instead of eight elementwise ones; the same function to 2e-7 in fp32."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 def checkpoint_activations(model: Any) -> None:

@@ -11,7 +11,7 @@ from dpo.errors import UserError
 from dpo.model.check import settle, use_layout
 from dpo.model.forward import Scorer, own_logits_logps, pair_logps
 from dpo.model.head import token_logps
-from dpo.model.load import checkpoint_activations
+from dpo.model.load import checkpoint_activations, fuse_gelu
 from dpo.types import TokenizedPair
 from tests import tiny
 
@@ -108,6 +108,35 @@ def test_head_chunks_change_neither_log_probs_nor_gradients(rows):
     torch.testing.assert_close(results[1][0], truth, rtol=1e-12, atol=1e-12)
     for found, expected in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_head_gradients_equal_finite_differences(bias):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 4, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
+    shift = torch.randn(9, dtype=torch.float64).requires_grad_() if bias else None
+    targets = torch.randint(9, (5,))
+
+    def logps(h, w, *b):
+        return token_logps(h, w, b[0] if b else None, targets)
+
+    inputs = (hidden.requires_grad_(), weight.requires_grad_(), *([shift] if bias else []))
+    assert torch.autograd.gradcheck(logps, inputs)
+
+
+def test_a_frozen_head_gets_no_gradient_and_hidden_states_do():
+    hidden, weight = torch.randn(5, 4).requires_grad_(), torch.randn(9, 4)
+    token_logps(hidden, weight, None, torch.zeros(5, dtype=torch.int64)).sum().backward()
+    assert hidden.grad is not None and weight.grad is None
+
+
+def test_fused_gelu_is_gpt2s_own_activation():
+    model = tiny.model("gpt2", dtype=torch.float32)
+    ids = torch.arange(1, 40)[None]
+    before = model(ids).logits
+    fuse_gelu(model)
+    assert isinstance(model.transformer.h[0].mlp.act, torch.nn.GELU)
+    torch.testing.assert_close(model(ids).logits, before, rtol=1e-5, atol=1e-5)
 
 
 def test_no_tensor_of_all_logits_exists(monkeypatch):
