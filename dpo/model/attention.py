@@ -61,7 +61,7 @@ def segment_attention(
         attention_mask: Must be None: segments say everything.
         scaling: Factor on the scores; None for 1 / sqrt(head_dim).
         dropout: Ignored: policy and reference are compared token by token, so both are deterministic.
-        segments: Which rows see which, covering 0..T in order.
+        segments: Which rows see which, covering 0..T in order; a prefix is the start of an earlier segment.
     Returns:
         (1, T, heads, head_dim) and None for the attention weights.
     Raises:
@@ -71,13 +71,18 @@ def segment_attention(
         raise UnsupportedAttention("the model does not hand keyword arguments down to its attention layers")
     _refuse(kwargs, segments)
     grouped = query.shape[1] != key.shape[1]
+    # One split, not a slice a segment: backward of a slice fills a tensor as long as the whole row with zeros.
+    sizes = [s.end - s.start for s in segments]
+    queries, keys, values = (x.split(sizes, dim=2) for x in (query, key, value))
+    starting_at = {s.start: i for i, s in enumerate(segments)}
     outputs = []
-    for s in segments:
-        q, k, v = (x[:, :, s.start : s.end] for x in (query, key, value))
+    for s, q, k, v in zip(segments, queries, keys, values, strict=True):
         mask = None
-        if s.prefix_end > s.prefix_start:
-            k = torch.cat((key[:, :, s.prefix_start : s.prefix_end], k), dim=2)
-            v = torch.cat((value[:, :, s.prefix_start : s.prefix_end], v), dim=2)
+        width = s.prefix_end - s.prefix_start
+        if width > 0:
+            owner = starting_at[s.prefix_start]
+            k = torch.cat((keys[owner][:, :, :width], k), dim=2)
+            v = torch.cat((values[owner][:, :, :width], v), dim=2)
             shape = (q.shape[2], k.shape[2])
             mask = torch.ones(shape, dtype=torch.bool, device=q.device).tril(shape[1] - shape[0])
         outputs.append(
