@@ -6,6 +6,7 @@ start. Evaluations follow the update they name; the one at the start is step 0.
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -18,6 +19,7 @@ import torch
 from dpo.commandline import Command
 from dpo.config import to_dict
 from dpo.data.loader import StepBatches, whole_pass
+from dpo.errors import UserError
 from dpo.evaluate import evaluate
 from dpo.export import write_weights
 from dpo.finish import closing, take_samples
@@ -222,8 +224,13 @@ def _step(
     lr: float,
     meter: Meter,
 ) -> None:
-    """One optimizer step: the mean loss over the pairs of the global batch."""
+    """One optimizer step: the mean loss over the pairs of the global batch.
+
+    Raises:
+        UserError: If a loss is not finite on any rank; then no rank steps.
+    """
     world, started = setup.world, time.perf_counter()
+    losses = []
     for index, batch in enumerate(work.batches):
         meter.totals[8] += batch.input_ids.numel()
         meter.totals[9] += batch.num_padding_tokens
@@ -234,7 +241,26 @@ def _step(
         scaled = output.losses.sum() * world.world_size / work.num_pairs
         deepspeed_engine.backward(policy.engine, scaled, index == len(work.batches) - 1)
         meter.totals[:8] += sums(output, policy_logps)
+        losses.append(output.losses.detach())
+    if distributed.any_rank(~torch.cat(losses).isfinite().all()):
+        _stop_at(setup, work, losses)
     meter.grad_norm = deepspeed_engine.step(policy.engine, lr)
     meter.pairs += work.num_pairs
     meter.tokens += work.num_tokens
     meter.seconds += time.perf_counter() - started
+
+
+def _stop_at(setup: Setup, work: StepBatches, losses: list[torch.Tensor]) -> None:
+    """End the run on every rank, naming the pairs whose loss is not finite."""
+    bad = [
+        setup.train_pairs.row_numbers[pair]
+        for batch, values in zip(work.batches, losses, strict=True)
+        for pair, value in zip(batch.pair_ids, values.tolist(), strict=True)
+        if not math.isfinite(value)
+    ]
+    rows = distributed.gather([int(row) for row in bad])
+    named = ", ".join(map(str, sorted(sum(rows, []))[:10]))
+    raise UserError(
+        f"step {work.step + 1}: the loss is not finite for rows {named} of {setup.config.data.train}; no step was taken"
+        f" and the checkpoints are whole; look at these rows, lower optim.lr, or use bf16 or fp32"
+    )

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import transformers
 
 import train_dpo
 from dpo.data.tokenize import prepare_pairs
+from dpo.objective.losses import make_loss
 from dpo.runtime.tracking import read_lines
 
 
@@ -127,3 +129,34 @@ def test_prepare_only_fills_the_cache_and_names_the_variables_for_compute_nodes(
     assert any((tmp_path / "cache").iterdir()) and not (tmp_path / "run").exists()
     assert train_dpo.main(argv) == 0
     assert "read from the cache" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_step_and_names_the_rows(
+    short_rows, shared_data, tmp_path, capsys, monkeypatch
+):
+    calls = []
+
+    def poisoned(*args):
+        loss = make_loss(*args)
+
+        def compute(policy, reference):
+            output = loss(policy, reference)
+            calls.append(1)
+            # The third call, after the check of the start and step 1, is step 2.
+            nan = torch.tensor([0.0, float("nan"), 0.0, 0.0]) if len(calls) == 3 else 0.0
+            return replace(output, losses=output.losses + nan)
+
+        return compute
+
+    monkeypatch.setattr("dpo.train.make_loss", poisoned)
+    code = train_dpo.main([
+        "--config", "ds_configs/zero2.json", "--model.policy", str(shared_data / "stories260k-llama"),
+        "--data.train", str(short_rows), "--data.cache_dir", str(tmp_path / "cache"), "--data.shuffle", "false",
+        "--train.global_batch_size", "4", "--train.save_every", "1",
+        "--train.output_dir", str(tmp_path / "run"), "--log.samples", "0",
+    ])  # fmt: skip
+    assert code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"train_dpo.py: step 2: the loss is not finite for rows 6 of {short_rows}")
+    assert [line["step"] for line in read_lines(tmp_path / "run")] == [1]
+    assert [path.name for path in (tmp_path / "run/checkpoints").glob("step-*")] == ["step-000001"]

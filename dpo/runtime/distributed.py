@@ -99,11 +99,16 @@ def agree(error: str | None) -> str | None:
     Returns:
         The error of the lowest rank that has one, the same on every rank.
     """
+    return next((e for e in gather(error) if e is not None), None)
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value, in the order of ranks, on every rank; collective, over the patient channel."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return error
-    errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error, group=_control[0])
-    return next((e for e in errors if e is not None), None)
+        return [value]
+    values: list[T] = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=_control[0])
+    return values
 
 
 def together(function: Callable[[], T]) -> T:
@@ -160,10 +165,15 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def all_equal(text: str) -> bool:
-    """Whether every rank holds the same text (settings, data); collective."""
-    if dist.get_world_size() == 1:
-        return True
-    texts: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(texts, text, group=_control[0])
-    return all(t == text for t in texts)
+def any_rank(flag: Tensor) -> bool:
+    """Whether a flag is set on any rank: one all-reduce, and the step's one wait for the device.
+
+    Args:
+        flag: Scalar bool on the rank's device.
+    Returns:
+        The same on every rank.
+    """
+    raised = flag.to(torch.int32)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+    return bool(raised)
