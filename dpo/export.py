@@ -13,17 +13,22 @@ from dpo.runtime.engine import DTYPES, full_state
 from dpo.setup import Setup
 
 
-def write_weights(setup: Setup, policy: Policy, folder: Path, card: str | None) -> None:
+def final_dtype(setup: Setup) -> torch.dtype:
+    """Dtype of `final/`: train.export_dtype, by default that of the starting weights."""
+    wanted = setup.config.train.export_dtype
+    return setup.start_dtype if wanted == "auto" else DTYPES[wanted]
+
+
+def write_weights(setup: Setup, policy: Policy, folder: Path, dtype: torch.dtype, card: str | None) -> None:
     """Write the engine's weights, as they were evaluated, with tokenizer and generation config; collective.
 
     Args:
-        setup: The run; train.export_dtype decides the dtype, by default that of the starting weights.
+        setup: The run.
         policy: Its engine holds the weights.
         folder: Appears whole or not at all.
+        dtype: Of the weights in the folder.
         card: README.md of the folder; None for none.
     """
-    wanted = setup.config.train.export_dtype
-    dtype: torch.dtype = setup.start_dtype if wanted == "auto" else DTYPES[wanted]
     model = policy.scorer.model
     state = full_state(model, dtype, keep=setup.world.is_main)
 

@@ -20,7 +20,7 @@ from dpo.model.forward import Scorer
 from dpo.model.reference import Reference, from_scores, online
 from dpo.reference_cache import cached_scores, manifest_of
 from dpo.runtime import engine as deepspeed_engine
-from dpo.runtime.distributed import together
+from dpo.runtime.distributed import gather, together
 from dpo.sample import greedy_answers
 from dpo.setup import Setup
 from dpo.types import PackedBatch
@@ -83,14 +83,16 @@ class FrozenReference:
         return self.answers
 
 
-def _load(setup: Setup, path: str, dtype: torch.dtype) -> Any:
+def _load(setup: Setup, path: str, dtype: torch.dtype, engine_config: dict[str, Any]) -> Any:
     model = setup.config.model
-    sharded = deepspeed_engine.zero_stage(setup.engine_config) == 3
+    sharded = deepspeed_engine.zero_stage(engine_config) == 3
+    revision = model.revision if path == model.policy else None
+    # Before anybody waits for the others in a collective of the device: a download may take long.
+    together(lambda: load.fetch_weights(path, revision=revision))
     loaded = together(
         lambda: load.load_model(
             path, dtype=dtype, seed=setup.config.train.seed, trust_remote_code=model.trust_remote_code,
-            revision=model.revision if path == model.policy else None,
-            zero3_config=setup.engine_config if sharded else None,
+            revision=revision, zero3_config=engine_config if sharded else None,
         )
     )
     if len(setup.tokenizer) > loaded.get_input_embeddings().num_embeddings:
@@ -116,7 +118,7 @@ def start_policy(setup: Setup, path: str, model: Any = None) -> Policy:
         UserError: If the model cannot be loaded or scored faithfully.
     """
     config, world = setup.config, setup.world
-    model = _load(setup, path, setup.dtype) if model is None else model
+    model = _load(setup, path, setup.dtype, setup.engine_config) if model is None else model
     notes: list[str] = []
     if _checkpointing(config, model, world.device):
         load.checkpoint_activations(model)
@@ -125,7 +127,11 @@ def start_policy(setup: Setup, path: str, model: Any = None) -> Policy:
     engine = deepspeed_engine.start_training(scorer, setup.engine_config, config.optim)
     by_length = setup.train_pairs.lengths.sum(axis=1).argsort()
     middle = [setup.train_pairs[int(i)] for i in by_length[len(by_length) // 2 :][:2]]
-    layout, given_up = settle(scorer, config.train.layout, middle, _longest_sequence(setup), world.device)
+    layout, given_up = together(
+        lambda: settle(scorer, config.train.layout, middle, _longest_sequence(setup), world.device)
+    )
+    if len(set(gather((layout, scorer.own_head)))) > 1:
+        raise UserError(f"train.layout {config.train.layout}: the ranks disagree whether it is exact; use padded")
     notes += given_up
     attention = "one causal call per row" if layout == "padded" else "sdpa per segment"
     size = f"{_count(model) / 1e6:.1f}M parameters in {setup.precision}"
@@ -152,15 +158,19 @@ def start_models(setup: Setup, path: str, say: Callable[[str], None]) -> tuple[P
     sharded = deepspeed_engine.zero_stage(setup.engine_config) == 3
     cached = wanted.mode == "cached"
     dtype, reason = reference_dtype(wanted.dtype, setup.dtype, world.device, sharded=sharded, cached=cached)
-    model = _load(setup, path, setup.dtype)
+    if sharded and dtype == torch.float16 and world.device.type == "cpu":
+        raise UserError("reference.dtype is fp16 under ZeRO-3 on a CPU, where DeepSpeed refuses it; use bf16 or fp32")
+    model = _load(setup, path, setup.dtype, setup.engine_config)
     scorer: Scorer | None = None
     score: Callable[[PackedBatch], Tensor] | None = None
     if not (cached and dtype == setup.dtype):
         if sharded:
-            scorer = Scorer(_load(setup, path, dtype))
-            score = deepspeed_engine.start_frozen(scorer, setup.engine_config, dtype)
+            frozen = deepspeed_engine.frozen_config(setup.engine_config, dtype)
+            scorer = Scorer(_load(setup, path, dtype, frozen))
+            score = deepspeed_engine.start_frozen(scorer, frozen)
         else:
-            score = scorer = Scorer(load.frozen_copy(model, dtype)).to(world.device)
+            # Moved first: the copy of a large model would else pass through every rank's host memory.
+            score = scorer = Scorer(load.frozen_copy(model.to(world.device), dtype))
     policy = start_policy(setup, path, model)
     policy.notes.insert(0, f"reference: {wanted.mode}, {str(dtype).removeprefix('torch.')} ({reason})")
     if scorer is None or score is None:

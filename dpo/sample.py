@@ -14,7 +14,9 @@ import torch
 
 from dpo.data import example
 from dpo.model.forward import Scorer
+from dpo.model.load import context_length
 from dpo.runtime.checkpoint import write_whole
+from dpo.runtime.engine import is_sharded
 
 
 @contextmanager
@@ -40,12 +42,16 @@ def greedy_answers(
     Args:
         scorer: Around the model; collective under ZeRO-3, where every rank gives the same prompts.
         tokenizer: Of the model.
-        prompts: Token ids, as in training.
-        max_tokens: Longest answer.
+        prompts: Token ids, as in training; what does not fit the model's context beside the answer loses its start.
+        max_tokens: Longest answer; at most half of the context.
         device: Of the model.
     Returns:
         One text per prompt, without special tokens.
     """
+    context = context_length(scorer.model.config)
+    if context is not None:
+        max_tokens = min(max_tokens, context // 2)
+        prompts = [_last_tokens(prompt, context - max_tokens, tokenizer.bos_token_id) for prompt in prompts]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     answers: list[str] = []
     for start in range(0, len(prompts), 32):
@@ -59,10 +65,17 @@ def greedy_answers(
         with _generating(scorer):
             made = scorer.model.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False, pad_token_id=pad,
-                temperature=None, top_p=None, top_k=None,
+                temperature=None, top_p=None, top_k=None, synced_gpus=is_sharded(scorer),
             )
         answers += tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
     return answers
+
+
+def _last_tokens(prompt: Sequence[int], room: int, bos: int | None) -> Sequence[int]:
+    """The end of a prompt that is longer than the room; a BOS stays at its start."""
+    if len(prompt) <= room:
+        return prompt
+    return [prompt[0], *prompt[len(prompt) - room + 1 :]] if prompt[0] == bos else prompt[-room:]
 
 
 def write_samples(run: Path, step: int, rows: Sequence[dict[str, str]]) -> None:

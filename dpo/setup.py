@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,12 @@ import torch
 from dpo.config import Config, check_world_size
 from dpo.data.loader import Loader
 from dpo.data.planner import Epochs, Layout
-from dpo.data.sources import validation_split_of
+from dpo.data.sources import splits_of, validation_split_of
 from dpo.data.tokenize import TokenizedPairs, prepare_pairs, read_chat_template
 from dpo.errors import UserError
 from dpo.model import load
 from dpo.runtime import engine as deepspeed_engine
-from dpo.runtime.distributed import World, together
+from dpo.runtime.distributed import World, gather, together
 from dpo.types import TokenizedPair
 
 
@@ -122,6 +123,11 @@ def _validation_source(config: Config) -> dict[str, Any] | None:
     """Source and split of the validation data; None where there is none."""
     data = config.data
     source = _source(config, data.validation or data.train or "")
+    if data.validation is None and data.validation_split and data.validation_split not in splits_of(**source):
+        raise UserError(
+            f"data.validation_split is {data.validation_split} but data.train {data.train} has no such split;"
+            f" name the validation data by data.validation"
+        )
     split = data.validation_split or validation_split_of(**source)
     if data.validation is None and split in (None, data.train_split):
         return None
@@ -154,13 +160,14 @@ def _data(config: Config, tokenizer: Any, longest: int) -> tuple[TokenizedPairs,
     return train, validation, notes + more
 
 
-def prepare(config: Config, world: World, deepspeed_json: str | None) -> Setup:
+def prepare(config: Config, world: World, deepspeed_json: str | None, *, for_elsewhere: bool = False) -> Setup:
     """Validate the whole run and tokenise its data; collective.
 
     Args:
         config: Settings.
         world: This rank.
         deepspeed_json: Path given by --config.
+        for_elsewhere: The run itself will be on another machine, so that this one's device does not matter.
     Returns:
         The setup; nothing has been written but the cache of tokenised data.
     Raises:
@@ -169,7 +176,9 @@ def prepare(config: Config, world: World, deepspeed_json: str | None) -> Setup:
 
     def work() -> Setup:
         check_world_size(config, world.world_size)
-        precision = resolve_precision(config.train.precision, world.device)
+        _check_backends(config)
+        wanted = config.train.precision
+        precision = wanted if for_elsewhere and wanted != "auto" else resolve_precision(wanted, world.device)
         engine_config = deepspeed_engine.build_config(
             deepspeed_engine.read_json(deepspeed_json),
             optim=config.optim,
@@ -200,4 +209,13 @@ def prepare(config: Config, world: World, deepspeed_json: str | None) -> Setup:
             notes=tuple(notes),
         )
 
-    return together(work)
+    setup = together(work)
+    if len(set(gather((setup.train_pairs.path.name, setup.precision)))) > 1:
+        raise UserError("the ranks do not see the same data or kind of device: use a shared folder, and equal nodes")
+    return setup
+
+
+def _check_backends(config: Config) -> None:
+    for name in config.log.backends:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"log.backends names {name}, which is not installed; pip install {name}")

@@ -34,8 +34,9 @@ def run_sft(setup: Setup, tracker: Tracker) -> None:
     for note in policy.notes:
         tracker.say(note)
     _train(setup, policy, tracker)
-    write_weights(setup, policy, setup.run / "reference", card=None)
-    policy.engine.destroy()
+    # In the dtype it was trained in: the policy and the reference of DPO are read back from here.
+    write_weights(setup, policy, setup.run / "reference", setup.dtype, card=None)
+    deepspeed_engine.stop(policy.engine)
 
 
 def _train(setup: Setup, policy: Policy, tracker: Tracker) -> None:

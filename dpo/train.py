@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from dpo.config import to_dict
 from dpo.data.loader import StepBatches, whole_pass
 from dpo.errors import UserError
 from dpo.evaluate import evaluate
-from dpo.export import write_weights
+from dpo.export import final_dtype, write_weights
 from dpo.finish import closing, take_samples
 from dpo.model.forward import pair_logps
 from dpo.model.load import fetch_weights
@@ -57,6 +58,20 @@ class Meter:
     tokens: int = 0
     seconds: float = 0.0
     grad_norm: float | None = field(default=None)
+
+    def carried(self) -> tuple[float, ...]:
+        """What a checkpoint must hold for the next line to be whole: empty right after a line; collective."""
+        if self.pairs == 0:
+            return ()
+        return (*distributed.sum_over_ranks(self.totals.clone()).tolist(), self.pairs, self.tokens, self.seconds)
+
+    def take_up(self, carried: tuple[float, ...], is_main: bool) -> None:
+        """Go on from what a checkpoint held; rank 0 carries the sums of all."""
+        if carried:
+            *totals, pairs, tokens, self.seconds = carried
+            self.pairs, self.tokens = int(pairs), int(tokens)
+            if is_main:
+                self.totals += self.totals.new_tensor(totals)
 
     def line(self, device: torch.device) -> dict[str, float | None]:
         """Means over all ranks' pairs, and speed; one all-reduce; the meter is empty afterwards."""
@@ -99,7 +114,7 @@ def train(command: Command) -> None:
     config = command.config
     world = distributed.start()
     checkpoint.check_run(config, world)
-    setup = prepare(config, world, command.deepspeed_json)
+    setup = prepare(config, world, command.deepspeed_json, for_elsewhere=command.prepare_only)
     if command.prepare_only:
         distributed.main_first(world, lambda: fetch_weights(config.model.policy or "", revision=config.model.revision))
         show_plan(setup, command)
@@ -114,21 +129,29 @@ def train(command: Command) -> None:
         policy, reference = start_models(setup, config.model.policy or start, lambda note: None)
         show_plan(setup, command, policy, reference)
         return
-    continued = checkpoint.open_run(config, world)
+    if done := distributed.only_main(world, lambda: checkpoint.finished(setup.run, setup.total_steps)):
+        if world.is_main:
+            print(done, file=sys.stderr)
+        return
+    folder = checkpoint.newest(
+        setup.run,
+        config.train.resume,
+        world,
+        stage=deepspeed_engine.zero_stage(setup.engine_config),
+        total_steps=setup.total_steps,
+    )
+    checkpoint.open_run(config, world)
     tracker = _tracker(setup)
     for note in _greeting(command) + list(setup.notes):
         tracker.say(note)
-    if continued and (done := checkpoint.finished(setup.run, setup.total_steps)):
-        tracker.say(done)
-        return
     if config.train.sft_epochs and not sft_is_done:
         _keep(setup, lambda line: False)
         run_sft(setup, tracker)
     policy, reference = start_models(setup, start, tracker.say)
-    state = _resume(setup, policy, tracker)
+    state = _resume(setup, policy, folder, tracker)
     state = _train_dpo(setup, policy, reference, state, tracker)
     card = model_card(to_dict(config), read_lines(setup.run), checkpoint.versions()) if world.is_main else None
-    write_weights(setup, policy, setup.run / "final", card)
+    write_weights(setup, policy, setup.run / "final", final_dtype(setup), card)
     closing(setup, tracker, time.perf_counter() - began)
     tracker.close()
 
@@ -153,10 +176,9 @@ def _keep(setup: Setup, keep: Callable[[dict[str, Any]], bool]) -> None:
     distributed.only_main(setup.world, lambda: keep_lines(setup.run, keep))
 
 
-def _resume(setup: Setup, policy: Policy, tracker: Tracker) -> TrainState:
-    """Bring the engine to the newest checkpoint, if there is one, and metrics.jsonl to the same step."""
-    folder = checkpoint.newest(setup.run, setup.config.train.resume, setup.world)
-    state = checkpoint.load(policy.engine, folder) if folder is not None else TrainState()
+def _resume(setup: Setup, policy: Policy, folder: Path | None, tracker: Tracker) -> TrainState:
+    """Bring the engine to a checkpoint, if there is one, and metrics.jsonl to the same step."""
+    state = checkpoint.load(policy.engine, folder, setup.world) if folder is not None else TrainState()
     if folder is not None:
         tracker.say(f"continuing from {folder} after step {state.step}")
     _keep(setup, lambda line: "sft_step" in line or (folder is not None and line["step"] <= state.step))
@@ -186,6 +208,7 @@ def _train_dpo(
         check_start(setup, policy, reference, loss, loader[0].batches, tracker)
         evaluate_after(0)
     meter = Meter(torch.zeros(10, dtype=torch.float64, device=world.device))
+    meter.take_up(state.unlogged, world.is_main)
     for work in loader.steps(state.step, total):
         lr = learning_rate(
             work.step, total=total, peak=config.optim.lr, schedule=config.optim.schedule,
@@ -207,7 +230,8 @@ def _train_dpo(
         if config.log.samples and _due(step, _sample_every(config.log.sample_every, total), per_epoch, total):
             take_samples(setup, policy, reference, step)
         if _due(step, config.train.save_every, per_epoch, total):
-            checkpoint.save(policy.engine, setup.run, state, world, config.train.keep_checkpoints)
+            whole = replace(state, unlogged=meter.carried())
+            checkpoint.save(policy.engine, setup.run, whole, world, config.train.keep_checkpoints)
     return state
 
 

@@ -76,8 +76,10 @@ def fetch_weights(path: str, *, revision: str | None = None) -> None:
     if path == BUILTIN or Path(path).is_dir():
         return
     try:
-        kinds = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-        snapshot_download(path, revision=revision, allow_patterns=kinds)
+        kinds = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.tiktoken", "*.py"]
+        folder = Path(snapshot_download(path, revision=revision, allow_patterns=kinds))
+        if not list(folder.glob("*.safetensors")):
+            snapshot_download(path, revision=revision, allow_patterns=["*.bin"])
     except (OSError, ValueError) as error:
         raise _explain("model.policy", path, error) from None
 

@@ -42,10 +42,12 @@ class TrainState:
     Attributes:
         step: Optimizer steps of DPO that are done.
         num_tokens: Useful tokens seen so far.
+        unlogged: What the next line of metrics.jsonl already holds, summed over all ranks.
     """
 
     step: int = 0
     num_tokens: int = 0
+    unlogged: tuple[float, ...] = ()
 
 
 def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -64,11 +66,9 @@ def check_run(config: Config, world: World) -> None:
     only_main(world, lambda: _check_run(config))
 
 
-def open_run(config: Config, world: World) -> bool:
+def open_run(config: Config, world: World) -> None:
     """Create the run directory, or take up the run that is there.
 
-    Returns:
-        Whether the run was started before.
     Raises:
         UserError: If the directory cannot be written.
     """
@@ -81,9 +81,7 @@ def open_run(config: Config, world: World) -> bool:
         except OSError as error:
             raise UserError(f"train.output_dir {run} cannot be written: {error.strerror}; name another") from None
 
-    continued = only_main(world, lambda: (run / "config.yaml").exists())
     only_main(world, work)
-    return continued
 
 
 def finished(run: Path, total_steps: int) -> str | None:
@@ -111,12 +109,18 @@ def _check_run(config: Config) -> None:
         raise UserError(f"{path} is not the settings of a run; name another train.output_dir") from None
     new = _flat(to_dict(config))
     changed = [key for key in sorted((old.keys() | new.keys()) - {*MAY_CHANGE}) if old.get(key) != new.get(key)]
-    if changed:
+    if changed and _has_begun(run):
         listed = ", ".join(f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in changed)
         raise UserError(
             f"train.output_dir {run} holds another run: {listed}; name another folder, or give the old values to"
             f" continue"
         )
+
+
+def _has_begun(run: Path) -> bool:
+    """Whether there is anything in a run directory that other settings would spoil."""
+    metrics = run / "metrics.jsonl"
+    return bool(checkpoints(run)) or (run / "reference").exists() or (metrics.exists() and metrics.stat().st_size > 0)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -156,7 +160,8 @@ def save(engine: Any, run: Path, state: TrainState, world: World, keep: int) -> 
     engine.save_checkpoint(str(parent), tag=partial.name, client_state=mark, save_latest=False)
 
     def finish() -> None:
-        write_whole(partial / "state.json", json.dumps(asdict(state) | {"world_size": world.world_size}))
+        fits = {"world_size": world.world_size, "zero_stage": engine.zero_optimization_stage()}
+        write_whole(partial / "state.json", json.dumps(asdict(state) | fits))
         shutil.rmtree(parent / name, ignore_errors=True)
         os.replace(partial, parent / name)
         for old in checkpoints(run)[:-keep]:
@@ -166,43 +171,74 @@ def save(engine: Any, run: Path, state: TrainState, world: World, keep: int) -> 
     return parent / name
 
 
-def newest(run: Path, resume: str, world: World) -> Path | None:
+def newest(run: Path, resume: str, world: World, *, stage: int, total_steps: int) -> Path | None:
     """The checkpoint to continue from, the same on every rank.
 
+    Args:
+        run: The run directory.
+        resume: train.resume.
+        world: This rank.
+        stage: ZeRO stage of this start.
+        total_steps: Steps of this start.
     Raises:
-        UserError: If train.resume names something that is no checkpoint, or one of another world size.
+        UserError: If train.resume names no checkpoint of this run, or it does not fit this start.
     """
 
-    def find() -> str | None:
+    def find() -> Path | None:
         if resume in ("auto", "never"):
-            found = checkpoints(run)
-            folder = found[-1] if found else None
-        else:
-            folder = Path(resume)
-            if not (folder / "state.json").is_file():
-                raise UserError(f"train.resume {resume}: no checkpoint; give a folder such as checkpoints/step-000200")
-        if folder is not None:
-            size = json.loads((folder / "state.json").read_text())["world_size"]
-            if size != world.world_size:
-                raise UserError(
-                    f"checkpoint {folder} was written by {size} ranks and there are {world.world_size} now;"
-                    f" start as many"
-                )
-        return str(folder) if folder else None
+            return next(iter(reversed(checkpoints(run))), None)
+        folder = Path(resume).resolve()
+        if folder not in [c.resolve() for c in checkpoints(run)]:
+            raise UserError(
+                f"train.resume {resume} is no checkpoint of {run}; give a folder such as {run}/checkpoints/step-000200"
+            )
+        return run / "checkpoints" / folder.name
 
-    folder = only_main(world, find)
-    return Path(folder) if folder else None
+    def checked() -> Path | None:
+        folder = find()
+        if folder is None:
+            return None
+        values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if values["world_size"] != world.world_size:
+            raise UserError(
+                f"checkpoint {folder} was written by {values['world_size']} ranks and there are {world.world_size}"
+                f" now; start as many"
+            )
+        if values["zero_stage"] != stage:
+            raise UserError(
+                f"checkpoint {folder} was written under ZeRO-{values['zero_stage']}, this is ZeRO-{stage}; give the"
+                f" same --config"
+            )
+        if values["step"] > total_steps:
+            raise UserError(
+                f"checkpoint {folder} is beyond the {total_steps} steps asked for; raise train.max_steps or"
+                f" train.epochs"
+            )
+        return folder
+
+    return only_main(world, checked)
 
 
-def load(engine: Any, folder: Path) -> TrainState:
-    """Bring an engine to a checkpoint; collective.
+def load(engine: Any, folder: Path, world: World) -> TrainState:
+    """Bring an engine to a checkpoint, and drop later ones, whose steps are done again; collective.
 
     Returns:
         Where the run stood.
+    Raises:
+        UserError: If DeepSpeed finds nothing in the folder.
     """
-    engine.load_checkpoint(str(folder.parent), tag=folder.name)
-    values = json.loads((folder / "state.json").read_text())
-    return TrainState(step=values["step"], num_tokens=values["num_tokens"])
+
+    def state() -> dict[str, Any]:
+        for later in checkpoints(folder.parent.parent):
+            if later.name > folder.name:
+                shutil.rmtree(later)
+        return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+
+    loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    if loaded is None:
+        raise UserError(f"checkpoint {folder} holds no engine state; delete the folder to use the one before")
+    values = only_main(world, state)
+    return TrainState(values["step"], values["num_tokens"], tuple(values["unlogged"]))
 
 
 def publish(folder: Path, write: Callable[[Path], None], world: World) -> None:

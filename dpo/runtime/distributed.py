@@ -22,6 +22,8 @@ from dpo.errors import UserError
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)
+COLLECTIVE_TIMEOUT = timedelta(hours=1)
+"""How long a rank waits for the others in a collective of the device; rank 0 may be writing a large model."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def start() -> World:
                 os.environ.setdefault(name, value)
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
             _control[0] = dist.new_group(backend="gloo", timeout=PATIENCE)
     return World(rank, world_size, local_rank, device)
 

@@ -10,6 +10,7 @@ gradient_accumulation_steps 1 and no boundary set, all backward passes but the l
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -195,22 +196,53 @@ def start_training(module: nn.Module, config: dict[str, Any], optim: OptimConfig
     return engine
 
 
-def start_frozen(module: nn.Module, config: dict[str, Any], dtype: torch.dtype) -> Any:
-    """A stage-3 engine that shards a frozen module and never steps.
-
-    A frozen module cannot be given to an engine of a lower stage, which has nothing to partition.
-    """
-    _quiet()
-    frozen = {
+def frozen_config(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The config under which a frozen module is loaded and sharded: it, and no cast later, decides the dtype."""
+    return {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": config["zero_optimization"],
         "bf16": {"enabled": dtype == torch.bfloat16},
         "fp16": {"enabled": dtype == torch.float16},
         "steps_per_print": 2**31,
     }
-    engine, *_ = deepspeed.initialize(model=module.requires_grad_(False), config=frozen)
+
+
+def start_frozen(module: nn.Module, config: dict[str, Any]) -> Any:
+    """A stage-3 engine that shards a frozen module and never steps.
+
+    A frozen module cannot be given to an engine of a lower stage, which has nothing to partition.
+
+    Args:
+        module: Loaded under `config`.
+        config: As `frozen_config` gives.
+    """
+    engine, *_ = deepspeed.initialize(model=module.requires_grad_(False), config=config)
     engine.eval()
     return engine
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether ZeRO-3 holds a module's weights in parts."""
+    return any(hasattr(p, "ds_id") for p in module.parameters())
+
+
+def stop(engine: Any) -> None:
+    """Give back all memory of an engine: weights, their shards, optimizer states.
+
+    `destroy` alone leaves them reachable from hooks; under ZeRO-3 even the garbage collector does not find them.
+    """
+    parameters = list(engine.module.parameters())
+    engine.destroy()
+    for holder in (engine.optimizer, engine):
+        vars(holder).clear()
+    for parameter in parameters:
+        parameter.grad = None
+        if hasattr(parameter, "ds_tensor"):
+            parameter.ds_tensor.data = parameter.ds_tensor.data.new_empty(0)
+    parameters.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def backward(engine: Any, loss: Tensor, is_last: bool) -> None:

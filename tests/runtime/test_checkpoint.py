@@ -31,6 +31,15 @@ def config_of(run: Path, **changes: Any) -> Config:
     return config
 
 
+def begin(run: Path) -> None:
+    """Leave what a first step leaves."""
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+
+
+def newest(run: Path, resume: str, stage: int = 2, total_steps: int = 100, world: World = ALONE) -> Path | None:
+    return checkpoint.newest(run, resume, world, stage=stage, total_steps=total_steps)
+
+
 def refusal(config: Config) -> str:
     with pytest.raises(UserError) as error:
         checkpoint.check_run(config, ALONE)
@@ -56,11 +65,11 @@ def test_a_new_or_empty_folder_is_taken_and_checking_writes_nothing(run: Path) -
 
 def test_an_opened_run_is_known_the_second_time_and_holds_its_settings(run: Path) -> None:
     config = config_of(run)
-    assert checkpoint.open_run(config, ALONE) is False
+    checkpoint.open_run(config, ALONE)
     assert [file.name for file in run.iterdir()] == ["config.yaml"]
     checkpoint.check_run(config, ALONE)
     longer = config_of(run, train__epochs=3)
-    assert checkpoint.open_run(longer, ALONE) is True
+    checkpoint.open_run(longer, ALONE)
     assert yaml.safe_load((run / "config.yaml").read_text()) == to_dict(longer)
 
 
@@ -80,8 +89,16 @@ def test_a_file_in_the_way_is_refused(run: Path) -> None:
     assert run.read_text() == "mine"
 
 
+def test_a_run_that_never_took_a_step_may_start_with_other_settings(run: Path) -> None:
+    checkpoint.open_run(config_of(run), ALONE)
+    checkpoint.check_run(config_of(run, loss__beta=0.5), ALONE)
+    begin(run)
+    assert "loss.beta was 0.1, now 0.5" in refusal(config_of(run, loss__beta=0.5))
+
+
 def test_another_run_is_refused_and_every_changed_key_is_named(run: Path) -> None:
     checkpoint.open_run(config_of(run), ALONE)
+    begin(run)
     before = (run / "config.yaml").read_text()
     message = refusal(config_of(run, loss__beta=0.5, data__train="e", optim__betas=(0.9, 0.95), train__epochs=7))
     assert message == (
@@ -93,6 +110,7 @@ def test_another_run_is_refused_and_every_changed_key_is_named(run: Path) -> Non
 
 def test_a_key_that_the_old_run_did_not_have_counts_as_changed_unless_it_is_unset(run: Path) -> None:
     checkpoint.open_run(config_of(run), ALONE)
+    begin(run)
     old = yaml.safe_load((run / "config.yaml").read_text())
     del old["optim"]["lr"], old["data"]["subset"]
     (run / "config.yaml").write_text(yaml.safe_dump(old))
@@ -114,6 +132,7 @@ def test_settings_that_move_no_step_may_change(run: Path, key: str) -> None:
 
 def test_every_setting_that_may_not_change_is_refused(run: Path) -> None:
     checkpoint.open_run(config_of(run), ALONE)
+    begin(run)
     keys = checkpoint._flat(to_dict(config_of(run))).keys() - {*MAY_CHANGE}
     assert {"loss.beta", "optim.lr", "train.seed", "train.global_batch_size", "train.precision"} <= keys
     assert {*MAY_CHANGE} < checkpoint._flat(to_dict(config_of(run))).keys(), "a key of MAY_CHANGE is no setting"
@@ -161,8 +180,12 @@ class FakeEngine:
         (Path(parent) / tag).mkdir(parents=True)
         (Path(parent) / tag / "weights").write_text(tag)
 
-    def load_checkpoint(self, parent: str, tag: str) -> None:
-        self.loaded = (Path(parent) / tag / "weights").read_text()
+    def load_checkpoint(self, parent: str, tag: str) -> tuple[str | None, dict[str, Any]]:
+        weights = Path(parent) / tag / "weights"
+        return (weights.read_text() if weights.exists() else None), {}
+
+    def zero_optimization_stage(self) -> int:
+        return 2
 
 
 def names(run: Path) -> list[str]:
@@ -174,10 +197,43 @@ def test_the_newest_checkpoints_are_kept(run: Path) -> None:
         folder = checkpoint.save(FakeEngine(), run, TrainState(step, 10 * step), ALONE, keep=2)
         assert folder == run / "checkpoints" / f"step-{step:06d}"
     assert names(run) == ["step-000006", "step-000012"]
-    found = checkpoint.newest(run, "auto", ALONE)
+    found = newest(run, "auto")
     assert found == run / "checkpoints" / "step-000012"
-    assert checkpoint.load(FakeEngine(), found) == TrainState(12, 120)
-    assert checkpoint.newest(run, str(run / "checkpoints" / "step-000006"), ALONE).name == "step-000006"  # type: ignore[union-attr]
+    assert checkpoint.load(FakeEngine(), found, ALONE) == TrainState(12, 120)
+    assert newest(run, str(run / "checkpoints" / "step-000006")) == run / "checkpoints" / "step-000006"
+
+
+def test_going_back_to_an_earlier_checkpoint_drops_the_later_ones(run: Path) -> None:
+    for step in (2, 4, 6):
+        checkpoint.save(FakeEngine(), run, TrainState(step, 10 * step), ALONE, keep=3)
+    assert checkpoint.load(FakeEngine(), run / "checkpoints" / "step-000004", ALONE) == TrainState(4, 40)
+    assert names(run) == ["step-000002", "step-000004"]
+
+
+def test_what_the_next_line_already_holds_is_kept(run: Path) -> None:
+    state = TrainState(2, 1, (0.5, 1.25, 3.0))
+    assert checkpoint.load(FakeEngine(), checkpoint.save(FakeEngine(), run, state, ALONE, keep=1), ALONE) == state
+
+
+def test_a_checkpoint_without_engine_state_is_refused(run: Path) -> None:
+    folder = checkpoint.save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=1)
+    (folder / "weights").unlink()
+    with pytest.raises(UserError, match="holds no engine state; delete the folder"):
+        checkpoint.load(FakeEngine(), folder, ALONE)
+
+
+def test_a_checkpoint_of_another_run_is_refused(run: Path, tmp_path: Path) -> None:
+    other = checkpoint.save(FakeEngine(), tmp_path / "other", TrainState(2, 1), ALONE, keep=1)
+    with pytest.raises(UserError, match="is no checkpoint of .*; give a folder such as"):
+        newest(run, str(other))
+
+
+def test_a_checkpoint_of_another_stage_or_beyond_the_end_is_refused(run: Path) -> None:
+    checkpoint.save(FakeEngine(), run, TrainState(4, 1), ALONE, keep=1)
+    with pytest.raises(UserError, match="was written under ZeRO-2, this is ZeRO-3; give the same --config"):
+        newest(run, "auto", stage=3)
+    with pytest.raises(UserError, match="is beyond the 3 steps asked for; raise train.max_steps"):
+        newest(run, "auto", total_steps=3)
 
 
 def test_a_checkpoint_written_again_replaces_the_old_one(run: Path) -> None:
@@ -186,7 +242,7 @@ def test_a_checkpoint_written_again_replaces_the_old_one(run: Path) -> None:
     checkpoint.save(FakeEngine(), run, TrainState(2, 7), ALONE, keep=3)
     assert names(run) == ["step-000002"]
     assert not (run / "checkpoints" / "step-000002" / "stale").exists()
-    assert checkpoint.load(FakeEngine(), run / "checkpoints" / "step-000002") == TrainState(2, 7)
+    assert checkpoint.load(FakeEngine(), run / "checkpoints" / "step-000002", ALONE) == TrainState(2, 7)
 
 
 def test_a_checkpoint_that_was_not_finished_is_never_taken(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,28 +257,28 @@ def test_a_checkpoint_that_was_not_finished_is_never_taken(run: Path, monkeypatc
         patch.setattr(checkpoint.os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             checkpoint.save(FakeEngine(), run, TrainState(4, 2), ALONE, keep=2)
-    assert checkpoint.newest(run, "auto", ALONE) is None
+    assert newest(run, "auto") is None
     checkpoint.save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=2)
     (run / "checkpoints" / "step-000009").mkdir()
-    assert checkpoint.newest(run, "auto", ALONE) == run / "checkpoints" / "step-000002"
+    assert newest(run, "auto") == run / "checkpoints" / "step-000002"
     checkpoint.save(FakeEngine(), run, TrainState(4, 2), ALONE, keep=2)
-    assert checkpoint.newest(run, "auto", ALONE) == run / "checkpoints" / "step-000004"
+    assert newest(run, "auto") == run / "checkpoints" / "step-000004"
     assert "partial-step-000004" not in names(run)
 
 
 def test_nothing_to_resume_is_no_error_but_a_named_checkpoint_must_be_there(run: Path) -> None:
-    assert checkpoint.newest(run, "auto", ALONE) is None
-    with pytest.raises(UserError, match="train.resume .*none: no checkpoint; give a folder such as checkpoints/step-"):
-        checkpoint.newest(run, str(run / "none"), ALONE)
+    assert newest(run, "auto") is None
+    with pytest.raises(UserError, match="train.resume .*none is no checkpoint of .*; give a folder such as"):
+        newest(run, str(run / "none"))
 
 
 def test_a_checkpoint_of_other_ranks_names_both_numbers(run: Path) -> None:
     folder = checkpoint.save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=2)
     state = json.loads((folder / "state.json").read_text())
-    assert state == {"step": 2, "num_tokens": 1, "world_size": 1}
+    assert state == {"step": 2, "num_tokens": 1, "unlogged": [], "world_size": 1, "zero_stage": 2}
     (folder / "state.json").write_text(json.dumps(state | {"world_size": 3}))
     with pytest.raises(UserError, match="was written by 3 ranks and there are 1 now; start as many"):
-        checkpoint.newest(run, "auto", ALONE)
+        newest(run, "auto")
 
 
 # --- whole or not at all ---------------------------------------------------------------------------------------------
