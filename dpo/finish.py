@@ -6,6 +6,7 @@ import json
 import time
 from pathlib import Path
 
+from dpo.data import example
 from dpo.policy import FrozenReference, Policy
 from dpo.report import closing_rows, plot
 from dpo.runtime.checkpoint import write_whole
@@ -61,7 +62,7 @@ def _closing(setup: Setup, tracker: Tracker, seconds: float) -> None:
         tracker.say(f"\nprompt:    {row['prompt'].strip()}\nreference: {row['reference']}\npolicy:    {row['policy']}")
     rows = closing_rows(lines)
     source = setup.config.data.validation or setup.config.data.train
-    if source == "builtin:world" and len(samples) > 1:
+    if source == "builtin:world" and len(samples) > 1 and all(example.knows(row["prompt"]) for row in samples):
         found = world_rewards(samples)
         rows.append(["reward of greedy answers", f"{found['reference']:.4f}", f"{found['policy']:.4f}"])
         shares = f"{found['parsed']:.0%} parse, p = {found['p']:.1e}"

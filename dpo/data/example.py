@@ -163,6 +163,15 @@ def _read_prompt(prompt: str) -> _Scene:
     raise ValueError(f"not a prompt of the built-in world: {prompt!r}")
 
 
+def knows(prompt: str) -> bool:
+    """Tell whether a prompt is one of the world's, whole."""
+    try:
+        _read_prompt(prompt)
+    except ValueError:
+        return False
+    return True
+
+
 def rows(split: str, seed: int = 0) -> list[dict[str, str]]:
     """Write the preference rows of one split in the form of Anthropic HH-RLHF.
 

@@ -93,18 +93,6 @@ def splits_of(
     return list(split_files(folder))
 
 
-def has_split(
-    path: str | Path,
-    split: str,
-    *,
-    subset: str | None = None,
-    data_dir: str | None = None,
-    revision: str | None = None,
-) -> bool:
-    """Say whether a source has a split of this name (never so for a single file)."""
-    return split in splits_of(path, subset=subset, data_dir=data_dir, revision=revision)
-
-
 def validation_split_of(
     path: str | Path, *, subset: str | None = None, data_dir: str | None = None, revision: str | None = None
 ) -> str | None:

@@ -9,7 +9,6 @@ it did see, so that what has to be learned is to copy.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -83,17 +82,6 @@ def build_model(seed: int) -> LlamaForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config).float()
-
-
-def save_example_model(folder: str | Path, seed: int) -> None:
-    """Write policy and tokenizer as an ordinary Hugging Face folder.
-
-    Args:
-        folder: Where to; created if missing.
-        seed: As for `build_model`.
-    """
-    build_model(seed).save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
 
 
 def _pieces() -> list[str]:

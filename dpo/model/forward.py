@@ -1,9 +1,8 @@
 """PackedBatch -> log-probs of its completions, in one forward pass.
 
 `Scorer` is the module that a DeepSpeed engine gets: backbone, selection of the rows that predict completion tokens,
-head, sum per sequence. The same class wraps policy and reference. `check_against_own_logits` compares it with what the
-model itself says of one pair; a model whose head does more than a matrix product (final soft-cap, logit scale) is
-scored through its own head.
+head, sum per sequence. The same class wraps policy and reference. `check.settle` compares it with what the model itself
+says; a model whose head does more than a matrix product (final soft-cap, logit scale) is scored through its own head.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from dpo.data.sources import has_split, load_source, splits_of, validation_split_of
+from dpo.data.sources import load_source, splits_of, validation_split_of
 from dpo.errors import UserError
 
 ROWS = [{"prompt": f"p{i}", "chosen": f"c{i}\u2028\u00e9", "rejected": f"r{i}"} for i in range(5)]
@@ -63,7 +63,7 @@ def test_saved_folders_are_read_with_and_without_splits(tmp_path: Path) -> None:
     assert list(load_source(tmp_path / "two", split="test")) == ROWS[4:]
     assert validation_split_of(tmp_path / "one") is None
     assert validation_split_of(tmp_path / "two") == "test"
-    assert has_split(tmp_path / "two", "train") and not has_split(tmp_path / "two", "validation")
+    assert splits_of(tmp_path / "two") == ["train", "test"]
     assert "no split 'dev'; it has train, test" in refused(tmp_path / "two", split="dev")
     assert "no split was named; it has train, test" in refused(tmp_path / "two", split=None)
 

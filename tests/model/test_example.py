@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo.data.example import rows, slot_values
-from dpo.model.example import CONTEXT, EOS_TOKEN, build_model, build_tokenizer, save_example_model
+from dpo.model.example import CONTEXT, EOS_TOKEN, build_model, build_tokenizer
 
 ODD_TEXTS = [
     "",
@@ -102,7 +102,8 @@ def test_model_is_fp32_tied_without_dropout_and_fits_the_tokenizer() -> None:
 
 
 def test_saved_folder_loads_as_any_other_and_computes_the_same(tmp_path: Path) -> None:
-    save_example_model(tmp_path, seed=1)
+    build_model(1).save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
     tokenizer, model = AutoTokenizer.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)
     for text in [*ODD_TEXTS, rows("validation")[0]["chosen"]]:
         assert tokenizer(text).input_ids == build_tokenizer()(text).input_ids

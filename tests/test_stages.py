@@ -1,0 +1,132 @@
+"""SFT, samples and settings at the edges of a run."""
+
+from __future__ import annotations
+
+import gc
+import json
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import dpo.policy
+import dpo.sft
+import train_dpo
+from dpo.runtime.tracking import read_lines
+from dpo.sample import _last_tokens
+
+
+def arguments(folder: Path, policy: object, *more: str) -> list[str]:
+    """A short run on the built-in data."""
+    return [
+        "--config", "ds_configs/zero2.json", "--model.policy", str(policy), "--data.train", "builtin:world",
+        "--data.train_limit", "16", "--data.validation_limit", "4", "--data.cache_dir", str(folder / "cache"),
+        "--train.global_batch_size", "8", "--train.max_steps", "2", "--train.output_dir", str(folder / "run"),
+        "--log.samples", "2", "--log.sample_tokens", "2", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def sharded(tmp_path) -> str:
+    """A ZeRO-3 JSON under which tiny weights are sharded too."""
+    always = ("stage3_param_persistence_threshold", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size")
+    (tmp_path / "zero3.json").write_text(json.dumps({"zero_optimization": {"stage": 3} | dict.fromkeys(always, 0)}))
+    return str(tmp_path / "zero3.json")
+
+
+def test_prompts_that_fill_the_context_are_answered_from_their_end(tiny_policy, tmp_path):
+    policy = tmp_path / "gpt2"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_policy)
+    config = transformers.GPT2Config(vocab_size=len(tokenizer), n_positions=128, n_embd=32, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(policy)
+    tokenizer.save_pretrained(policy)
+    assert train_dpo.main(arguments(tmp_path, policy, "--data.on_bad_row", "skip", "--log.sample_tokens", "64")) == 0
+    rows = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    assert len(rows) == 2 and all(json.loads(row)["policy"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"), [([7, 1, 2], [7, 1, 2]), ([7, 1, 2, 3, 4], [7, 3, 4]), ([5, 1, 2, 3, 4], [2, 3, 4])]
+)
+def test_a_long_prompt_keeps_its_end_and_its_bos(prompt, expected):
+    assert list(_last_tokens(prompt, 3, bos=7)) == expected
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_nothing_of_the_sft_engine_is_left_when_dpo_starts(builtin, stage, sharded, tmp_path, monkeypatch):
+    held: list[weakref.ref] = []
+    left: list[int] = []
+    trained, started = dpo.sft._train, dpo.train.start_models
+
+    def remember(setup, policy, tracker):
+        trained(setup, policy, tracker)
+        held.extend(weakref.ref(p) for p in (policy.engine, policy.scorer, *policy.scorer.parameters()))
+
+    def count(*args):
+        gc.collect()
+        alive = [ref() for ref in held if ref() is not None]
+        left.append(sum(p.numel() + getattr(p, "ds_tensor", p[:0]).numel() for p in alive if torch.is_tensor(p)))
+        return started(*args)
+
+    monkeypatch.setattr(dpo.sft, "_train", remember)
+    monkeypatch.setattr(dpo.train, "start_models", count)
+    config = sharded if stage == "zero3" else "ds_configs/zero2.json"
+    assert train_dpo.main(arguments(tmp_path, builtin, "--train.sft_epochs", "1", "--config", config)) == 0
+    assert held and left == [0]
+
+
+@pytest.fixture
+def builtin(tiny_policy) -> Path:
+    """The saved random policy."""
+    return tiny_policy
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", "bf16"), ("bf16", "fp32")])
+def test_under_zero_3_the_reference_has_the_dtype_asked_for(
+    tiny_policy, sharded, precision, dtype, tmp_path, monkeypatch
+):
+    seen = []
+    start = dpo.policy.deepspeed_engine.start_frozen
+
+    def looked(module, config):
+        seen.extend({str(p.dtype) for p in module.parameters()})
+        return start(module, config)
+
+    monkeypatch.setattr(dpo.policy.deepspeed_engine, "start_frozen", looked)
+    flags = ["--config", sharded, "--train.precision", precision, "--reference.dtype", dtype]
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, *flags)) == 0
+    assert seen == [{"bf16": "torch.bfloat16", "fp32": "torch.float32"}[dtype]]
+
+
+def test_the_dtype_of_final_does_not_reach_into_training(tiny_policy, tmp_path):
+    runs = []
+    for dtype in ("auto", "bf16"):
+        folder = tmp_path / dtype
+        flags = ["--train.sft_epochs", "1", "--train.export_dtype", dtype]
+        assert train_dpo.main(arguments(folder, tiny_policy, *flags)) == 0
+        runs.append([line["loss"] for line in read_lines(folder / "run") if "loss" in line])
+        assert json.loads((folder / "run/reference/config.json").read_text())["dtype"] == "float32"
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("recipe", ["one_gpu_16gb", "quickstart"])
+def test_a_login_node_without_a_gpu_prepares_runs_of_any_precision(recipe, tiny_policy, tmp_path, capsys):
+    lengths = ["--data.max_length", "128", "--data.max_prompt_length", "64"]
+    flags = ["--recipe", f"recipes/{recipe}.yaml", "--data.validation", "builtin:world", "--prepare_only", *lengths]
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, *flags)) == 0
+    assert "Prepared" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--data.validation_split", "nope"], "data.validation_split is nope but data.train"),
+        (["--log.backends", "[trackio]"], "log.backends names trackio, which is not installed; pip install trackio"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_anything_is_written(flags, line, tiny_policy, tmp_path, capsys):
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, *flags)) == 2
+    assert line in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
