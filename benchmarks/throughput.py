@@ -1,0 +1,259 @@
+"""Measure our training speed against TRL and a plain loop, on the same pairs, in fresh interleaved processes.
+
+    python benchmarks/throughput.py --data ROWS --tokenizer FOLDER [--docs docs/benchmarks.md] [--json raw.json]
+
+A GPU is used where there is one. Exit code 1, and no table is written, if the systems' losses do not agree: then they
+did not do the same work, and their speeds mean nothing. What is measured and how: docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks import ours, report, workload  # noqa: E402  (a script's own folder is on the path, the root is not)
+from benchmarks.clock import Job  # noqa: E402
+from dpo.commandline import parse  # noqa: E402
+from dpo.errors import UserError  # noqa: E402
+
+SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ours_online": ("ours", {}),
+    "ours_cached": ("ours", {"reference.mode": "cached"}),
+    "ours_packed": ("ours", {"train.layout": "packed"}),
+    "ours_padded": ("ours", {"train.layout": "padded"}),
+    "trl_default": ("trl_side", {}),
+    "trl_tuned": ("trl_side", {}),
+    "plain_loop": ("plain_loop", {}),
+}
+"""System -> module that runs it, its options; those of TRL tuned come from the sweep."""
+DEFAULT_SYSTEMS = ("ours_online", "ours_cached", "trl_default", "trl_tuned", "plain_loop")
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--data", required=True, help="preference rows in any form that train_dpo.py reads")
+    add("--split", default="train", help="split of the data, where it has splits")
+    add("--tokenizer", required=True, help="folder, hub id, or builtin:tiny; its size is the model's vocabulary")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the products; master weights are fp32")
+    add("--systems", nargs="+", choices=SYSTEMS, default=DEFAULT_SYSTEMS, help="in the order of a round")
+    add("--threads", type=int, default=2, help="of every process")
+    add("--rounds", type=int, help="fresh processes per system")
+    add("--minutes", type=float, default=float("inf"), help="start no round that would end later than this")
+    add("--warmup", type=int, help="optimizer steps before the clock starts, at least 1")
+    add("--steps", type=int, help="optimizer steps under the clock")
+    add("--micro_batches", type=int, nargs="+", default=[1, 2, 4, 8], help="pairs a forward pass in TRL's sweep")
+    add("--sweep_steps", type=int, help="optimizer steps per combination of the sweep")
+    add("--lr", type=float, help="large enough for losses to leave ln 2 within the timed steps")
+    add("--seed", type=int, default=0, help="decides the weights and which rows are drawn")
+    add("--quick", action="store_true", help="a tiny model and a single round: whether it works, not how fast it is")
+    add("--docs", type=Path, help="write the tables between the markers of this file")
+    add("--json", type=Path, help="write the raw numbers there")
+    return parser.parse_args(argv)
+
+
+def run_process(module: str, job: Job, folder: Path, threads: int) -> dict[str, Any]:
+    """Run a module of this package in a process of its own.
+
+    Args:
+        module: Its name.
+        job: What it is to do; its folder is made.
+        folder: For its job, log and result; removed.
+        threads: Of the process.
+    Returns:
+        Its result.
+    Raises:
+        SystemExit: If it failed, with the end of its log.
+    """
+    folder.mkdir()
+    (folder / "job.json").write_text(replace(job, folder=str(folder)).to_json())
+    environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES} | {
+        "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_CACHE": str(folder / "datasets"),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+    }
+    if job.device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    with open(folder / "log.txt", "w", encoding="utf-8") as log:
+        done = subprocess.run(
+            [sys.executable, "-m", f"benchmarks.{module}", str(folder / "job.json"), str(folder / "result.json")],
+            env=environment, stdout=log, stderr=subprocess.STDOUT, check=False,
+        )
+    if done.returncode != 0:
+        raise SystemExit(f"{module} failed:\n{(folder / 'log.txt').read_text(encoding='utf-8')[-4000:]}")
+    result = json.loads((folder / "result.json").read_text())
+    shutil.rmtree(folder)
+    return result
+
+
+def unavailable(system: str, job: Job) -> str | None:
+    """Why a system cannot be measured here; None if it can."""
+    module, options = SYSTEMS[system]
+    if module == "trl_side" and importlib.util.find_spec("trl") is None:
+        return "TRL is not installed"
+    if module == "ours":
+        try:
+            parse(ours.arguments(replace(job, options=options)))
+        except UserError as error:
+            return f"not available: {error}"
+    return None
+
+
+def _options(system: str, size: workload.Size, tried: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    if system == "plain_loop":
+        return {"micro_batch": size.plain_micro_batch}
+    if system == "trl_tuned":
+        best = max(tried, key=lambda t: t["pairs_per_second"] or 0.0)
+        return {key: value for key, value in best.items() if key != "pairs_per_second"}
+    return SYSTEMS[system][1]
+
+
+def measure(
+    args: argparse.Namespace, size: workload.Size, work: workload.Workload, folder: Path, deadline: float
+) -> tuple[list[report.Run], list[dict[str, Any]], dict[str, str]]:
+    """The sweep and all rounds, at least one.
+
+    Args:
+        args, size, work: What to measure.
+        folder: For the processes.
+        deadline: Time of `time.monotonic` after which no round may end, judged by the longest so far.
+    Returns:
+        Runs in the order they were made, TRL's combinations tried, and system -> why it could not be measured.
+    """
+    missing = {s: why for s in args.systems if (why := unavailable(s, work.job)) is not None}
+    systems = [s for s in args.systems if s not in missing]
+    tried: list[dict[str, Any]] = []
+    if "trl_tuned" in systems:
+        micro_batches = [m for m in args.micro_batches if size.pairs % m == 0]
+        job = replace(work.job, options={"micro_batches": micro_batches, "sweep_steps": size.sweep_steps})
+        tried = run_process("trl_side", job, folder / "sweep", args.threads)["tried"]
+        print(report.sweep_table(tried), flush=True)
+    runs: list[report.Run] = []
+    longest = 0.0
+    for number in range(size.rounds):
+        started = time.monotonic()
+        if number and started + longest > deadline:
+            print(f"no time for round {number + 1} within {args.minutes:g} minutes", flush=True)
+            break
+        for system in systems:
+            job = replace(work.job, options=_options(system, size, tried))
+            result = run_process(SYSTEMS[system][0], job, folder / f"{system}-{number}", args.threads)
+            if result["tokens"] not in (None, workload.useful_tokens(work.lengths)):
+                raise SystemExit(f"{system} trained on {result['tokens']} tokens: not the pairs that were drawn")
+            runs.append(
+                result
+                | {"system": system, "round": number, "timed_pairs": size.steps * size.pairs, "options": job.options}
+                | {"same_order": not job.options.get("grouped", False)}
+            )
+            speed = 1 / report.seconds_per_pair(runs[-1])
+            print(f"round {number + 1}: {report.NAMES[system]}: {speed:.3g} pairs/s", flush=True)
+        longest = max(longest, time.monotonic() - started)
+    return runs, tried, missing
+
+
+def _machine(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{model}, {os.cpu_count()} cores"
+
+
+def _conditions(args: argparse.Namespace, size: workload.Size, work: workload.Workload, facts: dict[str, Any]) -> str:
+    """Two sentences over the tables: the work, and the machine."""
+    p, c, r = work.lengths.mean(axis=0)
+    rounds = facts["runs"][-1]["round"] + 1
+    loads = [facts["load_at_start"], *(run["load"] for run in facts["runs"])]
+    cores = [run["cores_used"] for run in facts["runs"]]
+    return (
+        f"{time.strftime('%Y-%m-%d')}. GPT-2 of {size.layers} layers x {size.width}, {work.parameters / 1e6:.1f}M"
+        f" parameters, random; max_length {size.max_length}; {size.pairs} pairs a step of {p:.0f} prompt, {c:.0f}"
+        f" chosen and {r:.0f} rejected tokens on average; {size.warmup} + {size.steps} steps, rounds: {rounds};"
+        f" {args.dtype}, lr {size.lr:g}.\n"
+        f"{_machine(work.job.device)}, {facts['threads']} threads; matrix products of {facts['ceiling']['size']} reach"
+        f" {facts['ceiling']['flops_per_second'] / 1e12:.3g} TFLOP/s; load average {loads[0]:.2f} at the start,"
+        f" {min(loads[1:]):.2f} to {max(loads[1:]):.2f} while measuring;"
+        f" the processes got {min(cores):.2f} to {max(cores):.2f} cores;"
+        f" {', '.join(f'{name} {version}' for name, version in facts['versions'].items())}."
+    )
+
+
+def _text(args: argparse.Namespace, size: workload.Size, work: workload.Workload, facts: dict[str, Any]) -> str:
+    runs = facts["runs"]
+    amounts = {
+        "useful_tokens": work.useful_tokens, "model_flops": work.model_flops,
+        "peak_flops": facts["ceiling"]["flops_per_second"],
+    }
+    parts = [
+        _conditions(args, size, work, facts),
+        report.systems_table(runs, facts["missing"], amounts),
+        report.ratios_table(report.ratios(runs, work.job.device)),
+    ]
+    if facts["sweep"]:
+        parts += [report.sweep_table(facts["sweep"])]
+    return "\n\n".join(parts)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Build the work, measure, check, report; 0 if the losses agree."""
+    args = _arguments(argv)
+    deadline = time.monotonic() + 60 * args.minutes
+    load_at_start = os.getloadavg()[0]
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    sizes = ("warmup", "steps", "rounds", "sweep_steps", "lr")
+    given = {key: value for key in sizes if (value := getattr(args, key)) is not None}
+    size = replace(workload.SIZES["quick" if args.quick else device], **given)
+    if min(size.warmup, size.steps, size.rounds, size.sweep_steps) < 1:
+        raise SystemExit("--warmup, --steps, --rounds and --sweep_steps must be at least 1")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        work = workload.build(
+            folder, size, data=args.data, split=args.split, tokenizer=args.tokenizer, seed=args.seed,
+            dtype=args.dtype, device=device, beta=0.1,
+        )
+        ceiling = run_process("ceiling", work.job, folder / "ceiling", args.threads)
+        runs, tried, missing = measure(args, size, work, folder, deadline)
+    threads = sorted({run["threads"] for run in runs})
+    facts = {
+        "versions": workload.versions(), "load_at_start": load_at_start, "ceiling": ceiling, "sweep": tried,
+        "missing": missing, "runs": runs, "threads": " and ".join(map(str, threads)),
+        "lengths": work.lengths.tolist(),
+    }
+    problems = report.disagreements(runs, args.dtype)
+    if len(threads) > 1:
+        problems.append(f"the processes ran on different numbers of threads: {threads}")
+    text = _text(args, size, work, facts)
+    print("\n" + text)
+    if args.json:
+        args.json.write_text(json.dumps(facts | {"problems": problems}, indent=1))
+    if problems:
+        print("\nNot comparable:", *problems, sep="\n", file=sys.stderr)
+        return 1
+    if args.docs:
+        report.write_block(args.docs, device, text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
