@@ -16,6 +16,7 @@ from dpo.config import Config
 from dpo.errors import UserError
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "recipes" / "quickstart.yaml"
+DESCRIPTION = "Direct Preference Optimization of a Hugging Face causal language model."
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Command:
         assumed_quickstart: True when nothing named a model or data, so the quickstart recipe was taken.
         dry_run: Stop before the first step and print the plan.
         prepare_only: Stop before the model is on a device.
+        options: Of a verb, as its own dataclass; None for train_dpo.py.
     """
 
     config: Config
@@ -37,24 +39,43 @@ class Command:
     assumed_quickstart: bool
     dry_run: bool
     prepare_only: bool
+    options: Any = None
 
 
-def _parser(recipe: str | None) -> ArgumentParser:
+@dataclass(frozen=True)
+class Verb:
+    """A command beside training that takes a run's settings and some of its own.
+
+    Attributes:
+        name: As in python -m dpo NAME.
+        description: For --help.
+        options: Dataclass of its own flags.
+    """
+
+    name: str
+    description: str
+    options: type
+
+
+def _parser(recipe: str | None, verb: Verb | None) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
-        prog="train_dpo.py",
-        description="Direct Preference Optimization of a Hugging Face causal language model.",
+        prog=f"python -m dpo {verb.name}" if verb else "train_dpo.py",
+        description=verb.description if verb else DESCRIPTION,
         exit_on_error=False,
         allow_abbrev=False,
         default_config_files=[recipe] if recipe else [],
     )
     parser.add_argument("--config", help="DeepSpeed JSON: memory and communication, e.g. ds_configs/zero2.json")
     parser.add_argument("--recipe", help="YAML file with the sections below; flags override it")
-    parser.add_argument("--dry_run", action="store_true", help="do everything up to the first step, print the plan")
-    parser.add_argument(
-        "--prepare_only", action="store_true", help="download, tokenise and fill caches; needs no GPU"
-    )
-    parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher; ignored")
+    if verb:
+        parser.add_class_arguments(verb.options, as_group=False)
+    else:
+        parser.add_argument("--dry_run", action="store_true", help="do everything up to the first step, print the plan")
+        parser.add_argument(
+            "--prepare_only", action="store_true", help="download, tokenise and fill caches; needs no GPU"
+        )
+        parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher; ignored")
     parser.add_class_arguments(Config, as_group=False)
     return parser
 
@@ -124,7 +145,8 @@ def _explain(parser: ArgumentParser, error: Exception) -> str:
     if unknown := re.search(r"unrecognized arguments: (--)?(\S+)", text):
         name = unknown.group(2).split("=")[0]
         if unknown.group(1):
-            return _unknown(name, [*_keys(), "config", "recipe", "dry_run", "prepare_only"])
+            own = [a.dest for a in parser._actions if "." not in a.dest]
+            return _unknown(name, [*_keys(), *own])
         return f"unknown argument {name}; settings are given as --section.key VALUE"
     if wrong := re.search(r'Parser key "([\w.]+)":(.*)', text, re.DOTALL):
         key, rest = wrong.groups()
@@ -155,11 +177,12 @@ def _refuse_null(parser: ArgumentParser, parsed: Any) -> None:
             raise ValueError(f"{action.dest} is null; use {_type_name(getattr(action, '_typehint', None))}")
 
 
-def parse(argv: list[str]) -> Command:
+def parse(argv: list[str], verb: Verb | None = None) -> Command:
     """Parse a command line into a resolved config.
 
     Args:
         argv: Arguments without the program's name.
+        verb: Whose flags are taken in place of train_dpo.py's own.
     Returns:
         The command; nothing has been read but the recipe.
     Raises:
@@ -172,12 +195,13 @@ def parse(argv: list[str]) -> Command:
         recipe = str(QUICKSTART)
     if recipe is not None:
         _check_recipe(recipe)
-    parser = _parser(recipe)
+    parser = _parser(recipe, verb)
     try:
         parsed = parser.parse_args(argv)
         _refuse_null(parser, parsed)
         values = parser.instantiate(parsed)
         config = Config(**{f.name: getattr(values, f.name) for f in fields(Config)})
+        options = verb.options(**{f.name: getattr(values, f.name) for f in fields(verb.options)}) if verb else None
     except (ArgumentError, ValueError, TypeError) as error:
         raise UserError(_explain(parser, error)) from None
     return Command(
@@ -185,6 +209,7 @@ def parse(argv: list[str]) -> Command:
         deepspeed_json=values.config,
         recipe=recipe,
         assumed_quickstart=assumed,
-        dry_run=values.dry_run,
-        prepare_only=values.prepare_only,
+        dry_run=verb is None and values.dry_run,
+        prepare_only=verb is None and values.prepare_only,
+        options=options,
     )

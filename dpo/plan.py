@@ -1,4 +1,7 @@
-"""What a run will do, before it does it: steps, micro-batches, memory. Used by --dry_run and --prepare_only."""
+"""What a run will do, before it does it: steps, micro-batches, memory.
+
+On the ranks that will do it (--dry_run, --prepare_only), or ahead of them (python -m dpo plan).
+"""
 
 from __future__ import annotations
 
@@ -12,39 +15,13 @@ from rich.table import Table
 from dpo.commandline import Command
 from dpo.data.loader import Loader
 from dpo.data.planner import num_tokens
+from dpo.estimate import memory
+from dpo.forecast import Rows, forecast, prepare_for
 from dpo.model.forward import pair_logps
 from dpo.objective.losses import make_loss
 from dpo.policy import FrozenReference, Policy
 from dpo.runtime import engine as deepspeed_engine
 from dpo.setup import Setup
-
-GIB = 2**30
-
-
-def memory(num_parameters: int, *, stage: int, world_size: int, half: bool, reference_bytes: int) -> dict[str, float]:
-    """Memory per GPU that does not depend on the batch, in GiB.
-
-    Args:
-        num_parameters: Of the policy.
-        stage: ZeRO stage: 1 partitions optimizer states, 2 gradients as well, 3 weights as well.
-        world_size: Ranks.
-        half: Weights of 2 bytes, an fp32 master copy and gradients accumulated in fp32; else fp32 throughout.
-        reference_bytes: Per parameter; 0 for none.
-    Returns:
-        Part -> GiB.
-    Source:
-        Rajbhandari et al. 2020 (ZeRO), arXiv:1910.02054, section 3.
-    """
-    share = {name: 1 / world_size if stage >= level else 1.0 for name, level in
-             (("optimizer", 1), ("gradients", 2), ("weights", 3))}
-    width = 2 if half else 4
-    per_parameter = {
-        "weights": width * share["weights"],
-        "gradients": 4 * share["gradients"],
-        "optimizer (AdamW, fp32 master)": (12 if half else 8) * share["optimizer"],
-        "reference": reference_bytes * share["weights"],
-    }
-    return {name: num_parameters * size / GIB for name, size in per_parameter.items()}
 
 
 def _costliest(loader: Loader, steps: int) -> tuple[Any, int]:
@@ -58,7 +35,7 @@ def _costliest(loader: Loader, steps: int) -> tuple[Any, int]:
     return best, count
 
 
-def _lines(setup: Setup, command: Command) -> list[tuple[str, str]]:
+def _lines(setup: Setup, command: Command) -> Rows:
     config, lengths = setup.config, setup.train_pairs.lengths
     layout = config.train.layout
     useful, stored = (int(num_tokens(lengths, name).sum()) for name in ("packed", layout))
@@ -70,6 +47,7 @@ def _lines(setup: Setup, command: Command) -> list[tuple[str, str]]:
         (f"tokens computed in layout {layout}", f"{stored:,} of {useful:,} useful ones ({stored / useful:.2f}x)"),
         ("longest pair, tokens", f"{int(num_tokens(lengths, layout).max()):,}"),
         ("ranks x pairs a step", f"{setup.world.world_size} x {config.train.global_batch_size}"),
+        ("SFT steps before", f"{config.train.sft_epochs * setup.epochs.steps_per_epoch:,}"),
         ("optimizer steps", f"{setup.total_steps:,} ({setup.epochs.steps_per_epoch:,} an epoch)"),
         ("precision", setup.precision),
         ("ZeRO stage", str(deepspeed_engine.zero_stage(setup.engine_config))),
@@ -77,7 +55,7 @@ def _lines(setup: Setup, command: Command) -> list[tuple[str, str]]:
     ]
 
 
-def _try_costliest(setup: Setup, policy: Policy, reference: FrozenReference) -> list[tuple[str, str]]:
+def _try_costliest(setup: Setup, policy: Policy, reference: FrozenReference) -> Rows:
     """One forward and backward pass of the micro-batch with the most tokens; its gradients are never used."""
     loader = setup.loader(setup.train_pairs, policy.layout)
     looked_at = min(setup.epochs.steps_per_epoch, 200)
@@ -85,7 +63,7 @@ def _try_costliest(setup: Setup, policy: Policy, reference: FrozenReference) -> 
     on_device = batch.to(setup.world.device)
     loss = make_loss(setup.config.loss.name, setup.config.loss.beta, setup.config.loss.label_smoothing)
     started = time.perf_counter()
-    output = loss(pair_logps(policy.score, on_device), reference.logps(on_device))
+    output = loss(pair_logps(policy.score, on_device), reference.train(on_device))
     deepspeed_engine.backward(policy.engine, output.losses.sum(), True)
     seconds = time.perf_counter() - started
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in policy.scorer.model.parameters())
@@ -103,6 +81,29 @@ def _try_costliest(setup: Setup, policy: Policy, reference: FrozenReference) -> 
         *((f"memory per GPU: {name}", f"{size:.3f} GiB") for name, size in parts.items()),
         ("memory per GPU: sum without activations", f"{sum(parts.values()):.3f} GiB"),
     ]
+
+
+def _print(console: Console, title: str, rows: Rows) -> None:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def show_forecast(command: Command) -> None:
+    """Print the plan of a run for hardware that is not here.
+
+    Args:
+        command: With a `Hardware` as its options.
+    Raises:
+        UserError: As the run itself would, before its first step.
+    """
+    setup = prepare_for(command)
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    for note in setup.notes:
+        console.print(note, markup=False)
+    for title, rows in {"Run": _lines(setup, command), **forecast(setup, command.options)}.items():
+        _print(console, title, rows)
 
 
 def show_plan(
@@ -123,10 +124,7 @@ def show_plan(
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     for note in setup.notes + tuple(policy.notes if policy else ()):
         console.print(note, markup=False)
-    table = Table(title="Plan" if policy else "Prepared", title_justify="left", show_header=False)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    _print(console, "Plan" if policy else "Prepared", rows)
     if policy is None:
         console.print(
             "Weights, data and tokenised pairs are cached. On compute nodes without internet:\n"

@@ -12,11 +12,12 @@ ORDER = [
     "errors", "config", "commandline", "types",
     "data.example", "data.files", "data.sources", "data.formats", "data.boundary", "data.encode", "data.store",
     "data.tokenize", "data.planner", "data.batch", "data.loader",
-    "model.example", "model.load", "model.attention", "model.head", "model.forward", "model.check", "model.reference",
+    "model.example", "model.load", "model.shape", "model.attention", "model.head", "model.forward", "model.check",
+    "model.reference",
     "objective.losses", "objective.metrics",
     "runtime.distributed", "runtime.schedule", "runtime.engine", "runtime.checkpoint", "runtime.tracking",
-    "reference_cache", "sample", "setup", "policy", "start", "export", "sft", "evaluate", "plan", "report", "finish",
-    "train",
+    "reference_cache", "sample", "estimate", "setup", "policy", "start", "export", "sft", "evaluate", "forecast",
+    "plan", "report", "finish", "train", "__main__",
 ]  # fmt: skip
 OWNERS = {
     "datasets": {"data.sources"},

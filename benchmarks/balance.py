@@ -1,0 +1,147 @@
+"""How evenly a step's pairs are spread over ranks: random assignment, the planner, and the best there can be.
+
+    python -m benchmarks.balance --data train.jsonl.gz --tokenizer gpt2 [--max_length 1024 512] [--write FILE]
+
+Cost of a rank: tokens of its pairs in the shared layout, P + C + R each. Imbalance: the costliest rank over the mean,
+which is how much longer a step takes than with even ranks. No assignment of whole pairs goes below the longest pair
+over the mean cost of a rank. Lengths only: no model, no GPU. The table goes to docs/planning.md, between its markers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dpo.data.planner import num_tokens, plan_batch
+from dpo.data.tokenize import prepare_pairs
+from dpo.errors import UserError
+from dpo.estimate import imbalance, micro_batch_tokens
+from dpo.model.load import load_tokenizer
+
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "planning.md"
+BEGIN, END = "<!-- balance: begin -->", "<!-- balance: end -->"
+RANKS = (8, 64, 256, 1024)
+PAIRS_PER_RANK = (4, 8, 16, 32)
+TOKEN_BUDGET = 16384
+
+
+@dataclass(frozen=True)
+class Row:
+    """Imbalance of some random steps at one size.
+
+    Attributes:
+        ranks, pairs: Of a step.
+        random, planned, bound: (draws,) imbalances of random assignment, of the planner, and the least there can be.
+        seconds: To plan one step, mean.
+    """
+
+    ranks: int
+    pairs: int
+    random: np.ndarray
+    planned: np.ndarray
+    bound: np.ndarray
+    seconds: float
+
+
+def measure(lengths: np.ndarray, ranks: int, pairs: int, draws: int, seed: int = 0) -> Row:
+    """Draw steps and assign them both ways.
+
+    Args:
+        lengths: (n, 3) int64: prompt, chosen, rejected.
+        ranks, pairs: Of a step; pairs divisible by ranks. With more pairs than n they are drawn with replacement.
+        draws: Steps.
+        seed: Of the draws.
+    Returns:
+        The figures.
+    """
+    rng = np.random.default_rng((seed, ranks, pairs))
+    random, planned, bound, seconds = [], [], [], 0.0
+    for _ in range(draws):
+        drawn = lengths[rng.choice(len(lengths), pairs, replace=pairs > len(lengths))]
+        cost = num_tokens(drawn, "shared")
+        random.append(imbalance(cost.reshape(ranks, -1)))
+        started = time.perf_counter()
+        plan = plan_batch(range(pairs), drawn, world_size=ranks, token_budget=TOKEN_BUDGET, layout="shared")
+        seconds += time.perf_counter() - started
+        planned.append(imbalance(micro_batch_tokens(plan, drawn, "shared")))
+        bound.append(max(1.0, cost.max() * ranks / cost.sum()))
+    return Row(ranks, pairs, np.array(random), np.array(planned), np.array(bound), seconds / draws)
+
+
+def table(lengths: np.ndarray, draws: int) -> list[str]:
+    """Lines of a Markdown table over RANKS and PAIRS_PER_RANK."""
+    lines = [
+        "| ranks | pairs a step | random | planner, mean | planner, worst | least possible, mean | planning, ms |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for ranks in RANKS:
+        for each in PAIRS_PER_RANK:
+            row = measure(lengths, ranks, each * ranks, draws)
+            again = "*" if row.pairs > len(lengths) else ""
+            lines.append(
+                f"| {ranks:,} | {row.pairs:,}{again} | {row.random.mean():.2f} | {row.planned.mean():.3f} |"
+                f" {row.planned.max():.3f} | {row.bound.mean():.3f} | {1000 * row.seconds:.1f} |"
+            )
+    return lines
+
+
+def report(data: str, tokenizer: str, max_lengths: list[int], draws: int, cache_dir: str | None) -> list[str]:
+    """Tokenise, measure, and write down what was measured: lines of Markdown."""
+    lines = []
+    for max_length in max_lengths:
+        pairs, _ = prepare_pairs(
+            data, load_tokenizer(tokenizer), max_length=max_length, max_prompt_length=max_length // 2,
+            on_bad_row="skip", cache_dir=cache_dir,
+        )  # fmt: skip
+        cost = num_tokens(pairs.lengths, "shared")
+        lines += [
+            f"`data.max_length` {max_length}: {len(pairs):,} pairs, {cost.mean():.0f} tokens a pair on average, the"
+            f" longest {cost.max():,}; {draws} random steps a row.",
+            "",
+            *table(np.asarray(pairs.lengths), draws),
+            "",
+        ]
+    return [*lines, "\\* more pairs than the file has: drawn with replacement.", ""]
+
+
+def write_between(path: Path, lines: list[str]) -> None:
+    """Replace what stands between the markers of a file.
+
+    Raises:
+        UserError: If it has no markers.
+    """
+    text = path.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise UserError(f"{path}: expected one line {BEGIN} and one line {END}")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    path.write_text(before + BEGIN + "\n" + "\n".join(lines) + END + after, encoding="utf-8")
+
+
+def main(argv: list[str]) -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.balance", description="Rank imbalance on real lengths.")
+    parser.add_argument("--data", required=True, help="preference pairs: file, folder or hub id, as data.train")
+    parser.add_argument("--tokenizer", required=True, help="folder or hub id")
+    parser.add_argument("--max_length", type=int, nargs="+", default=[1024, 512], help="as data.max_length")
+    parser.add_argument("--draws", type=int, default=20, help="random steps a row")
+    parser.add_argument("--cache_dir", help="for tokenised pairs, as data.cache_dir")
+    parser.add_argument("--write", default=str(DOCS), help="file with the markers; empty: print only")
+    args = parser.parse_args(argv)
+    try:
+        lines = report(args.data, args.tokenizer, args.max_length, args.draws, args.cache_dir)
+        print("\n".join(lines))
+        if args.write:
+            write_between(Path(args.write), lines)
+    except UserError as error:
+        print(f"benchmarks/balance.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,59 @@
+"""python -m dpo VERB: what can be done beside training.
+
+    python -m dpo plan --config ds_configs/zero2.json [--recipe recipes/NAME.yaml] [--section.key VALUE ...] --ranks N
+
+Exit code 2 and one line for whatever the user can mend, as train_dpo.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+
+from dpo.commandline import Verb, parse
+from dpo.errors import UserError
+from dpo.estimate import Hardware
+
+
+def _plan(argv: list[str]) -> None:
+    verb = Verb("plan", "Print what a run would do and need on GPUs that need not be here; trains nothing.", Hardware)
+    command = parse(argv, verb)
+    from dpo.plan import show_forecast  # after --help and typing errors: it imports DeepSpeed
+
+    show_forecast(command)
+
+
+VERBS = {"plan": (_plan, "what a run would do and need on GPUs that need not be here")}
+
+
+def _usage() -> str:
+    lines = [f"  {name:8} {what}" for name, (_, what) in VERBS.items()]
+    return "\n".join(["usage: python -m dpo VERB [--help] ...", "", *lines, "", "Training itself: train_dpo.py"])
+
+
+def main(argv: list[str]) -> int:
+    """Run a verb.
+
+    Args:
+        argv: The verb and its arguments.
+    Returns:
+        Exit code: 0, or 2 for a mistake of the user's.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage(), file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    name, *rest = argv
+    try:
+        if name not in VERBS:
+            close = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]}?" if close else f"use {', '.join(VERBS)}"
+            raise UserError(f"unknown verb {name}; {hint}")
+        VERBS[name][0](rest)
+    except UserError as error:
+        print(f"python -m dpo{f' {name}' if name in VERBS else ''}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

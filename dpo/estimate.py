@@ -1,0 +1,238 @@
+"""What a run needs, as arithmetic: memory, traffic, operations, disk. No model, no device, no rank.
+
+Legend: P, C, R tokens of prompt, chosen and rejected completion; N parameters; W ranks. Bytes are bytes, GiB is 2^30.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dpo.data.planner import Layout, Plan, num_tokens
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A device as its data sheet describes it.
+
+    Attributes:
+        tflops: Dense 16-bit tensor-core peak, 1e12 operations a second.
+        memory_gib: Memory that a program can use, about.
+        link_gb: To another GPU of its node, one direction, 1e9 bytes a second.
+        has_bf16: Else 16-bit training is fp16.
+    """
+
+    tflops: float
+    memory_gib: float
+    link_gb: float
+    has_bf16: bool = True
+
+
+GPUS = {
+    "t4": Gpu(65, 14.5, 12, has_bf16=False),
+    "v100": Gpu(125, 31.5, 150, has_bf16=False),
+    "l4": Gpu(121, 22, 25),
+    "l40s": Gpu(362, 44.5, 25),
+    "a100_40gb": Gpu(312, 39.4, 300),
+    "a100": Gpu(312, 79.2, 300),
+    "h100": Gpu(989, 79.2, 450),
+    "h200": Gpu(989, 139.8, 450),
+    "b200": Gpu(2250, 178, 900),
+}
+"""NVIDIA's data sheets, SXM versions where there are two; PCIe cards with what their bus carries in practice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """The hardware to plan for."""
+
+    ranks: int = 1
+    """GPUs in all."""
+    gpu: str = "h100"
+    """t4, v100, l4, l40s, a100_40gb, a100, h100, h200 or b200."""
+    gpus_per_node: int = 8
+    """GPUs that share a node's memory and its fast links."""
+    peak_share: float = 0.4
+    """Share of the GPU's 16-bit peak that the computation is assumed to reach, in (0, 1]."""
+    network_gb: float = 50.0
+    """Network between nodes, 1e9 bytes a second for each GPU, one direction; 50 is one 400 Gb/s port a GPU."""
+    disk_gb: float = 2.0
+    """Speed of the disk that checkpoints go to, 1e9 bytes a second over all ranks."""
+
+    def __post_init__(self) -> None:
+        if self.gpu not in GPUS:
+            raise ValueError(f"gpu is {self.gpu}; use {', '.join(GPUS)}")
+        for key in ("ranks", "gpus_per_node"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} is {getattr(self, key)}; use a whole number of at least 1")
+        for key in ("network_gb", "disk_gb"):
+            if not 0 < getattr(self, key) < float("inf"):
+                raise ValueError(f"{key} is {getattr(self, key)}; use a number above 0")
+        if not 0 < self.peak_share <= 1:
+            raise ValueError(f"peak_share is {self.peak_share}; use a number above 0, at most 1")
+
+
+def memory(num_parameters: int, *, stage: int, world_size: int, half: bool, reference_bytes: int) -> dict[str, float]:
+    """Memory per GPU that does not depend on the batch, in GiB.
+
+    Checked against the tensors of real engines (DeepSpeed 0.19.8) by tests/test_plan.py: DeepSpeed keeps an fp32 copy
+    of the weights beside the weights in fp32 too, and at stage 1 gradients in 16 bits and, summed, in 32.
+
+    Args:
+        num_parameters: N of the policy.
+        stage: ZeRO stage: 1 partitions optimizer states, 2 gradients as well, 3 weights as well.
+        world_size: Ranks.
+        half: Weights of 2 bytes and gradients accumulated in fp32; else fp32 throughout.
+        reference_bytes: Per parameter; 0 for none.
+    Returns:
+        Part -> GiB.
+    Source:
+        Rajbhandari et al. 2020 (ZeRO), arXiv:1910.02054, section 3.
+    """
+    share = {name: 1 / world_size if stage >= level else 1.0 for name, level in
+             (("optimizer", 1), ("gradients", 2), ("weights", 3))}
+    per_parameter = {
+        "weights": (2 if half else 4) * share["weights"],
+        "gradients": 6 if half and stage < 2 else 4 * share["gradients"],
+        "optimizer (AdamW, fp32 master)": 12 * share["optimizer"],
+        "reference": reference_bytes * share["weights"],
+    }
+    return {name: num_parameters * size / GIB for name, size in per_parameter.items()}
+
+
+def checkpoint_bytes(num_parameters: int, *, stage: int, half: bool) -> int:
+    """Disk space of one checkpoint, over all ranks.
+
+    The fp32 master weights and AdamW's two states, and, below stage 3, the weights themselves: 14 bytes a parameter at
+    half precision, 16 in fp32.
+    """
+    return num_parameters * (12 + (0 if stage == 3 else 2 if half else 4))
+
+
+def traffic(
+    num_parameters: int, *, stage: int, world_size: int, micro_steps: float, width: int, reference_width: int
+) -> dict[str, float]:
+    """Bytes that one rank sends in one optimizer step, by purpose; it receives as many.
+
+    A ring sends (W-1)/W of the data to gather or scatter them, twice that to all-reduce. Stage 2 reduces after every
+    micro-batch, and DeepSpeed 0.19 does so by all-reduce of buckets that hold parts of several ranks (its default
+    use_multi_rank_bucket_allreduce). Stage 3 gathers the weights for every forward and every backward pass.
+
+    Args:
+        num_parameters: N of the policy; the reference has as many.
+        stage: ZeRO stage.
+        world_size: W.
+        micro_steps: Micro-batches per step and rank.
+        width: Bytes a parameter, of weights and of gradients on the wire.
+        reference_width: Bytes a parameter of a reference that is sharded at stage 3; 0 for none.
+    Returns:
+        Purpose -> bytes.
+    Source:
+        Rajbhandari et al. 2020 (ZeRO), arXiv:1910.02054, section 7.
+    """
+    once = num_parameters * (world_size - 1) / world_size
+    if stage == 3:
+        return {
+            "weights gathered": 2 * once * width * micro_steps,
+            "gradients scattered": once * width * micro_steps,
+            "reference gathered": once * reference_width * micro_steps,
+        }
+    reductions = micro_steps if stage == 2 else 1
+    return {
+        "gradients reduced": 2 * once * width * reductions,
+        "weights gathered": once * width if stage else 0.0,
+    }
+
+
+def attention_products(lengths: np.ndarray, layout: Layout) -> np.ndarray:
+    """Query-key products that each pair asks for, causally.
+
+    Args:
+        lengths: (n, 3) int64: P, C, R.
+        layout: shared computes the prompt's once; packed and padded twice.
+    Returns:
+        (n,) int64.
+    """
+    prompt, chosen, rejected = lengths.astype(np.int64).T
+    first, second = prompt + chosen, prompt + rejected
+    both = (first * (first + 1) + second * (second + 1)) // 2
+    return both - prompt * (prompt + 1) // 2 if layout == "shared" else both
+
+
+def useful_flops(lengths: np.ndarray, *, body: int, head: int, attention_width: int) -> float:
+    """Operations that training on pairs needs, as perf/mfu counts them: 6 N_body (P+C+R) + 6 H V (C+R) + attention of
+    the shared layout. Prompts once; reference and recomputation not counted.
+
+    Args:
+        lengths: (n, 3) int64: P, C, R.
+        body: Parameters that multiply every token.
+        head: H x V.
+        attention_width: Heads x head size, summed over layers.
+    Returns:
+        Multiplications and additions, forward and backward.
+    """
+    tokens, completions = int(lengths.sum()), int(lengths[:, 1:].sum())
+    products = int(attention_products(lengths, "shared").sum())
+    return 6.0 * body * tokens + 6.0 * head * completions + 12.0 * attention_width * products
+
+
+def computed_flops(
+    lengths: np.ndarray,
+    layout: Layout,
+    *,
+    tokens: int,
+    body: int,
+    head: int,
+    attention_width: int,
+    recompute: bool,
+    reference: bool,
+) -> float:
+    """Operations that a layout really spends: with its padding and second prompts, recomputation and the reference.
+
+    Args:
+        lengths: (n, 3) int64 of the pairs.
+        layout: As scheduled.
+        tokens: Of the pairs in that layout, padding included.
+        body, head, attention_width: As for `useful_flops`.
+        recompute: Whether activations are computed again in backward.
+        reference: Whether a reference scores every batch.
+    Returns:
+        Multiplications and additions. A forward pass counts once, a backward pass twice.
+    """
+    products = int(attention_products(lengths, layout).sum())
+    forward = 2.0 * body * tokens + 4.0 * attention_width * products
+    head_forward = 2.0 * head * int(lengths[:, 1:].sum())
+    return forward * (3 + recompute + reference) + head_forward * (3 + reference)
+
+
+def micro_batch_tokens(plan: Plan, lengths: np.ndarray, layout: Layout) -> np.ndarray:
+    """Tokens of every micro-batch of a plan, padding included: (ranks, micro-steps) int64."""
+    cost = num_tokens(lengths, layout)
+
+    def size(ids: Sequence[int]) -> int:
+        if not ids:
+            return 0
+        return len(ids) * int(cost[ids].max()) if layout.startswith("padded") else int(cost[ids].sum())
+
+    return np.array([[size(ids) for ids in rank] for rank in plan], dtype=np.int64)
+
+
+def imbalance(tokens: np.ndarray) -> float:
+    """Costliest rank over the mean rank: 1 is perfect.
+
+    Args:
+        tokens: (ranks, micro-steps): cost of every micro-batch.
+    Returns:
+        At least 1; the step takes this many times as long as it would with even ranks.
+    """
+    loads = tokens.sum(axis=1)
+    return float(loads.max() / loads.mean())
+
+
+def waiting(tokens: np.ndarray) -> float:
+    """Like `imbalance`, where ranks wait for one another after every micro-batch, as ZeRO 2 and 3 make them."""
+    return float(tokens.max(axis=0).sum() / tokens.sum(axis=1).mean())

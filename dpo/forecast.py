@@ -1,0 +1,300 @@
+"""A run on hardware that is not here: schedule, memory, traffic and time, for any number of ranks.
+
+Data and tokenizer are read as for a run; of the model only its config. The schedule is the planner's own, the same that
+the ranks would follow; memory parts are exact for what DeepSpeed keeps, times are estimates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpo.commandline import Command
+from dpo.data.planner import num_tokens, plan_batch
+from dpo.estimate import (
+    GIB,
+    GPUS,
+    Hardware,
+    checkpoint_bytes,
+    computed_flops,
+    imbalance,
+    memory,
+    micro_batch_tokens,
+    traffic,
+    waiting,
+)
+from dpo.model import load
+from dpo.model.head import CHUNK_ROWS
+from dpo.model.shape import Shape, shape_of
+from dpo.policy import CHECKPOINTING_FROM, reference_dtype
+from dpo.runtime import engine as deepspeed_engine
+from dpo.runtime.distributed import World
+from dpo.setup import Setup, prepare
+
+Rows = list[tuple[str, str]]
+SAMPLED_STEPS, SAMPLED_PAIRS = 256, 1_000_000
+"""Most steps of an epoch, and about most pairs, that are planned to describe it; evenly spaced in a longer epoch."""
+FP32_SHARE = 1 / 16
+"""Peak in fp32 over the 16-bit tensor-core peak: 1/16 on an A100, 1/15 on an H100, 1/8 on a T4."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """The planner's work on an epoch, or on a sample of its steps.
+
+    Attributes:
+        steps, looked_at: Steps of an epoch, and how many of them were planned.
+        micro_steps: (looked_at,) micro-batches of every rank.
+        imbalances, waits: (looked_at,) see `estimate.imbalance` and `estimate.waiting`.
+        last: Imbalance of the epoch's last step if that has fewer pairs and is not counted above; else None.
+        padding: Share of the tokens computed that are padding.
+        pairs: In a whole step.
+        largest: Tokens of the largest micro-batch.
+        largest_completions: Most completion tokens of a micro-batch.
+        flops: Mean operations of a whole step over all ranks, given what is recomputed.
+    """
+
+    steps: int
+    looked_at: int
+    micro_steps: np.ndarray
+    imbalances: np.ndarray
+    waits: np.ndarray
+    last: float | None
+    padding: float
+    pairs: int
+    largest: int
+    largest_completions: int
+    flops: float
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a forecast derives from setup and options once.
+
+    Attributes:
+        shape: Of the policy.
+        stage: ZeRO stage.
+        half: 16-bit weights.
+        reference_bytes: A parameter of the reference during training; 0 where its scores are cached.
+        copied_bytes: A parameter of the reference while it is loaded.
+        recompute: Whether activations are recomputed.
+    """
+
+    shape: Shape
+    stage: int
+    half: bool
+    reference_bytes: int
+    copied_bytes: int
+    recompute: bool
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight."""
+        return 2 if self.half else 4
+
+
+def prepare_for(command: Command) -> Setup:
+    """Validate a run for ranks and GPUs that are not here, and tokenise its data.
+
+    Raises:
+        UserError: As a run would.
+    """
+    hardware: Hardware = command.options
+    config = command.config
+    if config.train.precision == "auto":
+        precision: Any = "bf16" if GPUS[hardware.gpu].has_bf16 else "fp16"
+        config = replace(config, train=replace(config.train, precision=precision))
+    # Only the device's kind is looked at: nothing is put on it.
+    return prepare(config, World(0, hardware.ranks, 0, torch.device("cuda")), command.deepspeed_json)
+
+
+def machine_of(setup: Setup) -> Machine:
+    """Sizes of the policy and how the run would hold it."""
+    model, reference = setup.config.model, setup.config.reference
+    assert model.policy is not None
+    config = load.load_config(model.policy, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    shape = shape_of(config, setup.dtype, trust_remote_code=model.trust_remote_code)
+    stage, cached = deepspeed_engine.zero_stage(setup.engine_config), reference.mode == "cached"
+    dtype, _ = reference_dtype(reference.dtype, setup.dtype, setup.world.device, sharded=stage == 3, cached=cached)
+    wanted = model.gradient_checkpointing
+    return Machine(
+        shape=shape,
+        stage=stage,
+        half=setup.precision != "fp32",
+        reference_bytes=0 if cached else dtype.itemsize,
+        copied_bytes=0 if cached and dtype == setup.dtype else dtype.itemsize,
+        recompute=shape.parameters > CHECKPOINTING_FROM if wanted == "auto" else wanted,
+    )
+
+
+def _sampled(steps: int, pairs: int) -> list[int]:
+    count = min(steps, SAMPLED_STEPS, max(8, SAMPLED_PAIRS // pairs))
+    return sorted(set(np.linspace(0, steps - 1, count).astype(int).tolist()))
+
+
+def schedule_of(setup: Setup, machine: Machine) -> Schedule:
+    """Plan the first epoch, or an even sample of its steps, as every rank would."""
+    layout, lengths, epochs = setup.config.train.layout, setup.train_pairs.lengths, setup.epochs
+    loader, shape = setup.loader(setup.train_pairs, layout), machine.shape
+    order, size = epochs.order(0), epochs.global_batch_size
+    packed = num_tokens(lengths, "packed" if layout == "padded" else layout)
+    shapes, last, computed, real, largest, completions = [], None, 0, 0, 0, 0
+    looked_at = _sampled(epochs.steps_per_epoch, size)
+    for step in looked_at:
+        ids = order[step * size : (step + 1) * size]
+        plan = plan_batch(
+            ids, lengths, world_size=setup.world.world_size, token_budget=loader.token_budget, layout=layout,
+            max_pairs=loader.max_pairs,
+        )
+        tokens = micro_batch_tokens(plan, lengths, layout)
+        if len(ids) < size and len(looked_at) > 1:
+            last = imbalance(tokens)
+        else:
+            spent = computed_flops(
+                lengths[ids], layout, tokens=int(tokens.sum()), body=shape.body, head=shape.hidden * shape.vocabulary,
+                attention_width=shape.attention_width, recompute=machine.recompute,
+                reference=machine.reference_bytes > 0,
+            )
+            shapes.append((tokens.shape[1], imbalance(tokens), waiting(tokens), spent))
+        computed, real = computed + int(tokens.sum()), real + int(packed[ids].sum())
+        largest = max(largest, int(tokens.max()))
+        completions = max(completions, *(int(lengths[b, 1:].sum()) for rank in plan for b in rank if b))
+    counts, imbalances, waits, flops = np.array(shapes).T
+    return Schedule(
+        epochs.steps_per_epoch, len(looked_at), counts, imbalances, waits, last, 1 - real / computed,
+        min(size, len(lengths)), largest, completions, float(flops.mean()),
+    )  # fmt: skip
+
+
+def _size(count: float) -> str:
+    """Bytes in the unit that reads best."""
+    unit = "KiB" if count < 2**20 else "MiB" if count < GIB else "GiB"
+    return f"{count / {'KiB': 2**10, 'MiB': 2**20, 'GiB': GIB}[unit]:,.2f} {unit}"
+
+
+def _number(value: float) -> str:
+    """Three digits that count."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def schedule_rows(schedule: Schedule) -> Rows:
+    """How the pairs of a step are spread."""
+    few = schedule.looked_at < schedule.steps
+    micro, even, waits = schedule.micro_steps, schedule.imbalances, schedule.waits
+    whole = f"a sample of {schedule.looked_at:,} of the" if few else "all"
+    rows = [
+        ("looked at", f"{whole} {schedule.steps:,} steps of the first epoch"),
+        ("micro-batches a step and rank", f"{micro.mean():.2f} mean, {micro.max():.0f} max"),
+        ("largest micro-batch", f"{schedule.largest:,} tokens"),
+        ("padding", f"{schedule.padding:.1%} of the tokens computed"),
+        ("rank imbalance (max / mean cost)", f"{even.mean():.4f} mean, {even.max():.4f} worst"),
+        ("the same, waiting after every micro-batch", f"{waits.mean():.4f} mean, {waits.max():.4f} worst"),
+    ]
+    if schedule.last is not None:
+        rows.append(("rank imbalance of the last, smaller step", f"{schedule.last:.4f}"))
+    return rows
+
+
+def memory_parts(setup: Setup, machine: Machine, schedule: Schedule) -> dict[str, float | None]:
+    """Part -> GiB per GPU; activations are None where they cannot be told."""
+    shape, zero = machine.shape, setup.engine_config.get("zero_optimization", {})
+    parts: dict[str, float | None] = dict(
+        memory(
+            shape.parameters, stage=machine.stage, world_size=setup.world.world_size, half=machine.half,
+            reference_bytes=machine.reference_bytes,
+        )
+    )
+    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        parts["optimizer (AdamW, fp32 master)"] = 0.0
+    if zero.get("offload_param", {}).get("device", "none") != "none":
+        parts["weights"] = parts["reference"] = 0.0
+    bucket = zero.get("reduce_bucket_size", 5e8) * (2 if zero.get("overlap_comm") else 1)
+    parts["reduction buckets"] = (bucket if machine.stage >= 1 else 0) * machine.width / GIB
+    if machine.stage == 3:
+        live = min(shape.parameters, zero.get("stage3_max_live_parameters", 1e9))
+        parts["gathered weights, at most"] = live * machine.width / GIB
+    kept = shape.activations
+    few = None if kept is None else shape.block_input + kept / shape.layers
+    for name, size in (("activations, kept", kept), ("activations, recomputed", few)):
+        parts[name] = None if size is None else schedule.largest * size / GIB
+    rows = min(CHUNK_ROWS, schedule.largest_completions)
+    parts[f"logits tile, {rows:,} rows in fp32"] = rows * shape.vocabulary * 4 / GIB
+    return parts
+
+
+def memory_rows(setup: Setup, machine: Machine, schedule: Schedule, hardware: Hardware) -> Rows:
+    """Memory per GPU by part, and whether their sum fits."""
+    parts = memory_parts(setup, machine, schedule)
+    unused = "activations, kept" if machine.recompute else "activations, recomputed"
+    rows = [
+        (name + (" (not in use)" if name == unused else ""), "not known" if size is None else _size(size * GIB))
+        for name, size in parts.items()
+    ]
+    total = sum(size or 0.0 for name, size in parts.items() if name != unused)
+    room = GPUS[hardware.gpu].memory_gib
+    verdict = "fits" if total < 0.9 * room else "close" if total < room else "does not fit"
+    return [*rows, ("sum", f"{_size(total * GIB)} of about {room:.0f} GiB on a {hardware.gpu}: {verdict}")]
+
+
+def host_rows(setup: Setup, machine: Machine, hardware: Hardware) -> Rows:
+    """Memory of a node while loading, disk and time of checkpoints."""
+    shape, train, ranks = machine.shape, setup.config.train, setup.world.world_size
+    neighbours = min(ranks, hardware.gpus_per_node)
+    loaded = machine.width + machine.copied_bytes if machine.stage < 3 else setup.start_dtype.itemsize
+    host = neighbours * shape.parameters * loaded
+    one = checkpoint_bytes(shape.parameters, stage=machine.stage, half=machine.half)
+    held = min(train.keep_checkpoints + 1, max(1, setup.total_steps))
+    rows = [
+        ("host memory of a node while loading, at most", f"{_size(host)} ({neighbours} ranks)"),
+        ("one checkpoint", f"{_size(one)}, {one / shape.parameters:.0f} bytes a parameter"),
+        ("disk for checkpoints, one being written", f"{_size(held * one)} ({train.keep_checkpoints} kept)"),
+        ("time to write one", f"{_number(one / hardware.disk_gb / 1e9)} s at {hardware.disk_gb:g} GB/s"),
+    ]
+    if setup.engine_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") == "cpu":
+        states = 12 * shape.parameters * neighbours / ranks
+        rows.insert(1, ("host memory of a node for the optimizer", _size(states)))
+    return rows
+
+
+def speed_rows(setup: Setup, machine: Machine, schedule: Schedule, hardware: Hardware) -> Rows:
+    """Traffic and an estimate of time."""
+    ranks, gpu = setup.world.world_size, GPUS[hardware.gpu]
+    sent = traffic(
+        machine.shape.parameters, stage=machine.stage, world_size=ranks, micro_steps=float(schedule.micro_steps.mean()),
+        width=machine.width, reference_width=machine.reference_bytes,
+    )
+    within = ranks <= hardware.gpus_per_node
+    link = gpu.link_gb if within else min(gpu.link_gb, hardware.network_gb)
+    peak = gpu.tflops * (1 if machine.half else FP32_SHARE)
+    waits = schedule.waits if machine.stage >= 2 else schedule.imbalances
+    compute = schedule.flops / ranks * float(waits.mean()) / (peak * 1e12 * hardware.peak_share)
+    moving = sum(sent.values()) / (link * 1e9)
+    step = compute + moving
+    hours = setup.total_steps * step / 3600
+    where = "within a node" if within else "between nodes"
+    speed = f"{hardware.peak_share:.0%} of {peak:,.0f} TFLOP/s"
+    return [
+        *((f"sent a step and rank: {name}", f"{_number(count / 1e9)} GB") for name, count in sent.items()),
+        ("operations a step, all ranks", f"{_number(schedule.flops / 1e12)} TFLOP"),
+        ("computing", f"{_number(compute)} s at {speed}, the slowest rank"),
+        ("sending", f"{_number(moving)} s at {link:g} GB/s ({where}), none of it hidden behind computing"),
+        ("a step, estimate", f"{_number(step)} s, {_number(schedule.pairs / step)} pairs/s"),
+        ("all DPO steps, estimate", f"{_number(hours)} h, evaluation and checkpoints not counted"),
+    ]
+
+
+def forecast(setup: Setup, hardware: Hardware) -> dict[str, Rows]:
+    """Everything a plan says beyond the run's own settings: title -> rows."""
+    machine = machine_of(setup)
+    schedule, shape = schedule_of(setup, machine), machine.shape
+    size = f"{shape.parameters / 1e6:,.1f}M parameters, {shape.body / 1e6:,.1f}M in the body"
+    title = f"{hardware.ranks:,} x {hardware.gpu}"
+    return {
+        "Schedule": [("model", size), *schedule_rows(schedule)],
+        f"Memory of each GPU, {title}": memory_rows(setup, machine, schedule, hardware),
+        "Host and disk": host_rows(setup, machine, hardware),
+        f"Traffic and time, {title}": speed_rows(setup, machine, schedule, hardware),
+    }

@@ -1,0 +1,83 @@
+"""What a tiny run really allocates, part by part, and what its checkpoint takes; started by torchrun.
+
+    torchrun --nproc_per_node N tests/engine_memory.py OUT_FOLDER JOB...
+
+JOB: STAGE-PRECISION, e.g. 2-bf16. OUT_FOLDER/JOB.RANK.json: part -> bytes on that rank.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo.config import OptimConfig
+from dpo.model import load
+from dpo.model.forward import Scorer
+from dpo.runtime import distributed
+from dpo.runtime import engine as deepspeed_engine
+from tests import tiny
+
+
+def alive() -> dict[int, torch.UntypedStorage]:
+    """Every storage that some tensor or gradient still holds, by address."""
+    gc.collect()
+    found = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and t.device.type == "cpu"]
+    found += [t.grad for t in found if t.is_leaf and t.grad is not None]  # the collector does not see all of these
+    storages = [t.untyped_storage() for t in found]
+    return {s.data_ptr(): s for s in storages if s.nbytes() > 0}
+
+
+def size() -> int:
+    """Bytes of all tensors of this process."""
+    return sum(s.nbytes() for s in alive().values())
+
+
+def measure(stage: int, precision: str, folder: Path) -> dict[str, int]:
+    """Bytes of each part in the second optimizer step, of two micro-batches; of gradients, the most there ever are."""
+    dtype = deepspeed_engine.DTYPES[precision]
+    config: dict[str, Any] = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 1000}}
+    optim = OptimConfig()
+    config = deepspeed_engine.build_config(config, optim=optim, precision=precision, global_batch_size=2)
+    model = load.cast_parameters(tiny.model("llama", dtype=torch.float32, vocab_size=2000), dtype)
+    reference = load.frozen_copy(model, dtype)
+    weights, frozen = (sum(p.untyped_storage().nbytes() for p in m.parameters()) for m in (model, reference))
+    parameters = sum(p.numel() for p in model.parameters())
+    before = size()
+    engine = deepspeed_engine.start_training(Scorer(model), config, optim)
+    states = 0
+    for step in range(2):
+        for is_last in (False, True):
+            ids = torch.arange(8)[None]
+            loss = engine.module.model(input_ids=ids, labels=ids).loss
+            deepspeed_engine.backward(engine, loss, is_last)
+            del loss
+            if step == 1:  # the first one only makes AdamW's states
+                states = max(states, size() - before)
+        deepspeed_engine.step(engine, 1e-6)
+        engine.optimizer.zero_grad()
+    optimizer = size() - before
+    engine.save_checkpoint(str(folder), tag="step")
+    written = sum(f.stat().st_size for f in (folder / "step").glob("*") if f.is_file())
+    return {
+        "parameters": parameters, "weights": weights, "reference": frozen, "gradients and optimizer": states,
+        "optimizer": optimizer, "checkpoint": written,
+    }  # fmt: skip
+
+
+def main(argv: list[str]) -> None:
+    """Measure every job in turn."""
+    world = distributed.start()
+    folder = Path(argv[0])
+    for job in argv[1:]:
+        stage, precision = job.split("-")
+        parts = measure(int(stage), precision, folder / job)
+        (folder / f"{job}.{world.rank}.json").write_text(json.dumps(parts))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
