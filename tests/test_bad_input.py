@@ -71,6 +71,7 @@ def other_run(folder: Path, policy: Path) -> tuple[list[str], list[str]]:
     argv = usual(folder, policy)
     (folder / "run").mkdir()
     (folder / "run" / "config.yaml").write_text("train: {seed: 7}\nloss: {beta: 0.5}\n")
+    (folder / "run" / "metrics.jsonl").write_text('{"step": 1}\n')  # it has begun
     return argv, [f"{folder}/run holds another run", "train.seed was 7, now 0", "loss.beta was 0.5, now 0.1"]
 
 
