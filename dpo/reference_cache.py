@@ -23,7 +23,6 @@ from torch import Tensor
 
 from dpo.data.batch import collate
 from dpo.data.loader import Loader
-from dpo.data.planner import plan_batch
 from dpo.errors import UserError
 from dpo.model.check import TOLERANCE
 from dpo.model.forward import pair_logps
@@ -101,17 +100,9 @@ def check_manifest(folder: Path, manifest: dict[str, object]) -> bool:
 @torch.no_grad()
 def _score_pairs(score: Score, loader: Loader, pair_ids: list[int], device: torch.device) -> Tensor:
     """(len(pair_ids), 2) fp32 on the CPU: scores of the pairs, every rank doing its share; collective."""
-    plan = plan_batch(
-        pair_ids,
-        loader.dataset.lengths,
-        world_size=loader.world_size,
-        token_budget=loader.token_budget,
-        layout=loader.layout,
-        max_pairs=loader.max_pairs,
-    )
     place = {pair_id: row for row, pair_id in enumerate(pair_ids)}
     scores = torch.zeros(len(pair_ids), 2, dtype=torch.float32, device=device)
-    for ids in plan[loader.rank]:
+    for ids in loader.share_of(pair_ids):
         logps = pair_logps(score, collate([loader.dataset[i] for i in ids], loader.layout).to(device))
         rows = torch.tensor([place[i] for i in ids], dtype=torch.int64, device=device)
         scores[rows] = torch.stack((logps.chosen, logps.rejected), dim=1).float()

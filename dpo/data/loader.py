@@ -6,9 +6,11 @@ uninterrupted run would have had.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+
+import numpy as np
 
 from dpo.data.batch import collate
 from dpo.data.planner import Epochs, Layout, num_tokens, plan_batch
@@ -58,21 +60,25 @@ class Loader:
     def __getitem__(self, step: int) -> StepBatches:
         """Build the micro-batches of a step, counted from 0."""
         ids = self.epochs.batch(step)
+        return StepBatches(
+            step=step,
+            batches=[self._build(pair_ids) for pair_ids in self.share_of(ids)],
+            num_pairs=len(ids),
+            num_target_tokens=int(self.dataset.lengths[ids, 1].sum()),
+            num_tokens=int(num_tokens(self.dataset.lengths[ids], "packed").sum()),
+        )
+
+    def share_of(self, pair_ids: Sequence[int] | np.ndarray) -> list[list[int]]:
+        """This rank's micro-batches, as pair ids, of pairs that all ranks score together."""
         plan = plan_batch(
-            ids,
+            pair_ids,
             self.dataset.lengths,
             world_size=self.world_size,
             token_budget=self.token_budget,
             layout=self.layout,
             max_pairs=self.max_pairs,
         )
-        return StepBatches(
-            step=step,
-            batches=[self._build(pair_ids) for pair_ids in plan[self.rank]],
-            num_pairs=len(ids),
-            num_target_tokens=int(self.dataset.lengths[ids, 1].sum()),
-            num_tokens=int(num_tokens(self.dataset.lengths[ids], "packed").sum()),
-        )
+        return plan[self.rank]
 
     def _build(self, pair_ids: list[int]) -> PackedBatch:
         batch = collate([self.dataset[i] for i in pair_ids], self.layout)
@@ -93,12 +99,4 @@ class Loader:
 
 def whole_pass(loader: Loader) -> list[PackedBatch]:
     """This rank's micro-batches of one pass in which every pair is scored exactly once (an evaluation)."""
-    plan = plan_batch(
-        range(len(loader.dataset)),
-        loader.dataset.lengths,
-        world_size=loader.world_size,
-        token_budget=loader.token_budget,
-        layout=loader.layout,
-        max_pairs=loader.max_pairs,
-    )
-    return [loader._build(pair_ids) for pair_ids in plan[loader.rank]]
+    return [loader._build(pair_ids) for pair_ids in loader.share_of(range(len(loader.dataset)))]
