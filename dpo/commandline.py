@@ -80,6 +80,31 @@ def _parser(recipe: str | None, verb: Verb | None) -> ArgumentParser:
     return parser
 
 
+def parse_options(argv: list[str], name: str, description: str, options: type) -> Any:
+    """Parse the command line of a verb that takes none of a run's settings.
+
+    Args:
+        argv: Arguments after the verb.
+        name, description: Of the verb, for --help.
+        options: Dataclass of its arguments: fields without a default are positional, the others flags.
+    Returns:
+        An instance of `options`.
+    Raises:
+        UserError: One line naming argument, value and fix.
+        SystemExit: After --help (code 0).
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog=f"python -m dpo {name}", description=description, exit_on_error=False, allow_abbrev=False
+    )
+    parser.add_class_arguments(options, as_group=False, as_positional=True)
+    try:
+        values = parser.instantiate(parser.parse_args(argv))
+        return options(**{f.name: getattr(values, f.name) for f in fields(options)})
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise UserError(_explain(parser, error)) from None
+
+
 def _first_pass(argv: list[str]) -> tuple[str | None, bool]:
     """The recipe named in argv, and whether argv itself names a model or data, or only asks for help."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -133,9 +158,10 @@ def _keys() -> list[str]:
     return [f"{name}.{key.name}" for name, section in sections.items() for key in fields(section)]
 
 
-def _unknown(name: str, keys: list[str]) -> str:
+def _unknown(name: str, keys: list[str], program: str = "train_dpo.py") -> str:
     close = difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}?" if close else "python train_dpo.py --help lists all keys"
+    program = program if program.startswith("python") else f"python {program}"
+    hint = f"did you mean {close[0]}?" if close else f"{program} --help lists all keys"
     return f"unknown key {name}; {hint}"
 
 
@@ -144,10 +170,12 @@ def _explain(parser: ArgumentParser, error: Exception) -> str:
     text = str(error)
     if unknown := re.search(r"unrecognized arguments: (--)?(\S+)", text):
         name = unknown.group(2).split("=")[0]
+        settings = _keys() if any("." in a.dest for a in parser._actions) else []
         if unknown.group(1):
             own = [a.dest for a in parser._actions if "." not in a.dest]
-            return _unknown(name, [*_keys(), *own])
-        return f"unknown argument {name}; settings are given as --section.key VALUE"
+            return _unknown(name, [*settings, *own], parser.prog)
+        hint = "settings are given as --section.key VALUE" if settings else f"{parser.prog} --help lists all arguments"
+        return f"unknown argument {name}; {hint}"
     if wrong := re.search(r'Parser key "([\w.]+)":(.*)', text, re.DOTALL):
         key, rest = wrong.groups()
         value = re.search(r"(?:Got value|Given value): (.*)|Unable to load config '(.*)'", rest)

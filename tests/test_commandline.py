@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import yaml
 
 from dpo import commandline
-from dpo.commandline import Command, parse
+from dpo.commandline import Command, parse, parse_options
 from dpo.config import Config, check_world_size, to_dict
 from dpo.errors import UserError
 
@@ -282,3 +283,33 @@ def test_a_typo_is_answered_before_torch_is_imported() -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "train_dpo.py: unknown key train.epochss; did you mean train.epochs?\n"
+
+
+@dataclass
+class _Options:
+    """Of a verb in the tests."""
+
+    run: str
+    """A run directory."""
+    top: int = 3
+    """How many."""
+
+
+def test_a_verb_of_its_own_takes_what_has_no_default_by_position():
+    assert parse_options(["runs/a", "--top", "5"], "look", "Look.", _Options) == _Options("runs/a", 5)
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["runs/a", "--topp", "5"], "unknown key topp; did you mean top?"),
+        (["runs/a", "--zzzzzz", "5"], "unknown key zzzzzz; python -m dpo look --help lists all keys"),
+        (["runs/a", "--top", "many"], "top is many; use a whole number"),
+        ([], "the following arguments are required: run"),
+        (["runs/a", "b"], "unknown argument b; python -m dpo look --help lists all arguments"),
+    ],
+)
+def test_a_verb_of_its_own_refuses_what_it_does_not_know_in_one_line(argv, line):
+    with pytest.raises(UserError) as caught:
+        parse_options(argv, "look", "Look.", _Options)
+    assert line in str(caught.value) and "\n" not in str(caught.value)

@@ -102,10 +102,11 @@ def test_memory_is_what_a_real_engine_allocates(allocated: Any, job: str, ranks:
         )
         weights, gradients, optimizer, reference = (size * GIB for size in planned.values())
         assert rank["weights"] == weights and rank["reference"] == reference
-        # Flat partitions are padded, a gradient on the border of two is held whole: a few kilobytes.
-        assert rank["gradients and optimizer"] == pytest.approx(gradients + optimizer, abs=6000)
+        # A reduction bucket of 4,000 bytes, and on a busy machine activations of the eight tokens (2,176 bytes seen)
+        # that are freed a moment later. The smallest mistake, one byte a parameter, is 143,520 bytes.
+        assert rank["gradients and optimizer"] == pytest.approx(gradients + optimizer, abs=10_000)
         if job != "1-bf16":  # that engine keeps its fp32 gradients from step to step
-            assert rank["optimizer"] == pytest.approx(optimizer, abs=6000)
+            assert rank["optimizer"] == pytest.approx(optimizer, abs=10_000)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

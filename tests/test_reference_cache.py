@@ -152,7 +152,7 @@ def test_a_copy_made_to_score_is_freed_before_training(tiny_policy, tmp_path, mo
         copies.append(weakref.ref(copy))
         return copy
 
-    step = dpo.train._step
+    step = dpo.train.take_step
 
     def looked(*args):
         gc.collect()
@@ -160,7 +160,7 @@ def test_a_copy_made_to_score_is_freed_before_training(tiny_policy, tmp_path, mo
         step(*args)
 
     monkeypatch.setattr(dpo.policy.load, "frozen_copy", copied)
-    monkeypatch.setattr(dpo.train, "_step", looked)
+    monkeypatch.setattr(dpo.train, "take_step", looked)
     for mode in ("cached", "online"):
         copies.clear()
         code = train_dpo.main([

@@ -69,7 +69,7 @@ def run(name: str, argv: list[str], out: Path) -> None:
     """One training run under observation."""
     seen: dict[str, Any] = {"sums": 0, "recorders": 0, "pairs": [], "own_losses": [], "engines": 0}
     seen |= {f"{who}_{what}": [] for who in ("policy", "reference") for what in ("calls", "rows")}
-    originals = dpo.train.start_models, distributed.sum_over_ranks, tracking.Recorder.__init__, dpo.train._step
+    originals = dpo.train.start_models, distributed.sum_over_ranks, tracking.Recorder.__init__, dpo.train.take_step
     initialize = deepspeed.initialize
 
     def counted_initialize(*args: Any, **kwargs: Any) -> Any:
@@ -95,13 +95,13 @@ def run(name: str, argv: list[str], out: Path) -> None:
         )
 
     dpo.train.start_models, distributed.sum_over_ranks = watch(seen), counted_sum
-    tracking.Recorder.__init__, dpo.train._step = counted_init, seen_step  # type: ignore[method-assign]
+    tracking.Recorder.__init__, dpo.train.take_step = counted_init, seen_step  # type: ignore[method-assign]
     deepspeed.initialize = counted_initialize
     try:
         seen["code"] = train_dpo.main(argv)
     finally:
         dpo.train.start_models, distributed.sum_over_ranks = originals[:2]
-        tracking.Recorder.__init__, dpo.train._step = originals[2:]  # type: ignore[method-assign]
+        tracking.Recorder.__init__, dpo.train.take_step = originals[2:]  # type: ignore[method-assign]
         deepspeed.initialize = initialize
     seen["reference_moved"] = seen["reference_moved"]() if "reference_moved" in seen else None
     (out / f"{name}.{distributed.launched_ranks()[0]}.json").write_text(json.dumps(seen))

@@ -1,0 +1,133 @@
+"""One optimizer step of DPO, and the meter that gathers what the steps since the last log line have shown."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from dpo.data.loader import StepBatches
+from dpo.errors import UserError
+from dpo.model.forward import pair_logps
+from dpo.objective.losses import Loss
+from dpo.objective.metrics import averages, sums
+from dpo.policy import FrozenReference, Policy
+from dpo.runtime import distributed
+from dpo.runtime import engine as deepspeed_engine
+from dpo.setup import Setup
+
+
+@dataclass
+class Meter:
+    """What has happened since the last line of metrics.jsonl.
+
+    Attributes:
+        totals: (10,) fp64 on the device: metric sums and pairs, tokens of the forward passes, padding among them.
+        pairs, tokens: Over all ranks.
+        seconds: Of training alone: evaluations and checkpoints are not counted.
+    """
+
+    totals: torch.Tensor
+    pairs: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    grad_norm: float | None = field(default=None)
+
+    def carried(self) -> tuple[float, ...]:
+        """What a checkpoint must hold for the next line to be whole: empty right after a line; collective."""
+        if self.pairs == 0:
+            return ()
+        return (*distributed.sum_over_ranks(self.totals.clone()).tolist(), self.pairs, self.tokens, self.seconds)
+
+    def take_up(self, carried: tuple[float, ...], is_main: bool) -> None:
+        """Go on from what a checkpoint held; rank 0 carries the sums of all."""
+        if carried:
+            *totals, pairs, tokens, self.seconds = carried
+            self.pairs, self.tokens = int(pairs), int(tokens)
+            if is_main:
+                self.totals += self.totals.new_tensor(totals)
+
+    def line(self, device: torch.device) -> dict[str, float | None]:
+        """Means over all ranks' pairs, and speed; one all-reduce; the meter is empty afterwards."""
+        *_, forward_tokens, padding = (totals := distributed.sum_over_ranks(self.totals)).tolist()
+        values: dict[str, float | None] = dict(averages(totals[:8]))
+        values |= {
+            "grad_norm": self.grad_norm,
+            "perf/pairs_per_second": self.pairs / self.seconds,
+            "perf/tokens_per_second": self.tokens / self.seconds,
+            "perf/padding_fraction": padding / forward_tokens,
+            "perf/peak_memory_gib": _peak_memory_gib(device),
+        }
+        self.totals.zero_()
+        self.pairs = self.tokens = 0
+        self.seconds = 0.0
+        return values
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def take_step(
+    setup: Setup,
+    policy: Policy,
+    reference: FrozenReference,
+    loss: Loss,
+    work: StepBatches,
+    lr: float,
+    meter: Meter,
+) -> None:
+    """One optimizer step: the mean loss over the pairs of the global batch; collective.
+
+    Args:
+        setup: The run.
+        policy, reference: The models.
+        loss: The objective.
+        work: This rank's micro-batches of the step.
+        lr: Learning rate of the step.
+        meter: Takes what the forward passes say.
+    Raises:
+        UserError: If a loss is not finite on any rank; then no rank steps.
+    """
+    world, started = setup.world, time.perf_counter()
+    losses = []
+    for index, batch in enumerate(work.batches):
+        meter.totals[8] += batch.input_ids.numel()
+        meter.totals[9] += batch.num_padding_tokens
+        on_device = batch.to(world.device)
+        reference_logps = reference.train(on_device)
+        policy_logps = pair_logps(policy.score, on_device)
+        output = loss(policy_logps, reference_logps)
+        scaled = output.losses.sum() * world.world_size / work.num_pairs
+        deepspeed_engine.backward(policy.engine, scaled, index == len(work.batches) - 1)
+        meter.totals[:8] += sums(output, policy_logps)
+        losses.append(output.losses.detach())
+    if distributed.any_rank(~torch.cat(losses).isfinite().all()):
+        _stop_at(setup, work, losses)
+    meter.grad_norm = deepspeed_engine.step(policy.engine, lr)
+    meter.pairs += work.num_pairs
+    meter.tokens += work.num_tokens
+    meter.seconds += time.perf_counter() - started
+
+
+def _stop_at(setup: Setup, work: StepBatches, losses: list[torch.Tensor]) -> None:
+    """End the run on every rank, naming the pairs whose loss is not finite."""
+    bad = [
+        setup.train_pairs.row_numbers[pair]
+        for batch, values in zip(work.batches, losses, strict=True)
+        for pair, value in zip(batch.pair_ids, values.tolist(), strict=True)
+        if not math.isfinite(value)
+    ]
+    rows = distributed.gather([int(row) for row in bad])
+    named = ", ".join(map(str, sorted(sum(rows, []))[:10]))
+    raise UserError(
+        f"step {work.step + 1}: the loss is not finite for rows {named} of {setup.config.data.train}; no step was taken"
+        f" and the checkpoints are whole; look at these rows, lower optim.lr, or use bf16 or fp32"
+    )
