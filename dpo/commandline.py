@@ -174,8 +174,8 @@ def _explain(parser: ArgumentParser, error: Exception) -> str:
         if unknown.group(1):
             own = [a.dest for a in parser._actions if "." not in a.dest]
             return _unknown(name, [*settings, *own], parser.prog)
-        hint = "settings are given as --section.key VALUE" if settings else f"{parser.prog} --help lists all arguments"
-        return f"unknown argument {name}; {hint}"
+        known = "settings are given as --section.key VALUE" if settings else f"{parser.prog} --help lists all arguments"
+        return f"unknown argument {name}; {known}"
     if wrong := re.search(r'Parser key "([\w.]+)":(.*)', text, re.DOTALL):
         key, rest = wrong.groups()
         value = re.search(r"(?:Got value|Given value): (.*)|Unable to load config '(.*)'", rest)
