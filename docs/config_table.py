@@ -34,11 +34,13 @@ def _type_text(hint: Any) -> str:
     if origin is tuple:
         item = _type_text(arguments[0])
         return f"list of {item}" if Ellipsis in arguments else f"list of {len(arguments)} {item}s"
+    if origin is dict:
+        return "mapping"
     return {int: "whole number", float: "number", bool: "`true`, `false`", str: "text"}[hint]
 
 
 def _default_text(value: Any) -> str:
-    if value is None:
+    if value is None or value is dataclasses.MISSING:
         return ""
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"

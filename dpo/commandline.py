@@ -194,6 +194,8 @@ def _type_name(hint: Any) -> str:
         return _WORDS[hint]
     if get_origin(hint) is Literal:
         return " or ".join(map(str, get_args(hint)))
+    if get_origin(hint) is dict:
+        return "a mapping such as {key: value}"
     names = [_type_name(part) for part in get_args(hint) if part is not type(None)]
     return f"[{', '.join(names)}]" if get_origin(hint) is tuple else " or ".join(names)
 

@@ -72,8 +72,14 @@ class DataConfig:
     """Split to train on, where the source has splits."""
     validation_split: str | None = None
     """Split to validate on; default: validation, else test."""
-    format: Literal["auto", "hh", "prompt", "conversation"] = "auto"
+    format: Literal["auto", "hh", "prompt", "conversation", "ranked", "votes"] = "auto"
     """Schema of the rows; auto looks at the first ones."""
+    ranked_pairs: Literal["best_worst", "best_each"] = "best_worst"
+    """Pairs of a ranked list: the best completion against the worst, or against each that is rated lower."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the chat template, such as {enable_thinking: false}; a row's own come before them."""
+    streaming: bool = False
+    """Read rows one by one and keep only their tokens: for sources too large for disk or memory (docs/data.md)."""
     max_length: int | None = None
     """Longest prompt + completion in tokens; default: 1024, or the model's context if that is shorter."""
     max_prompt_length: int | None = None

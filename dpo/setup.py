@@ -146,6 +146,9 @@ def _data(config: Config, tokenizer: Any, longest: int) -> tuple[TokenizedPairs,
             max_length=longest,
             max_prompt_length=data.max_prompt_length or longest // 2,
             on_bad_row=data.on_bad_row,
+            ranked_pairs=data.ranked_pairs,
+            chat_template_kwargs=data.chat_template_kwargs,
+            streaming=data.streaming,
             chat_template=config.model.chat_template,
             workers=data.workers,
             cache_dir=data.cache_folder,
@@ -210,7 +213,7 @@ def prepare(config: Config, world: World, deepspeed_json: str | None, *, for_els
         )
 
     setup = together(work)
-    if len(set(gather((setup.train_pairs.path.name, setup.precision)))) > 1:
+    if len(set(gather((setup.train_pairs.key, setup.precision)))) > 1:
         raise UserError("the ranks do not see the same data or kind of device: use a shared folder, and equal nodes")
     return setup
 

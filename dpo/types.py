@@ -8,6 +8,7 @@ rows, N scored (completion) tokens, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
@@ -16,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Message = dict[str, str]
+Message = dict[str, Any]
+"""role and content, both text; tool_calls, name and the like where a conversation has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +30,18 @@ class PreferenceRow:
         chosen: The preferred completion: text exactly as it follows the prompt, or the answering message(s).
         rejected: The other completion, in the same form.
         row: 1-based number of the row in its source, for messages to the user.
+        margin: By how much `chosen` was rated above `rejected`, in the data's own unit; None where the data is silent.
+        tools: JSON schemas of the tools that the chat template is told of; conversations alone.
+        chat_template_kwargs: Further arguments of the chat template; conversations alone.
     """
 
     prompt: str | list[Message]
     chosen: str | list[Message]
     rejected: str | list[Message]
     row: int
+    margin: float | None = None
+    tools: list[Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +53,14 @@ class TokenizedPair:
         prompt_ids: (p,) int32, p >= 1, any BOS included.
         chosen_ids: (c,) int32, c >= 1, its end token included unless it was truncated.
         rejected_ids: (r,) int32, r >= 1, likewise.
+        margin: By how much `chosen` was rated above `rejected`, in the data's own unit; NaN where the data is silent.
     """
 
     pair_id: int
     prompt_ids: np.ndarray
     chosen_ids: np.ndarray
     rejected_ids: np.ndarray
+    margin: float = math.nan
 
 
 class PairDataset(Protocol):
@@ -97,6 +107,7 @@ class PackedBatch:
         target_ids: (N,) int64: the completion tokens.
         sequence_ids: (N,) int64: the sequence each belongs to.
         completion_lengths: (S,) int64: completion tokens of each sequence.
+        margins: (P,) fp32: by how much the data rates chosen above rejected, in its own unit; NaN where it is silent.
         pair_ids: Ids of the P pairs, in order; empty for a dummy batch, whose two tokens score nothing.
         num_sequences: S; 2P for preference batches, P for batches of chosen completions alone (SFT).
         num_useful_tokens: 2P+C+R summed over pairs (P+C for SFT): the same for every layout.
@@ -110,6 +121,7 @@ class PackedBatch:
     target_ids: Tensor
     sequence_ids: Tensor
     completion_lengths: Tensor
+    margins: Tensor
     pair_ids: tuple[int, ...]
     num_sequences: int
     num_useful_tokens: int

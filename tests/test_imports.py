@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = [
     "errors", "config", "commandline", "types",
-    "data.example", "data.files", "data.sources", "data.formats", "data.boundary", "data.encode", "data.store",
-    "data.tokenize", "data.planner", "data.batch", "data.loader",
+    "data.example", "data.files", "data.sources", "data.kinds", "data.formats", "data.labels", "data.boundary",
+    "data.encode", "data.workers", "data.store", "data.tokenize", "data.planner", "data.batch", "data.loader",
     "model.example", "model.load", "model.shape", "model.attention", "model.head", "model.forward", "model.check",
     "model.reference",
     "objective.losses", "objective.metrics",

@@ -9,7 +9,8 @@ writes after it is cut.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,10 +23,16 @@ if TYPE_CHECKING:
 _ANCHORS = ("", "\n", ":", "a", "=")
 _PROBES = ("Hello", " Hello", "\n\nHi", "  two", "\u00e9t\u00e9", "1")
 _ANSWER = "qZ7answerZq"
+_WINDOW = 24
+"""Characters on either side of the boundary that are looked at for merges."""
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: str | list[Message], *, chat_template: str | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | list[Message],
+    *,
+    chat_template: str | None = None,
+    template_options: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Encode a prompt as the model sees it, in training and at inference.
 
@@ -34,12 +41,16 @@ def encode_prompt(
         prompt: Plain text (the tokenizer's BOS is added if it adds one), or messages (rendered with the generation
             prompt; the chat template alone decides on a BOS).
         chat_template: Template text to use in place of the tokenizer's own.
+        template_options: Further arguments of the template, `tools` among them.
     Returns:
         Token ids, not truncated: at most one BOS, no EOS at the end.
     Raises:
         UserError: Messages, and no chat template or one that refuses them.
     """
-    return TextEncoder(tokenizer, chat_template).encode_prompts([prompt])[0]
+    encoder = TextEncoder(tokenizer, chat_template)
+    if isinstance(prompt, str):
+        return encoder.encode_plain_prompts([prompt])[0]
+    return encoder.ids([encoder.render(prompt, answer_next=True, options=template_options)])[0]
 
 
 def read_chat_template(value: str) -> str:
@@ -66,7 +77,7 @@ class TextEncoder:
         start = next((i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare), 0)
         self._num_after = len(dressed) - start - len(bare)
         self._anchor: str | None = None
-        self._turn_end: tuple[str, str, int] | None = None
+        self._turn_ends: dict[str, tuple[str, str, int]] = {}
         self._adds_bos = tokenizer.bos_token_id is not None and tokenizer.bos_token_id in dressed[:start]
 
     def ids(self, texts: list[str], *, special: bool = False) -> list[list[int]]:
@@ -79,13 +90,6 @@ class TextEncoder:
         )  # fmt: skip
         return cast(list[list[int]], encoded["input_ids"])
 
-    def encode_prompts(self, prompts: Iterable[str | list[Message]]) -> list[list[int]]:
-        """Encode prompts of either form, see `encode_prompt`."""
-        prompts = list(prompts)
-        if prompts and isinstance(prompts[0], str):
-            return self.encode_plain_prompts([str(prompt) for prompt in prompts])
-        return self.ids([self.render(cast(list[Message], prompt), answer_next=True) for prompt in prompts])
-
     def encode_plain_prompts(self, texts: list[str]) -> list[list[int]]:
         """Encode plain texts as the tokenizer does by itself, without a second BOS or an EOS after the text."""
         bos = str(self.tokenizer.bos_token)
@@ -94,8 +98,10 @@ class TextEncoder:
         encoded = self.ids(texts, special=True)
         return [ids[: len(ids) - self._num_after] for ids in encoded] if self._num_after else encoded
 
-    def render(self, messages: list[Message], *, answer_next: bool) -> str:
-        """Render a conversation; with `answer_next` up to where the model answers."""
+    def render(
+        self, messages: list[Message], *, answer_next: bool, options: Mapping[str, Any] | None = None
+    ) -> str:
+        """Render a conversation with the template's options; with `answer_next` up to where the model answers."""
         if not (self.chat_template or getattr(self.tokenizer, "chat_template", None)):
             raise UserError(
                 "the data is conversations and the tokenizer has no chat template: give one with model.chat_template "
@@ -103,40 +109,52 @@ class TextEncoder:
             )
         try:
             rendered: Any = self.tokenizer.apply_chat_template(
-                messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=answer_next
-            )
+                messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=answer_next,
+                **(options or {}),
+            )  # fmt: skip
         except Exception as error:  # a template may raise whatever it likes
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"the chat template (model.chat_template) refuses a conversation: {reason}") from error
         return str(rendered)
 
-    def render_answer(self, prompt: list[Message], answer: list[Message], rendered_prompt: str) -> str:
+    def render_answer(
+        self,
+        prompt: list[Message],
+        answer: list[Message],
+        rendered_prompt: str,
+        options: Mapping[str, Any] | None = None,
+    ) -> str:
         """Render a conversation and return what follows its prompt, up to and with the end of the turn.
 
         Raises:
             UserError: The template writes the prompt otherwise when an answer follows, or refuses the conversation.
         """
-        tail, end, _ = self.turn_end()
-        full = self.render([*prompt, *answer], answer_next=False)
+        tail, end, _ = self.turn_end(options)
+        full = self.render([*prompt, *answer], answer_next=False, options=options)
         if not full.startswith(rendered_prompt):
             raise UserError("the rendered conversation does not start with its rendered prompt")
         if not full.endswith(tail):
             raise UserError("the rendered conversation does not end as other conversations do")
         return full[len(rendered_prompt) : len(full) - len(tail)] + end
 
-    def turn_end(self) -> tuple[str, str, int]:
+    def turn_end(self, options: Mapping[str, Any] | None = None) -> tuple[str, str, int]:
         """Find how the chat template ends an answer.
 
+        Args:
+            options: Of the template; tools do not matter.
         Returns:
             What it writes after an answer; this up to and with its end-of-turn token; the id of that token.
         Raises:
             UserError: It writes no such token, or not the prompt that it writes for generation.
         """
-        if self._turn_end is not None:
-            return self._turn_end
+        options = {name: value for name, value in (options or {}).items() if name != "tools"}
+        key = json.dumps(options, sort_keys=True, default=str)
+        if key in self._turn_ends:
+            return self._turn_ends[key]
         question: list[Message] = [{"role": "user", "content": "Hello"}]
-        prompt = self.render(question, answer_next=True)
-        full = self.render([*question, {"role": "assistant", "content": _ANSWER}], answer_next=False)
+        prompt = self.render(question, answer_next=True, options=options)
+        answered: list[Message] = [*question, {"role": "assistant", "content": _ANSWER}]
+        full = self.render(answered, answer_next=False, options=options)
         if not full.startswith(prompt) or _ANSWER not in full[len(prompt) :]:
             raise UserError(
                 "the chat template writes another beginning before an answer than its generation prompt, so training "
@@ -151,8 +169,18 @@ class TextEncoder:
                 "the chat template writes no end-of-turn token after an answer, so the model would never learn to "
                 "stop: give one that does with model.chat_template"
             )
-        self._turn_end = tail, tail[: tail.index(token) + len(token)], end_id
-        return self._turn_end
+        self._turn_ends[key] = tail, tail[: tail.index(token) + len(token)], end_id
+        return self._turn_ends[key]
+
+    def merges(self, prompts: list[str], completions: list[str]) -> list[bool]:
+        """Tell where encoding a prompt and its completion in one go gives other tokens at the boundary.
+
+        Looked at through a window of a few words on either side: what is further away does not merge.
+        """
+        tails, heads = [text[-_WINDOW:] for text in prompts], [text[:_WINDOW] for text in completions]
+        whole = self.ids([tail + head for tail, head in zip(tails, heads, strict=True)])
+        apart = zip(self.ids(tails), self.encode_completions(heads), whole, strict=True)
+        return [tail + head != joined for tail, head, joined in apart]
 
     def encode_completions(self, texts: list[str]) -> list[list[int]]:
         """Encode texts that follow a prompt: as they stand, nothing in front of them or behind.

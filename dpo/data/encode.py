@@ -6,11 +6,12 @@ each exactly once; a completion that was truncated has none. `boundary.py` makes
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from dpo.data.boundary import TextEncoder
-from dpo.data.formats import EMPTY_PROMPT, EMPTY_RESPONSE, Problem
+from dpo.data.kinds import EMPTY_PROMPT, EMPTY_RESPONSE, Problem
 from dpo.errors import UserError
 from dpo.types import Message, PreferenceRow
 
@@ -22,6 +23,10 @@ SAME_AFTER_CUT = "chosen == rejected after truncation"
 PROMPT_ALONE = "prompt alone max_length or more"
 END_INSIDE = "completion holds the end token"
 TEMPLATE = "chat template does not fit"
+MERGES = "prompt and completion merge if encoded together"
+SPACE_AT_END = "prompt ends with a space"
+RUN_TOGETHER = "prompt and completion run together"
+UNEVEN_START = "only one completion begins with white space"
 
 
 @dataclass(slots=True)
@@ -59,6 +64,7 @@ class PairEncoder:
         max_length: int,
         max_prompt_length: int | None = None,
         chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """Probe the tokenizer.
 
@@ -67,10 +73,12 @@ class PairEncoder:
             max_length: Most tokens of a prompt and one completion together, >= 2.
             max_prompt_length: Tokens a prompt may be cut down to, in [1, max_length); None never cuts prompts.
             chat_template: Template text to use in place of the tokenizer's own.
+            chat_template_kwargs: Further arguments of the template, under those of a row.
         Raises:
             UserError: An impossible length.
         """
         self._text, self._tokenizer = TextEncoder(tokenizer, chat_template), tokenizer
+        self._options = dict(chat_template_kwargs or {})
         if max_length < 2:
             raise UserError(f"data.max_length {max_length}: must be 2 or more, for a prompt and a completion")
         if max_prompt_length is not None and not 1 <= max_prompt_length < max_length:
@@ -81,14 +89,16 @@ class PairEncoder:
         self.max_length, self._max_prompt_length = max_length, max_prompt_length
 
     def encode_rows(self, rows: list[PreferenceRow]) -> list[EncodedPair]:
-        """Encode rows, all plain text or all conversations, in order.
+        """Encode rows, each plain text or a conversation, in order.
 
         Raises:
             UserError: The tokenizer or its chat template cannot serve this kind of data at all.
         """
-        if rows and not isinstance(rows[0].prompt, str):
-            return self._encode_conversations(rows)
-        return self._encode_plain(rows)
+        plain = [row for row in rows if isinstance(row.prompt, str)]
+        conversations = [row for row in rows if not isinstance(row.prompt, str)]
+        encoded = iter(self._encode_plain(plain) if plain else [])
+        rendered = iter(self._encode_conversations(conversations) if conversations else [])
+        return [next(encoded if isinstance(row.prompt, str) else rendered) for row in rows]
 
     def _encode_plain(self, rows: list[PreferenceRow]) -> list[EncodedPair]:
         eos, eos_id = self._tokenizer.eos_token, self._tokenizer.eos_token_id
@@ -108,26 +118,45 @@ class PairEncoder:
                     pair.problems.append(Problem(END_INSIDE, f"'{eos}' within {side}"))
         prompts = self._text.encode_plain_prompts([str(row.prompt) for row in rows])
         completions = [[*ids, eos_id] for ids in self._text.encode_completions(texts)]
+        self._note_boundaries(pairs, [str(row.prompt) for row in rows], texts)
         for index, pair in enumerate(pairs):
             self._fit(pair, prompts[index], completions[2 * index], completions[2 * index + 1])
         return pairs
 
+    def _note_boundaries(self, pairs: list[EncodedPair], prompts: list[str], texts: list[str]) -> None:
+        """Note what is odd where prompt and completion meet; `texts` holds both completions of every pair in turn."""
+        merged = self._text.merges([prompt for prompt in prompts for _ in range(2)], texts)
+        for index, (pair, prompt) in enumerate(zip(pairs, prompts, strict=True)):
+            sides = dict(zip(("chosen", "rejected"), texts[2 * index : 2 * index + 2], strict=True))
+            spaced = {side: text[:1].isspace() for side, text in sides.items()}
+            if any(merged[2 * index : 2 * index + 2]):
+                pair.notes.append(Problem(MERGES, f"{prompt[-8:]!r} and {sides['chosen'][:8]!r}"))
+            if prompt[-1:] in (" ", "\t"):
+                pair.notes.append(Problem(SPACE_AT_END, f"{prompt[-8:]!r}"))
+            elif prompt[-1:].isalnum() and any(text[:1].isalnum() for text in sides.values()):
+                pair.notes.append(Problem(RUN_TOGETHER, f"{prompt[-8:]!r} and {sides['chosen'][:8]!r}"))
+            if all(sides.values()) and len(set(spaced.values())) > 1:
+                pair.notes.append(Problem(UNEVEN_START, next(side for side, space in spaced.items() if space)))
+
     def _encode_conversations(self, rows: list[PreferenceRow]) -> list[EncodedPair]:
         pairs = [EncodedPair() for _ in rows]
-        prompts, texts = [], []
-        end_id = self._text.turn_end()[2]
+        prompts, texts, ends = [], [], []
+        self._text.turn_end(self._options)  # a template that does not serve at all stops here
         for row, pair in zip(rows, pairs, strict=True):
             try:
                 messages = cast(list[Message], row.prompt)
-                prompt = self._text.render(messages, answer_next=True)
+                options = self._options | (row.chat_template_kwargs or {}) | ({"tools": row.tools} if row.tools else {})
+                end_id = self._text.turn_end(options)[2]
+                prompt = self._text.render(messages, answer_next=True, options=options)
                 answers = [
-                    self._text.render_answer(messages, cast(list[Message], side), prompt)
+                    self._text.render_answer(messages, cast(list[Message], side), prompt, options)
                     for side in (row.chosen, row.rejected)
                 ]
             except UserError as error:
                 pair.problems.append(Problem(TEMPLATE, str(error)))
-                prompt, answers = "", ["", ""]
+                prompt, answers, end_id = "", ["", ""], -1
             prompts.append(prompt)
+            ends.append(end_id)
             texts += answers
         prompt_ids, completions = self._text.ids(prompts), self._text.encode_completions(texts)
         for index, (row, pair) in enumerate(zip(rows, pairs, strict=True)):
@@ -135,7 +164,7 @@ class PairEncoder:
                 continue
             sides = {"chosen": completions[2 * index], "rejected": completions[2 * index + 1]}
             for side, ids in sides.items():
-                if len(getattr(row, side)) == 1 and end_id in ids[:-1]:
+                if len(getattr(row, side)) == 1 and ends[index] in ids[:-1]:
                     pair.problems.append(Problem(END_INSIDE, f"the end-of-turn token within {side}"))
             self._fit(pair, prompt_ids[index], sides["chosen"], sides["rejected"])
         return pairs

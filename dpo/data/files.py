@@ -11,7 +11,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,34 @@ def read_files(files: list[Path], limit: int | None) -> list[Any] | pyarrow.Tabl
         left = None if limit is None else limit - len(rows)
         if left == 0:
             break
-        rows += _read_parquet([file], left).to_pylist() if file.name.endswith(".parquet") else _read_json(file, left)
+        if file.name.endswith(".parquet"):
+            rows += _read_parquet([file], left).to_pylist()
+        else:
+            rows += islice(_json_rows(file), left)
     return rows
+
+
+def stream_files(files: list[Path], limit: int | None) -> Iterator[Any]:
+    """Yield the rows of some files, one after the other, holding a few of them at a time.
+
+    A file that is one JSON list is held whole.
+
+    Raises:
+        UserError: As `read_files`, when the row is reached.
+    """
+    return islice(chain.from_iterable(_stream_file(file) for file in files), limit)
+
+
+def _stream_file(file: Path) -> Iterator[Any]:
+    if not file.name.endswith(".parquet"):
+        yield from _json_rows(file)
+        return
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{file}: not a readable parquet file: {first_line(error)}") from error
 
 
 def _read_parquet(files: list[Path], limit: int | None) -> pyarrow.Table:
@@ -87,8 +113,8 @@ def _read_parquet(files: list[Path], limit: int | None) -> pyarrow.Table:
     return table if limit is None else table.slice(0, limit)
 
 
-def _read_json(file: Path, limit: int | None) -> list[Any]:
-    """Read JSON lines or one JSON list, whichever the file holds."""
+def _json_rows(file: Path) -> Iterator[Any]:
+    """Yield the rows of JSON lines or of one JSON list, whichever the file holds."""
     opener = gzip.open if file.name.endswith(".gz") else open
     try:
         with opener(file, "rb") as stream:
@@ -98,38 +124,34 @@ def _read_json(file: Path, limit: int | None) -> list[Any]:
                 raise UserError(f"{file}: the file is empty")
             first = first.removeprefix(b"\xef\xbb\xbf")
             if first.lstrip().startswith(b"["):
-                return _parse_list(file, first + stream.read(), limit)
-            return _parse_lines(file, first, lines, limit)
+                yield from _parse_list(file, first + stream.read())
+            else:
+                yield from _parse_lines(file, chain([first], lines))
     except (OSError, EOFError, zlib.error) as error:
         what = "not a whole gzip file" if file.name.endswith(".gz") else "cannot be read"
         raise UserError(f"{file}: {what}: {first_line(error)}") from error
 
 
-def _parse_lines(file: Path, first: bytes, rest: Iterable[bytes], limit: int | None) -> list[Any]:
-    def lines() -> Iterator[bytes]:
-        yield first
-        yield from rest
-
-    rows = []
-    for number, line in enumerate(islice(lines(), limit), start=1):
+def _parse_lines(file: Path, lines: Iterable[bytes]) -> Iterator[Any]:
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise UserError(f"{file} row {number}: not UTF-8 text: {error}") from error
         except (json.JSONDecodeError, RecursionError) as error:
             raise UserError(f"{file} row {number}: not valid JSON: {first_line(error)}") from error
-        rows.append(_checked(file, number, row))
-    return rows
+        yield _checked(file, number, row)
 
 
-def _parse_list(file: Path, content: bytes, limit: int | None) -> list[Any]:
+def _parse_list(file: Path, content: bytes) -> Iterator[Any]:
     try:
         rows = json.loads(content.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text: {error}") from error
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{file}: not valid JSON: {first_line(error)}") from error
-    return [_checked(file, number, row) for number, row in enumerate(rows[:limit], start=1)]
+    for number, row in enumerate(rows, start=1):
+        yield _checked(file, number, row)
 
 
 def _checked(file: Path, number: int, row: Any) -> Mapping[str, Any]:

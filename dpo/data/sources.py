@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ import datasets
 import pyarrow
 
 from dpo.data import example
-from dpo.data.files import FILE_SUFFIXES, first_line, read_files, split_files
+from dpo.data.files import FILE_SUFFIXES, first_line, read_files, split_files, stream_files
 from dpo.errors import UserError
 
 BUILTIN_WORLD = "builtin:world"
@@ -69,6 +70,64 @@ def load_source(
     return rows
 
 
+def stream_source(
+    path: str | Path,
+    *,
+    subset: str | None = None,
+    data_dir: str | None = None,
+    revision: str | None = None,
+    split: str | None = "train",
+    limit: int | None = None,
+) -> Iterator[Any]:
+    """Yield the rows of one split of a data source, one by one, holding and keeping none.
+
+    The order is that of the source: files by name, or the hub's shards as listed, and the rows of each in turn.
+
+    Args:
+        path, subset, data_dir, revision, split, limit: As for `load_source`.
+    Raises:
+        UserError: As `load_source`, when the first row or the broken one is reached.
+    """
+    name = str(path)
+    if name.startswith("builtin:"):
+        yield from load_source(name, split=split, limit=limit)
+    elif not _is_local(name):
+        opened = _from_hub(name, lambda: _stream_hub(name, subset, data_dir, revision, split))
+        rows = islice(opened, limit)
+        while (row := _from_hub(name, lambda: next(rows, None))) is not None:
+            yield row
+    else:
+        source = _local_path(name, subset, data_dir)
+        if source.is_dir() and _is_saved(source):
+            yield from load_source(name, data_dir=data_dir, split=split, limit=limit)  # memory-mapped
+        else:
+            yield from stream_files(_files_of(source, name, split), limit)
+
+
+def source_identity(
+    path: str | Path,
+    *,
+    subset: str | None = None,
+    data_dir: str | None = None,
+    revision: str | None = None,
+    split: str | None = "train",
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """Say which rows a stream will give, without reading them: names, and size and time of local files.
+
+    What changes on the hub under the same name and revision is not seen; a commit as `revision` cannot change.
+    """
+    name = str(path)
+    known: dict[str, Any] = dict(
+        path=name, subset=subset, data_dir=data_dir, revision=revision, split=split, limit=limit
+    )
+    if not name.startswith("builtin:") and _is_local(name):
+        source = _local_path(name, subset, data_dir)
+        files = sorted(source.rglob("*")) if source.is_dir() else [source]
+        known["files"] = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+    return known
+
+
 def splits_of(
     path: str | Path, *, subset: str | None = None, data_dir: str | None = None, revision: str | None = None
 ) -> list[str]:
@@ -109,15 +168,20 @@ def _load(
     if not _is_local(path):
         return _take(_load_hub(path, subset, data_dir, revision, split), limit)
     source = _local_path(path, subset, data_dir)
-    if source.is_file():
-        return _from_files([source], limit)
-    if _is_saved(source):
+    if source.is_dir() and _is_saved(source):
         saved = _load_saved(source)
         if isinstance(saved, datasets.DatasetDict):
             saved = saved[_pick_split(path, split, [str(key) for key in saved])]
         return _take(saved, limit)
+    return _from_files(_files_of(source, path, split), limit)
+
+
+def _files_of(source: Path, path: str, split: str | None) -> list[Path]:
+    """Data files of a split, in order; a single file is its own split."""
+    if source.is_file():
+        return [source]
     files = split_files(source)
-    return _from_files(files[_pick_split(path, split, list(files))], limit)
+    return files[_pick_split(path, split, list(files))]
 
 
 def _builtin_splits(path: str) -> list[str]:
@@ -174,6 +238,15 @@ def _load_hub(
         return _from_hub(path, lambda: load(split))
     found = _from_hub(path, lambda: load(None))
     return found[_pick_split(path, None, [str(name) for name in found])]
+
+
+def _stream_hub(
+    path: str, subset: str | None, data_dir: str | None, revision: str | None, split: str | None
+) -> Iterator[Any]:
+    opened = datasets.load_dataset(
+        path, name=subset, data_dir=data_dir, revision=revision, split=split or "train", streaming=True
+    )
+    return iter(opened)
 
 
 def _hub_splits(path: str, subset: str | None, data_dir: str | None, revision: str | None) -> list[str]:

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EXAMPLES = 3
+COLUMNS = {
+    "lengths": np.int64, "row_numbers": np.int64, "characters": np.int64, "margins": np.float32, "text_sizes": np.int64,
+}  # fmt: skip
+"""Arrays of a folder, a row per pair, each in a file of its name."""
 
 
 @dataclass
@@ -36,17 +40,20 @@ class KindCount:
     Attributes:
         count: Rows of this kind.
         rows: 1-based numbers of up to three of them.
-        bad: Rows of this kind are refused or dropped; else kept.
+        fate: "bad": refused or dropped; "tie": no pair is made; "cut": cut to length; "kept": kept as they are.
+        detail: What was found in the first of them, control characters escaped.
     """
 
     count: int = 0
     rows: list[int] = field(default_factory=list)
-    bad: bool = True
+    fate: str = "bad"
+    detail: str = ""
 
-    def add(self, row: int, bad: bool) -> None:
+    def add(self, row: int, fate: str, detail: str) -> None:
         """Count a row."""
         self.count += 1
-        self.bad = bad
+        self.fate = fate
+        self.detail = self.detail or detail
         self.rows = [*self.rows, row][:EXAMPLES]
 
 
@@ -88,6 +95,11 @@ class DataReport:
         """Return how many rows are of a kind, 0 where none is."""
         return self.kinds[kind].count if kind in self.kinds else 0
 
+    def fate(self, found: KindCount) -> str:
+        """Say what became of the rows of a kind."""
+        cut = f"cut to {self.max_length} tokens where kept"
+        return {"bad": "refused or dropped", "tie": "no pair made", "cut": cut, "kept": "kept"}[found.fate]
+
     def lines(self) -> list[str]:
         """Say it in a few lines for the log, the summary first, then one line per kind."""
         how = "read from the cache" if self.cache_hit else f"tokenised in {self.seconds:.1f} s"
@@ -97,8 +109,7 @@ class DataReport:
         ]
         for kind, found in self.kinds.items():
             examples = ", ".join(map(str, found.rows)) + (", ..." if found.count > len(found.rows) else "")
-            fate = "refused or dropped" if found.bad else f"cut to {self.max_length} tokens where kept"
-            lines.append(f"  {kind}: {found.count:,}, {fate} (row {examples})")
+            lines.append(f"  {kind}: {found.count:,}, {self.fate(found)} (row {examples})")
         if self.prompts_cut or self.completions_cut:
             lines.append(
                 f"  truncated: {self.prompts_cut:,} prompts lost their start, "
@@ -113,16 +124,22 @@ class TokenizedPairs:
     Attributes:
         lengths: (n, 3) int64: prompt, chosen and rejected tokens of every pair.
         row_numbers: (n,) int64: the 1-based source row of every pair.
-        path: The folder; its name is the hash of what it was made of.
+        characters: (n, 2) int64: characters of chosen and rejected before truncation.
+        margins: (n,) fp32: by how much the data rates chosen above rejected; NaN where it is silent.
+        path: The folder.
+        key: Its name, the hash of what it was made of.
     """
 
     def __init__(self, path: Path) -> None:
         """Open a folder written by `prepare_pairs`."""
-        self.path = path
-        self.lengths: np.ndarray = np.load(path / "lengths.npy")
-        self.row_numbers: np.ndarray = np.load(path / "row_numbers.npy")
+        self.path, self.key = path, path.name
+        columns = {name: np.load(path / f"{name}.npy") for name in COLUMNS}
+        self.lengths: np.ndarray = columns["lengths"]
+        self.row_numbers: np.ndarray = columns["row_numbers"]
+        self.characters: np.ndarray = columns["characters"]
+        self.margins: np.ndarray = columns["margins"]
         self._starts = np.concatenate([[0], self.lengths.sum(axis=1).cumsum()])
-        self._text_ends: np.ndarray = np.load(path / "text_ends.npy")
+        self._text_ends: np.ndarray = columns["text_sizes"].cumsum()
         self._tokens = np.memmap(path / "tokens.bin", dtype=np.int32, mode="r")
 
     def __len__(self) -> int:
@@ -135,20 +152,31 @@ class TokenizedPairs:
         start = int(self._starts[pair_id])
         prompt, chosen, rejected = (int(length) for length in self.lengths[pair_id])
         tokens = self._tokens[start : start + prompt + chosen + rejected]
-        return TokenizedPair(pair_id, tokens[:prompt], tokens[prompt : prompt + chosen], tokens[prompt + chosen :])
+        return TokenizedPair(
+            pair_id, tokens[:prompt], tokens[prompt : prompt + chosen], tokens[prompt + chosen :],
+            margin=float(self.margins[pair_id]),
+        )  # fmt: skip
 
     def __reduce__(self) -> tuple[type[TokenizedPairs], tuple[Path]]:
         return TokenizedPairs, (self.path,)
 
     def texts(self, pair_id: int) -> PreferenceRow:
-        """Return a pair as it was before tokenisation, nothing cut: text, or messages."""
+        """Return a pair as it was before tokenisation, nothing cut: text, or messages.
+
+        Raises:
+            UserError: The rows were streamed, so that texts are not kept.
+        """
         if not 0 <= pair_id < len(self):
             raise IndexError(f"pair {pair_id} of {len(self)}")
         start = int(self._text_ends[pair_id - 1]) if pair_id else 0
         with open(self.path / "texts.bin", "rb") as stream:
             stream.seek(start)
-            prompt, chosen, rejected = json.loads(stream.read(int(self._text_ends[pair_id]) - start))
-        return PreferenceRow(prompt, chosen, rejected, row=int(self.row_numbers[pair_id]))
+            stored = stream.read(int(self._text_ends[pair_id]) - start)
+        if not stored:
+            raise UserError("these pairs were streamed (data.streaming), their texts are not kept")
+        prompt, chosen, rejected, tools, kwargs = json.loads(stored)
+        margin = None if np.isnan(self.margins[pair_id]) else float(self.margins[pair_id])
+        return PreferenceRow(prompt, chosen, rejected, int(self.row_numbers[pair_id]), margin, tools, kwargs)
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------

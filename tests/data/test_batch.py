@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
 from dpo.data.batch import collate
 from dpo.types import Segment, TokenizedPair
+
+
+def test_margins_come_along_and_are_nan_where_the_data_is_silent():
+    pairs = [replace(PAIRS[0], margin=2.5), PAIRS[1]]
+    for layout in ("shared", "packed", "padded", "chosen"):
+        margins = collate(pairs, layout).margins
+        assert margins.dtype == torch.float32 and margins[0] == 2.5 and margins[1].isnan()
+    assert collate([], "shared").margins.shape == (0,)
 
 
 def pair(pair_id: int, *parts: list[int]) -> TokenizedPair:

@@ -21,6 +21,10 @@ def encoded(tokenizer: Any, prompt: Any, chosen: Any, rejected: Any = "other", *
     return PairEncoder(tokenizer, **options).encode_rows([PreferenceRow(prompt, chosen, rejected, 1)])[0]
 
 
+def cuts(pair: Any) -> list[str]:
+    return [note.kind for note in pair.notes if "max_length" in note.kind]
+
+
 @pytest.mark.parametrize("kind", ["byte", "pieces"])
 @pytest.mark.parametrize(
     ("template", "prompt", "completion"),
@@ -91,16 +95,16 @@ def test_completions_lose_their_end_where_the_pair_is_too_long() -> None:
     pair = encoded(tokenizer, "12345", "abcdefgh", "ab", max_length=10)
     assert tokenizer.decode(pair.prompt_ids) == "12345" and tokenizer.decode(pair.chosen_ids) == "abcde"
     assert tokenizer.decode(pair.rejected_ids) == "ab</s>" and pair.completions_cut == 1
-    assert [note.kind for note in pair.notes] == ["longer than max_length"] and not pair.problems
+    assert cuts(pair) == ["longer than max_length"] and not pair.problems
 
 
 def test_the_end_token_counts_and_a_pair_that_fits_is_whole() -> None:
     tokenizer = tokenizer_of("byte")
     for max_length, cut in ((9, 0), (8, 1)):
         pair = encoded(tokenizer, "12345", "abc", "a", max_length=max_length, max_prompt_length=None)
-        assert pair.completions_cut == cut == len(pair.notes)
+        assert pair.completions_cut == cut == len(cuts(pair))
     pair = encoded(tokenizer, "12345", "abc", "a", max_length=9, max_prompt_length=2)
-    assert tokenizer.decode(pair.prompt_ids) == "12345" and not pair.prompt_cut and not pair.notes
+    assert tokenizer.decode(pair.prompt_ids) == "12345" and not pair.prompt_cut and not cuts(pair)
 
 
 def test_prompts_lose_their_start_first_but_no_more_than_is_needed() -> None:
@@ -110,9 +114,7 @@ def test_prompts_lose_their_start_first_but_no_more_than_is_needed() -> None:
     pair = encoded(tokenizer, "123456", "abcdefgh", "a", max_length=9, max_prompt_length=4)
     assert tokenizer.decode(pair.prompt_ids) == "3456" and tokenizer.decode(pair.chosen_ids) == "abcde"
     pair = encoded(tokenizer, "1" * 20, "abc", "a", max_length=9, max_prompt_length=4)
-    assert not pair.problems and [note.kind for note in pair.notes] == [
-        "longer than max_length", "prompt alone max_length or more",
-    ]  # fmt: skip
+    assert not pair.problems and cuts(pair) == ["longer than max_length", "prompt alone max_length or more"]
     assert len(pair.prompt_ids) == 5 and tokenizer.decode(pair.chosen_ids) == "abc</s>"
 
 
@@ -146,3 +148,78 @@ def test_impossible_lengths_are_refused() -> None:
     for limit in (0, 8):
         with pytest.raises(UserError, match=f"data.max_prompt_length {limit}: must be at least 1 and less than"):
             PairEncoder(tokenizer_of("byte"), max_length=8, max_prompt_length=limit)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected", "kind"),
+    [
+        ("Answer: ", "4", "5", "prompt ends with a space"),
+        ("two", "plus", " minus", "prompt and completion run together"),
+        ("Answer:", " 4", "5", "only one completion begins with white space"),
+        ("Answer:", " 4", " 5", None),
+        ("Answer:\n", "4", "5", None),
+    ],
+)
+def test_what_is_odd_where_prompt_and_completion_meet_is_noted(
+    prompt: str, chosen: str, rejected: str, kind: str | None
+) -> None:
+    pair = encoded(tokenizer_of("byte"), prompt, chosen, rejected)
+    expected = {kind} if kind else set()
+    if kind == "prompt and completion run together":
+        expected.add("only one completion begins with white space")
+    assert {note.kind for note in pair.notes} == expected and not pair.problems
+
+
+def test_tokens_that_merge_over_the_boundary_are_noted() -> None:
+    tokenizer = tokenizer_of("pieces")  # has a token for "_H" and none for two characters within a word
+    assert tokenizer.tokenize("o Ho")[-2:] == ["\u2581H", "o"]
+    for prompt, completion, merges in (("o ", "Ho", True), ("o", " Ho", False), ("oH", "o", False)):
+        kinds = {note.kind for note in encoded(tokenizer, prompt, completion, completion + "o").notes}
+        assert ("prompt and completion merge if encoded together" in kinds) == merges, prompt
+
+
+TOOLS_AND_THOUGHTS = (
+    "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t.function.name }} {% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% if m.tool_calls %}call {{ m.tool_calls[0].function.name }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if mood and not add_generation_prompt %}{{ mood }}{% endif %}"
+)
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+
+
+def test_a_row_brings_its_tools_and_template_arguments() -> None:
+    tokenizer = tokenizer_of("byte")
+    tokenizer.chat_template = TOOLS_AND_THOUGHTS
+    call: list[dict[str, Any]] = [
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather", "arguments": {}}}]}
+    ]
+    row = PreferenceRow(chat("Hi"), call, chat("Hi", "No")[1:], 1, None, [TOOL], {"mood": "glad"})
+    plain = PreferenceRow(chat("Hi"), call, chat("Hi", "No")[1:], 2)
+    encoder = PairEncoder(tokenizer, max_length=1000, chat_template_kwargs={"mood": "sad"})
+    with_tools, without = encoder.encode_rows([row, plain])
+    start = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(with_tools.prompt_ids) == "<|im_start|>system\nweather <|im_end|>\n" + start
+    assert tokenizer.decode(without.prompt_ids) == start
+    # What either mood makes the template write behind the last turn is no part of the answer.
+    for pair in (with_tools, without):
+        assert tokenizer.decode(pair.chosen_ids) == "call weather<|im_end|>" and not pair.problems
+    own = tokenizer.apply_chat_template(
+        chat("Hi"), tools=[TOOL], mood="glad", add_generation_prompt=True, return_dict=False
+    )
+    assert with_tools.prompt_ids == own == encode_prompt(
+        tokenizer, chat("Hi"), template_options={"tools": [TOOL], "mood": "glad"}
+    )
+
+
+def test_plain_rows_and_conversations_may_alternate() -> None:
+    tokenizer = tokenizer_of("byte")
+    tokenizer.chat_template = CHATML
+    rows = [
+        PreferenceRow("Q:", " a", " b", 1),
+        PreferenceRow(chat("Q"), chat("Q", "a")[1:], chat("Q", "b")[1:], 2),
+        PreferenceRow("R:", " a", " b", 3),
+    ]
+    together = PairEncoder(tokenizer, max_length=100).encode_rows(rows)
+    alone = [PairEncoder(tokenizer, max_length=100).encode_rows([row])[0] for row in rows]
+    assert together == alone and tokenizer.decode(together[2].prompt_ids) == "R:"

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from dpo.data.formats import content_of, convert, detect_format
+from dpo.data.formats import convert, detect_format
+from dpo.data.kinds import content_of
 from dpo.errors import UserError
 from dpo.types import PreferenceRow
 
@@ -153,11 +154,56 @@ def test_real_conversations_are_read_whole(shared_data: Path) -> None:
     rows = json.loads(gzip.decompress((shared_data / "llamafactory-dpo-en-demo/dpo_en_demo.json.gz").read_bytes()))
     assert detect_format(rows[:100]) == "conversation"
     found = [convert(row, "conversation", number) for number, row in enumerate(rows, start=1)]
-    assert all(row for row, _ in found) and not [problems for _, problems in found if problems]
+    assert all(row for row, _ in found)
+    odd = {problem.kind for _, problems in found for problem in problems}
+    assert odd == {"control character", "invisible character"}
     assert sum(row.prompt[0]["role"] == "system" for row, _ in found if row) == 80  # type: ignore[index]
 
 
-def test_votes_are_no_preference_format(shared_data: Path) -> None:
-    rows = json.loads(gzip.decompress((shared_data / "pandalm-testset/testset-v1.json.gz").read_bytes()))
-    with pytest.raises(UserError, match="columns found: annotator1, annotator2, annotator3, cmp_key, idx, input"):
-        detect_format(rows[:100])
+def test_ratings_make_the_margin_and_equal_ones_a_tie() -> None:
+    scores = ({"score_chosen": 4, "score_rejected": 2.5}, {"chosen_score": 0, "rejected_score": -1.5})
+    for columns in ({"margin": 1.5}, *scores):
+        row, problems = convert(PLAIN | columns, "prompt", 1)
+        assert row is not None and row.margin == 1.5 and not problems
+    row, _ = convert(PLAIN, "prompt", 1)
+    assert row is not None and row.margin is None
+    row, problems = convert(PLAIN | {"margin": None, "score_chosen": 1, "score_rejected": 3}, "prompt", 1)
+    assert row is not None and row.margin == -2 and [p.kind for p in problems] == ["chosen rated below rejected"]
+    row, problems = convert(PLAIN | {"score_chosen": 3, "score_rejected": 3.0}, "prompt", 1)
+    assert row is None and [p.kind for p in problems] == ["tie"]
+    for value in ("3", True, float("nan")):
+        assert kinds(PLAIN | {"margin": value}, "prompt") == {"not a number"}
+
+
+def test_characters_that_nobody_sees_are_noted_by_code_point() -> None:
+    _, problems = convert(PLAIN | {"chosen": " a\x1b[31m", "rejected": " b\u202e"}, "prompt", 1)
+    assert problems == [("control character", "U+001B in chosen"), ("invisible character", "U+202E in rejected")]
+    assert kinds(PLAIN | {"chosen": "\ta\r\n\u200d\u00e9"}, "prompt") == set()
+
+
+def test_tools_and_template_arguments_are_read_as_lists_or_json() -> None:
+    tool = {"type": "function", "function": {"name": "f", "description": None}}
+    bare = {"type": "function", "function": {"name": "f"}}
+    for tools in ([tool], json.dumps([tool])):
+        row, problems = convert(
+            {"prompt": [USER], "chosen": [YES], "rejected": [NO]}
+            | {"tools": tools, "chat_template_kwargs": {"a": 1, "b": None}},
+            "conversation",
+            1,
+        )
+        assert row is not None and row.tools == [bare] and row.chat_template_kwargs == {"a": 1} and not problems
+    row, _ = convert({"prompt": [USER], "chosen": [YES], "rejected": [NO], "tools": ""}, "conversation", 1)
+    assert row is not None and row.tools is None and row.chat_template_kwargs is None
+    for broken in ({"tools": "{"}, {"tools": {"a": 1}}, {"chat_template_kwargs": [1]}):
+        assert kinds({"prompt": [USER], "chosen": [YES], "rejected": [NO], **broken}, "conversation") == {
+            "tools or chat_template_kwargs not readable"
+        }
+
+
+def test_calls_of_tools_are_content_and_answers_of_tools_are_kept() -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": None}}}]}
+    result = {"role": "tool", "content": "42", "tool_call_id": "1", "weight": 0.5}
+    row, problems = convert({"prompt": [USER, call, result], "chosen": [call], "rejected": [NO]}, "conversation", 1)
+    kept = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    assert row is not None and not problems and row.chosen == [kept]
+    assert row.prompt == [USER, kept, {"role": "tool", "content": "42", "tool_call_id": "1"}]

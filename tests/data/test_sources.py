@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from dpo.data.sources import load_source, splits_of, validation_split_of
+from dpo.data.sources import load_source, source_identity, splits_of, stream_source, validation_split_of
 from dpo.errors import UserError
 
 ROWS = [{"prompt": f"p{i}", "chosen": f"c{i}\u2028\u00e9", "rejected": f"r{i}"} for i in range(5)]
@@ -203,3 +204,45 @@ def test_the_real_slices_are_one_source_with_two_splits(shared_data: Path) -> No
     assert len(load_source(shared_data / "hh-rlhf")) == 4586
     assert len(load_source(shared_data / "hh-rlhf", split="validation")) == 1966
     assert validation_split_of(shared_data / "hh-rlhf") == "validation"
+
+
+def test_a_stream_gives_the_rows_of_every_kind_of_source_in_order(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "a.jsonl.gz", "a.json", "a.parquet"):
+        (tmp_path / name[2:]).mkdir()
+        assert list(stream_source(written(tmp_path / name[2:], name))) == ROWS
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for name in ("b.parquet", "a.jsonl", "test.jsonl"):
+        written(folder, name)
+    assert list(stream_source(folder, limit=7)) == ROWS + ROWS[:2]
+    datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)).save_to_disk(tmp_path / "saved")
+    assert list(stream_source(tmp_path / "saved", limit=3)) == ROWS[:3]
+    assert list(stream_source("builtin:world", limit=3)) == list(load_source("builtin:world", limit=3))
+
+
+def test_the_hub_is_streamed_and_its_errors_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load(path: str, **options: Any) -> Any:
+        asked.append((path, options))
+        yield from ROWS[:3]
+        raise OSError("connection lost")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    place: dict[str, Any] = {"subset": "s", "data_dir": "d", "revision": "v", "split": "test"}
+    assert list(stream_source("owner/name", **place, limit=3)) == ROWS[:3]
+    as_asked = {"name": "s", "data_dir": "d", "revision": "v", "split": "test", "streaming": True}
+    assert asked == [("owner/name", as_asked)]
+    with pytest.raises(UserError, match="data 'owner/name': no such file .* the hub cannot be reached"):
+        list(stream_source("owner/name", **place))
+
+
+def test_a_stream_is_known_by_place_size_and_time(tmp_path: Path) -> None:
+    file = written(tmp_path, "a.jsonl")
+    known = source_identity(file, limit=3)
+    assert source_identity(file, limit=3) == known != source_identity(file, limit=4)
+    os.utime(file, ns=(0, 0))
+    assert source_identity(file, limit=3) != known
+    assert source_identity("owner/name", revision="a") != source_identity("owner/name", revision="b")
+    with pytest.raises(UserError, match="no such file"):
+        source_identity(tmp_path / "absent.jsonl")

@@ -43,7 +43,9 @@ def test_a_second_call_reads_the_cache(tmp_path: Path, monkeypatch: pytest.Monke
     [
         {"max_length": 99}, {"max_prompt_length": 7}, {"limit": 2}, {"chat_template": CHATML}, {"format": "hh"},
         {"tokenizer": tokenizer_of("pieces")}, {"tokenizer": tokenizer_of("byte", eos_token="<|im_end|>")},
-        {"version": 2}, {"row": {"prompt": "q", "chosen": "r", "rejected": "s"}},
+        {"version": 0}, {"ranked_pairs": "best_each"},
+        {"chat_template_kwargs": {"a": 1}}, {"streaming": True},
+        {"row": {"prompt": "q", "chosen": "r", "rejected": "s"}},
     ],
 )  # fmt: skip
 def test_everything_the_ids_depend_on_is_in_the_key(

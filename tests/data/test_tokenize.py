@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import transformers
 
-from dpo.data import tokenize
 from dpo.data.encode import PairEncoder
+from dpo.data.store import COLUMNS
 from dpo.data.tokenize import prepare_pairs
+from dpo.data.workers import num_workers
 from dpo.errors import UserError
 from dpo.types import PreferenceRow
 from tests.data.tiny_tokenizers import CHATML, chat, plain_rows, text_of, tokenizer_of, written
@@ -76,13 +77,14 @@ def test_skipped_rows_are_counted_under_every_kind_they_have(tmp_path: Path) -> 
     _, report = prepare_pairs(
         written(tmp_path, rows), tokenizer_of("byte"), max_length=20, on_bad_row="skip", cache_dir=tmp_path / "c"
     )
-    assert {kind: (found.count, found.rows, found.bad) for kind, found in report.kinds.items()} == {
-        "empty response": (1, [5], True),
-        "chosen == rejected": (1, [5], True),
-        "prompt alone max_length or more": (1, [5], True),
-        "longer than max_length": (2, [5, 8], False),
-        "missing field": (1, [6], True),
-        "broken Unicode": (1, [7], True),
+    assert {kind: (found.count, found.rows, found.fate) for kind, found in report.kinds.items()} == {
+        "empty response": (1, [5], "bad"),
+        "chosen == rejected": (1, [5], "bad"),
+        "prompt alone max_length or more": (1, [5], "bad"),
+        "longer than max_length": (2, [5, 8], "cut"),
+        "missing field": (1, [6], "bad"),
+        "broken Unicode": (1, [7], "bad"),
+        "prompt and completion run together": (1, [8], "kept"),
     }
     assert report.pairs == 5 and report.completions_cut == 1 and report.prompts_cut == 0
     assert report.count("missing field") == 1 and report.count("no such kind") == 0
@@ -111,15 +113,15 @@ def test_one_process_and_several_make_the_same(tmp_path: Path) -> None:
     for workers in (1, 3):
         pairs, report = prepare_pairs(file, tokenizer_of("byte"), workers=workers, cache_dir=tmp_path / str(workers))
         assert not report.cache_hit and pairs.row_numbers.tolist() == list(range(1, 1101))
-        names = ("tokens.bin", "texts.bin", "lengths.npy", "row_numbers.npy")
+        names = ("tokens.bin", "texts.bin", *(f"{name}.npy" for name in COLUMNS))
         made.append([(pairs.path / name).read_bytes() for name in names])
     assert made[0] == made[1]
 
 
 def test_a_worker_count_is_chosen_by_size() -> None:
     cpus = len(os.sched_getaffinity(0))
-    assert tokenize._num_workers(None, 10) == 1 and tokenize._num_workers(None, 10**7) == min(cpus, 16)
-    assert tokenize._num_workers(64, 1000) == 2
+    assert num_workers(None, 10) == 1 and num_workers(None, 10**7) == num_workers(None, None) == min(cpus, 16)
+    assert num_workers(64, 1000) == 2 and num_workers(64, None) == 64
 
 
 def test_settings_that_make_no_sense_are_refused(tmp_path: Path) -> None:
@@ -154,7 +156,8 @@ def test_odd_rows_of_hh_are_counted(shared_data: Path, tmp_path: Path, split: st
         "longer than max_length", "prompt alone max_length or more",
     )  # fmt: skip
     assert (*(report.count(kind) for kind in kinds), len(pairs)) == expected
-    assert set(report.kinds) <= set(kinds)
+    assert {kind for kind, found in report.kinds.items() if found.fate == "kept"} == {"invisible character"}
+    assert set(report.kinds) <= {*kinds, "invisible character"}
     assert report.completions_cut > 0 and report.source.endswith(f"hh-rlhf [{split}]")
     lengths = pairs.lengths
     assert lengths.min() >= 1 and (lengths[:, 0] + lengths[:, 1:].max(axis=1)).max() == 1024
@@ -194,8 +197,63 @@ def test_real_conversations_end_with_the_end_of_turn(shared_data: Path, tmp_path
     )  # fmt: skip
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert len(pairs) == 300 and report.prompts_cut > 0 and set(report.kinds) == {
-        "longer than max_length", "prompt alone max_length or more",
+        "longer than max_length", "prompt alone max_length or more", "control character", "invisible character",
     }  # fmt: skip
     completions = [ids for i in range(300) for ids in (pairs[i].chosen_ids, pairs[i].rejected_ids)]
     assert sum(ids[-1] != end for ids in completions) == report.completions_cut > 0
     assert all((ids == end).sum() <= 1 for ids in completions)
+
+
+def test_a_row_may_make_several_pairs_or_none_and_margins_are_kept(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "Say:", "completions": [" b", " a", " c\x07"], "scores": [1, 2, 0]},
+        {"prompt": "Say:", "completions": [" b", " a"], "scores": [1, 1]},
+        {"prompt": "Say:", "completions": [" b", " a"], "scores": [1.5, 1]},
+    ]
+    options: dict[str, Any] = {"ranked_pairs": "best_each", "cache_dir": tmp_path / "c"}
+    pairs, report = prepare_pairs(written(tmp_path, rows), tokenizer_of("byte"), **options)
+    assert report.format == "ranked" and (report.rows_read, report.pairs) == (3, 3)
+    assert pairs.row_numbers.tolist() == [1, 1, 3]
+    assert pairs.margins.tolist() == [pairs[i].margin for i in range(3)] == [1.0, 2.0, 0.5]
+    assert [pairs.texts(i).rejected for i in range(3)] == [" b", " c\x07", " a"]
+    found = {kind: (one.count, one.rows, one.fate, one.detail) for kind, one in report.kinds.items()}
+    assert found == {
+        "tie": (1, [2], "tie", "completions 1 and 2 have the score 1"),
+        "control character": (1, [1], "kept", "U+0007 in rejected"),
+    }
+    assert "  tie: 1, no pair made (row 2)" in report.lines()
+    plain, _ = prepare_pairs(written(tmp_path, plain_rows(2)), tokenizer_of("byte"), cache_dir=tmp_path / "c")
+    assert np.isnan(plain.margins).all() and np.isnan(plain[0].margin)
+
+
+def test_characters_are_those_of_the_whole_completions(tmp_path: Path) -> None:
+    rows = [{"prompt": "Say:", "chosen": " \u00e9\u00e9" + "x" * 30, "rejected": " b"}]
+    pairs, _ = prepare_pairs(written(tmp_path, rows), tokenizer_of("byte"), max_length=10, cache_dir=tmp_path / "c")
+    assert pairs.characters.tolist() == [[33, 2]] and pairs.lengths[0, 1] < 10
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_streamed_pairs_are_those_read_at_once_and_leave_no_text(tmp_path: Path, workers: int) -> None:
+    rows = plain_rows(1300)
+    file, tokenizer = written(tmp_path, rows), tokenizer_of("byte")
+    whole, report = prepare_pairs(file, tokenizer, cache_dir=tmp_path / "c")
+    streamed, other = prepare_pairs(file, tokenizer, streaming=True, workers=workers, cache_dir=tmp_path / "c")
+    assert other.rows_read == report.rows_read == 1300 and other.format == "prompt" and other.kinds == report.kinds
+    for name in ("tokens.bin", "lengths.npy", "row_numbers.npy", "margins.npy", "characters.npy"):
+        assert (streamed.path / name).read_bytes() == (whole.path / name).read_bytes()
+    assert (streamed.path / "texts.bin").stat().st_size == 0
+    with pytest.raises(UserError, match="were streamed .data.streaming., their texts are not kept"):
+        streamed.texts(3)
+    assert prepare_pairs(file, tokenizer, streaming=True, cache_dir=tmp_path / "c")[1].cache_hit
+    file.write_text(file.read_text() + "\n")  # another size
+    assert not prepare_pairs(file, tokenizer, streaming=True, cache_dir=tmp_path / "c")[1].cache_hit
+
+
+def test_a_stream_is_read_no_further_than_the_limit(tmp_path: Path) -> None:
+    file = written(tmp_path, plain_rows(5))
+    file.write_text(file.read_text() + "no JSON\n")
+    options: dict[str, Any] = {"streaming": True, "cache_dir": tmp_path / "c"}
+    pairs, report = prepare_pairs(file, tokenizer_of("byte"), limit=5, **options)
+    assert len(pairs) == report.rows_read == 5
+    with pytest.raises(UserError, match="row 6: not valid JSON"):
+        prepare_pairs(file, tokenizer_of("byte"), **options)
