@@ -31,6 +31,8 @@ def _type_text(hint: Any) -> str:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin in (typing.Union, types.UnionType):
         return ", ".join(_type_text(part) for part in arguments if part is not type(None))
+    if origin is tuple and typing.get_origin(arguments[0]) is dict:
+        return "list of mappings"
     if origin is tuple:
         item = _type_text(arguments[0])
         return f"list of {item}" if Ellipsis in arguments else f"list of {len(arguments)} {item}s"

@@ -196,6 +196,8 @@ def _type_name(hint: Any) -> str:
         return " or ".join(map(str, get_args(hint)))
     if get_origin(hint) is dict:
         return "a mapping such as {key: value}"
+    if get_origin(hint) is tuple and get_origin(get_args(hint)[0]) is dict:
+        return "a list of mappings"
     names = [_type_name(part) for part in get_args(hint) if part is not type(None)]
     return f"[{', '.join(names)}]" if get_origin(hint) is tuple else " or ".join(names)
 

@@ -9,8 +9,11 @@ The dataclasses are the single owner of batch size, accumulation, clipping and p
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -55,13 +58,53 @@ class ReferenceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Source:
+    """One source of data.train or data.validation.
+
+    Attributes:
+        path, subset, data_dir, revision, split, format: As the settings of these names.
+        weight: Share of the pairs of an epoch, relative to the other training sources; > 0.
+        name: What metrics and log call it: letters, digits, - and _.
+    """
+
+    path: str
+    subset: str | None = None
+    data_dir: str | None = None
+    revision: str | None = None
+    split: str | None = None
+    format: str | None = None
+    weight: float | None = None
+    name: str | None = None
+
+
+def _sources(key: str, given: Sequence[dict[str, Any]]) -> tuple[Source, ...]:
+    """Read a list of sources; raises ValueError naming the source and what is wrong."""
+    known = [f.name for f in dataclasses.fields(Source)]
+    for number, one in enumerate(given, start=1):
+        where = f"{key} source {number}"
+        for name, value in one.items():
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"use {', '.join(known)}"
+            _require(name in known, f"{where}: unknown key {name}; {hint}")
+            fits = isinstance(value, (int, float)) if name == "weight" else isinstance(value, str) and value != ""
+            wanted = "a number" if name == "weight" else "text"
+            _require(value is None or fits, f"{where}: {name} is {value!r}; use {wanted}")
+        _require(one.get("path") is not None, f"{where} has no path")
+        weight, called = one.get("weight"), one.get("name")
+        _require(weight is None or 0 < weight < math.inf, f"{where}: weight is {weight}; use a positive number")
+        fits = called is None or re.fullmatch(r"[\w-]+", called) is not None
+        _require(fits, f"{where}: name is {called}; use letters, digits, - and _")
+    return tuple(Source(**one) for one in given)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Preference data and how text becomes tokens."""
 
-    train: str | None = None
-    """Hub id, folder, .json, .jsonl[.gz], .parquet, or builtin:world."""
-    validation: str | None = None
-    """The same for validation; default: the validation (else test) split of data.train, if it has one."""
+    train: tuple[dict[str, Any], ...] | str | None = None
+    """Hub id, folder, .json, .jsonl[.gz], .parquet, or builtin:world; or a list of {path, weight, ...}."""
+    validation: tuple[dict[str, Any], ...] | str | None = None
+    """The same for validation, a list of {name, path, ...}; default: the validation (else test) split of data.train."""
     subset: str | None = None
     """Configuration name of a hub data set."""
     data_dir: str | None = None
@@ -103,6 +146,48 @@ class DataConfig:
             _require(value is None or value >= 1, f"data.{key} is {value}; use a whole number of at least 1")
         if self.max_length is not None:
             _require(self.max_length >= 2, f"data.max_length is {self.max_length}; use at least 2")
+        self._check_sources()
+
+    def _check_sources(self) -> None:
+        for key in ("train", "validation"):
+            _require(getattr(self, key) != (), f"data.{key} is an empty list")
+        train, validation = self.train_sources, self.validation_sources
+        if not isinstance(self.train, str | None):
+            for key in ("subset", "data_dir", "revision", "validation_split"):
+                _require(
+                    getattr(self, key) is None,
+                    f"data.{key} is {getattr(self, key)} and data.train a list; "
+                    + ("name data.validation" if key == "validation_split" else f"give {key} to its sources"),
+                )
+            weighted = [source.weight is not None for source in train]
+            _require(all(weighted) or not any(weighted), "data.train gives a weight to some sources; to all or to none")
+        if not isinstance(self.validation, str | None):
+            _require(not any(s.weight for s in validation), "data.validation has a weight; every pair is scored once")
+            names = [source.name for source in validation]
+            _require(
+                len(names) == 1 or (None not in names and len(set(names)) == len(names)),
+                f"data.validation has the names {names}; give each source a name of its own",
+            )
+
+    @property
+    def train_sources(self) -> tuple[Source, ...]:
+        """Training sources; one where data.train is a path."""
+        if isinstance(self.train, str):
+            return (Source(**self._place_of_train, split=self.train_split),)
+        return _sources("data.train", self.train or ())
+
+    @property
+    def validation_sources(self) -> tuple[Source, ...]:
+        """Validation sources that data.validation names."""
+        if isinstance(self.validation, str):
+            place = self._place_of_train if self.validation == self.train else {"path": self.validation}
+            return (Source(**place, split=self.validation_split),)
+        return _sources("data.validation", self.validation or ())
+
+    @property
+    def _place_of_train(self) -> dict[str, Any]:
+        """Subset, directory and revision belong to the source that data.train names."""
+        return {"path": self.train, "subset": self.subset, "data_dir": self.data_dir, "revision": self.revision}
 
     @property
     def cache_folder(self) -> str:

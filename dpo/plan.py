@@ -36,7 +36,7 @@ def _costliest(loader: Loader, steps: int) -> tuple[Any, int]:
 
 
 def _lines(setup: Setup, command: Command) -> Rows:
-    config, lengths = setup.config, setup.train_pairs.lengths
+    config, lengths = setup.config, setup.train_pairs.lengths[setup.epochs.order(0)]
     layout = config.train.layout
     useful, stored = (int(num_tokens(lengths, name).sum()) for name in ("packed", layout))
     validation = 0 if setup.validation_pairs is None else len(setup.validation_pairs)

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from dpo.config import Config
 from dpo.data.planner import Layout
-from dpo.data.tokenize import TokenizedPairs
 from dpo.errors import UserError
 from dpo.model import load
 from dpo.model.check import settle, use_layout
 from dpo.model.forward import Scorer
 from dpo.model.reference import Reference, from_scores, online
 from dpo.reference_cache import cached_scores, manifest_of
+from dpo.run_data import Pairs
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import gather, together
 from dpo.sample import greedy_answers
@@ -197,7 +197,7 @@ def _cached_reference(
     path = policy.attention + (", own head" if scorer.own_head else "")
     cache = Path(setup.config.reference.cache_dir or setup.config.data.cache_folder)
 
-    def scores(pairs: TokenizedPairs) -> Reference:
+    def scores(pairs: Pairs) -> Reference:
         manifest = manifest_of(weights, pairs, dtype, policy.layout, path)
         loader = setup.loader(pairs, policy.layout)
         return from_scores(cached_scores(score, loader, manifest, cache, setup.world, say), setup.world.device)

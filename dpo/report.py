@@ -73,7 +73,8 @@ def model_card(config: dict[str, Any], lines: list[dict[str, Any]], versions: di
     """
     import yaml
 
-    policy, data = str(config["model"]["policy"]), str(config["data"]["train"])
+    policy, train = str(config["model"]["policy"]), config["data"]["train"]
+    data = train if isinstance(train, str) else "`, `".join(source["path"] for source in train)
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["dpo"]}
     is_hub_id = not policy.startswith((".", "/", "~", "builtin:")) and policy.count("/") <= 1
     if is_hub_id and not Path(policy).exists():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,12 @@ import torch
 
 from dpo.config import Config, check_world_size
 from dpo.data.loader import Loader
+from dpo.data.mixture import Mixture
 from dpo.data.planner import Epochs, Layout
-from dpo.data.sources import splits_of, validation_split_of
-from dpo.data.tokenize import TokenizedPairs, prepare_pairs, read_chat_template
+from dpo.data.tokenize import read_chat_template
 from dpo.errors import UserError
 from dpo.model import load
+from dpo.run_data import Pairs, RunData, prepare_data
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import World, gather, together
 from dpo.types import TokenizedPair
@@ -31,7 +34,8 @@ class Setup:
         engine_config: For DeepSpeed.
         precision: fp16, bf16 or fp32, resolved.
         tokenizer: Of the policy.
-        train_pairs, validation_pairs: Tokenised data; None where there is no validation.
+        data: Its sources, tokenised.
+        train_pairs, validation_pairs: All their pairs; None where there is no validation.
         start_dtype: Dtype of the policy's stored weights.
         notes: Lines for the log: what was decided, and why.
     """
@@ -41,8 +45,9 @@ class Setup:
     engine_config: dict[str, Any]
     precision: str
     tokenizer: Any
-    train_pairs: TokenizedPairs
-    validation_pairs: TokenizedPairs | None
+    data: RunData
+    train_pairs: Pairs
+    validation_pairs: Pairs | None
     start_dtype: torch.dtype
     notes: tuple[str, ...]
 
@@ -60,7 +65,8 @@ class Setup:
     def epochs(self) -> Epochs:
         """Which pairs make which step of DPO."""
         train = self.config.train
-        return Epochs(len(self.train_pairs), train.global_batch_size, train.seed, self.config.data.shuffle)
+        shuffle, parts = self.config.data.shuffle, self.data.parts()
+        return Epochs(len(self.train_pairs), train.global_batch_size, train.seed, shuffle, parts)
 
     @property
     def total_steps(self) -> int:
@@ -70,15 +76,25 @@ class Setup:
         return steps if limit is None else min(steps, limit)
 
     def sample_pairs(self) -> list[TokenizedPair]:
-        """Pairs whose prompts are answered: the first of validation, of training where there is none."""
-        pairs = self.train_pairs if self.validation_pairs is None else self.validation_pairs
-        return [pairs[i] for i in range(min(self.config.log.samples, len(pairs)))]
+        """Pairs whose prompts are answered: the first of every validation set in turn, of training where is none."""
+        pairs, sets = self.validation_pairs, list(self.data.validation_sets().values())
+        if pairs is None:
+            pairs, sets = self.train_pairs, [range(len(self.train_pairs))]
+        in_turn = (ids[i] for i in range(self.config.log.samples) for ids in sets if i < len(ids))
+        return [pairs[i] for i in islice(in_turn, self.config.log.samples)]
+
+    def name_rows(self, pair_ids: Sequence[int]) -> str:
+        """Say which rows of the training data some pairs are."""
+        if isinstance(self.train_pairs, Mixture):
+            return ", ".join(self.train_pairs.origin(i) for i in pair_ids)
+        rows = sorted({int(self.train_pairs.row_numbers[i]) for i in pair_ids})
+        return f"rows {', '.join(map(str, rows))} of {self.config.data.train_sources[0].path}"
 
     def sample_prompts(self) -> list[list[int]]:
         """Token ids of their prompts."""
         return [pair.prompt_ids.tolist() for pair in self.sample_pairs()]
 
-    def loader(self, pairs: TokenizedPairs, layout: Layout) -> Loader:
+    def loader(self, pairs: Pairs, layout: Layout) -> Loader:
         """This rank's micro-batches over a data set, in the order of the run's epochs."""
         train = self.config.train
         budget = train.tokens_per_micro_batch
@@ -109,58 +125,6 @@ def _longest(config: Config, model_config: Any) -> int:
     if context is not None and wanted > context:
         raise UserError(f"data.max_length is {wanted}, the model's context {context} tokens; use at most {context}")
     return wanted
-
-
-def _source(config: Config, path: str) -> dict[str, Any]:
-    """A data source; subset, directory and revision belong to the source that data.train names."""
-    data = config.data
-    if path != data.train:
-        return {"path": path}
-    return {"path": path, "subset": data.subset, "data_dir": data.data_dir, "revision": data.revision}
-
-
-def _validation_source(config: Config) -> dict[str, Any] | None:
-    """Source and split of the validation data; None where there is none."""
-    data = config.data
-    source = _source(config, data.validation or data.train or "")
-    if data.validation is None and data.validation_split and data.validation_split not in splits_of(**source):
-        raise UserError(
-            f"data.validation_split is {data.validation_split} but data.train {data.train} has no such split;"
-            f" name the validation data by data.validation"
-        )
-    split = data.validation_split or validation_split_of(**source)
-    if data.validation is None and split in (None, data.train_split):
-        return None
-    return source | {"split": split or data.train_split}
-
-
-def _data(config: Config, tokenizer: Any, longest: int) -> tuple[TokenizedPairs, TokenizedPairs | None, list[str]]:
-    data = config.data
-
-    def prepared(source: dict[str, Any], limit: int | None) -> tuple[TokenizedPairs, list[str]]:
-        pairs, report = prepare_pairs(
-            **source,
-            tokenizer=tokenizer,
-            format=data.format,
-            limit=limit,
-            max_length=longest,
-            max_prompt_length=data.max_prompt_length or longest // 2,
-            on_bad_row=data.on_bad_row,
-            ranked_pairs=data.ranked_pairs,
-            chat_template_kwargs=data.chat_template_kwargs,
-            streaming=data.streaming,
-            chat_template=config.model.chat_template,
-            workers=data.workers,
-            cache_dir=data.cache_folder,
-        )
-        return pairs, report.lines()
-
-    train, notes = prepared(_source(config, data.train or "") | {"split": data.train_split}, data.train_limit)
-    source = _validation_source(config)
-    if source is None:
-        return train, None, [*notes, "no validation: data.validation is not set and data.train has no such split"]
-    validation, more = prepared(source, data.validation_limit)
-    return train, validation, notes + more
 
 
 def prepare(config: Config, world: World, deepspeed_json: str | None, *, for_elsewhere: bool = False) -> Setup:
@@ -205,11 +169,11 @@ def prepare(config: Config, world: World, deepspeed_json: str | None, *, for_els
             raise UserError(
                 f"model.tokenizer has {len(tokenizer)} tokens, the policy {vocabulary}; use the policy's own tokenizer"
             )
-        train, validation, notes = _data(config, tokenizer, longest)
+        data = prepare_data(config, tokenizer, longest)
         return Setup(
             config=config, world=world, engine_config=engine_config, precision=precision, tokenizer=tokenizer,
-            train_pairs=train, validation_pairs=validation, start_dtype=load.starting_dtype(model_config),
-            notes=tuple(notes),
+            data=data, train_pairs=data.train_pairs(), validation_pairs=data.validation_pairs(),
+            start_dtype=load.starting_dtype(model_config), notes=data.notes,
         )
 
     setup = together(work)

@@ -120,14 +120,13 @@ def take_step(
 def _stop_at(setup: Setup, work: StepBatches, losses: list[torch.Tensor]) -> None:
     """End the run on every rank, naming the pairs whose loss is not finite."""
     bad = [
-        setup.train_pairs.row_numbers[pair]
+        pair
         for batch, values in zip(work.batches, losses, strict=True)
         for pair, value in zip(batch.pair_ids, values.tolist(), strict=True)
         if not math.isfinite(value)
     ]
-    rows = distributed.gather([int(row) for row in bad])
-    named = ", ".join(map(str, sorted(sum(rows, []))[:10]))
+    pairs = sorted(sum(distributed.gather(bad), []))
     raise UserError(
-        f"step {work.step + 1}: the loss is not finite for rows {named} of {setup.config.data.train}; no step was taken"
+        f"step {work.step + 1}: the loss is not finite for {setup.name_rows(pairs[:10])}; no step was taken"
         f" and the checkpoints are whole; look at these rows, lower optim.lr, or use bf16 or fp32"
     )

@@ -135,9 +135,10 @@ def _train_dpo(
     loss = make_loss(config.loss.name, config.loss.beta, config.loss.label_smoothing)
     loader = setup.loader(setup.train_pairs, policy.layout)
     per_epoch = setup.epochs.steps_per_epoch
-    validation: list[PackedBatch] = []
+    validation: dict[str, list[PackedBatch]] = {}
     if setup.validation_pairs is not None:
-        validation = whole_pass(setup.loader(setup.validation_pairs, policy.layout))
+        every = setup.loader(setup.validation_pairs, policy.layout)
+        validation = {name: whole_pass(every, ids) for name, ids in setup.data.validation_sets().items()}
     known_reference = remembered(reference.validation)
 
     def evaluate_after(step: int) -> None:

@@ -11,13 +11,14 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = [
     "errors", "config", "commandline", "types",
     "data.example", "data.files", "data.sources", "data.kinds", "data.formats", "data.labels", "data.boundary",
-    "data.encode", "data.workers", "data.store", "data.tokenize", "data.planner", "data.batch", "data.loader",
+    "data.encode", "data.workers", "data.store", "data.tokenize", "data.mixture", "data.planner", "data.batch",
+    "data.loader",
     "model.example", "model.load", "model.shape", "model.attention", "model.head", "model.forward", "model.check",
     "model.reference",
     "objective.losses", "objective.metrics",
     "runtime.distributed", "runtime.schedule", "runtime.engine", "runtime.checkpoint", "runtime.tracking",
-    "reference_cache", "sample", "estimate", "setup", "policy", "start", "step", "export", "sft", "evaluate",
-    "forecast", "plan", "report", "finish", "train", "__main__",
+    "reference_cache", "sample", "estimate", "run_data", "setup", "policy", "start", "step", "export", "sft",
+    "evaluate", "forecast", "plan", "report", "finish", "train", "__main__",
 ]  # fmt: skip
 OWNERS = {
     "datasets": {"data.sources"},

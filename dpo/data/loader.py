@@ -97,6 +97,6 @@ class Loader:
                 yield ready
 
 
-def whole_pass(loader: Loader) -> list[PackedBatch]:
-    """This rank's micro-batches of one pass in which every pair is scored exactly once (an evaluation)."""
-    return [loader._build(pair_ids) for pair_ids in loader.share_of(range(len(loader.dataset)))]
+def whole_pass(loader: Loader, pair_ids: Sequence[int]) -> list[PackedBatch]:
+    """This rank's micro-batches of one pass in which each of some pairs is scored exactly once (an evaluation)."""
+    return [loader._build(ids) for ids in loader.share_of(pair_ids)]

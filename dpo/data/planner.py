@@ -13,6 +13,7 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -29,16 +30,20 @@ class Epochs:
     """The order in which pairs are seen.
 
     Attributes:
-        num_pairs: Pairs in the data set, >= 1.
+        num_pairs: Pairs of an epoch, and of the data set, >= 1.
         global_batch_size: Pairs per step; the last step of an epoch takes what is left.
         seed: With the epoch's number decides its permutation.
         shuffle: False keeps the file's order.
+        parts: Of a weighted mixture: pairs of every source, and how many of them an epoch takes. Pass after pass over a
+            source, each in an order drawn from (seed, pass, source), is cut into these, so that no pair is seen a
+            second time before all others of its source were. Empty where an epoch takes every pair once.
     """
 
     num_pairs: int
     global_batch_size: int
     seed: int
     shuffle: bool = True
+    parts: tuple[tuple[int, int], ...] = ()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -47,9 +52,7 @@ class Epochs:
 
     def order(self, epoch: int) -> np.ndarray:
         """(num_pairs,) int64: the pair ids of an epoch, counted from 0, in order."""
-        if not self.shuffle:
-            return np.arange(self.num_pairs)
-        return np.random.default_rng((self.seed, epoch)).permutation(self.num_pairs)
+        return _order(self, epoch)
 
     def batch(self, step: int) -> np.ndarray:
         """Pair ids of one optimizer step.
@@ -62,6 +65,31 @@ class Epochs:
         epoch, index = divmod(step, self.steps_per_epoch)
         start = index * self.global_batch_size
         return self.order(epoch)[start : start + self.global_batch_size]
+
+
+@lru_cache(maxsize=4)
+def _order(epochs: Epochs, epoch: int) -> np.ndarray:
+    ids = np.arange(epochs.num_pairs)
+    if epochs.parts:
+        starts = np.concatenate([[0], np.cumsum([size for size, _ in epochs.parts])])
+        taken = [_taken(epochs, source, epoch) for source in range(len(epochs.parts))]
+        ids = np.concatenate([start + own for start, own in zip(starts, taken, strict=False)])
+    if epochs.shuffle:
+        ids = ids[np.random.default_rng((epochs.seed, epoch)).permutation(epochs.num_pairs)]
+    ids.flags.writeable = False  # it is handed out again
+    return ids
+
+
+def _taken(epochs: Epochs, source: int, epoch: int) -> np.ndarray:
+    """(quota,) int64: what an epoch takes of the endless row of passes over a source."""
+    size, quota = epochs.parts[source]
+    first, last = epoch * quota // size, -((epoch + 1) * quota // -size)
+    # The last number keeps these draws apart from those of whole epochs.
+    passes = [
+        np.random.default_rng((epochs.seed, number, source, 1)).permutation(size) if epochs.shuffle else np.arange(size)
+        for number in range(first, last)
+    ]
+    return np.concatenate(passes)[epoch * quota - first * size :][:quota]
 
 
 def num_tokens(lengths: np.ndarray, layout: Layout) -> np.ndarray:

@@ -91,7 +91,9 @@ def test_seed_and_epoch_decide_the_order_and_shuffle_off_keeps_the_files():
 @pytest.mark.parametrize("world_size", [1, 2, 3, 30])
 def test_an_evaluation_scores_every_pair_once_with_more_ranks_than_pairs_too(world_size):
     pairs = tiny.Pairs(tiny.pairs(11))
-    batches = [whole_pass(Loader(pairs, Epochs(5, 2, 0), r, world_size, "shared", 50)) for r in range(world_size)]
+    batches = [
+        whole_pass(Loader(pairs, Epochs(5, 2, 0), r, world_size, "shared", 50), range(11)) for r in range(world_size)
+    ]
     assert sorted(i for rank in batches for batch in rank for i in batch.pair_ids) == list(range(11))
     assert len({len(rank) for rank in batches}) == 1
 

@@ -1,0 +1,149 @@
+"""The data of a run: its sources tokenised, training ones mixed, validation ones side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dpo.config import Config, Source
+from dpo.data.mixture import Mixture, quotas, share_lines
+from dpo.data.sources import splits_of, validation_split_of
+from dpo.data.tokenize import DataReport, TokenizedPairs, prepare_pairs
+from dpo.errors import UserError
+
+Pairs = TokenizedPairs | Mixture
+
+
+class DataSet(NamedTuple):
+    """One source, tokenised: what to call it, its pairs, and what was found in it."""
+
+    name: str
+    pairs: TokenizedPairs
+    report: DataReport
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Tokenised data of a run.
+
+    Attributes:
+        train: Training sources, in the order of data.train.
+        validation: Validation sources, likewise; their names are those of data.validation, "" for one without.
+        quotas: Pairs of each training source in an epoch; empty where no weights are given, so that each comes once.
+        notes: Lines for the log.
+    """
+
+    train: tuple[DataSet, ...]
+    validation: tuple[DataSet, ...]
+    quotas: tuple[int, ...]
+    notes: tuple[str, ...]
+
+    def train_pairs(self) -> Pairs:
+        """All training pairs, one source behind the other."""
+        return _joined(self.train)
+
+    def validation_pairs(self) -> Pairs | None:
+        """All validation pairs likewise; None where there are none."""
+        return _joined(self.validation) if self.validation else None
+
+    def validation_sets(self) -> dict[str, range]:
+        """Name -> ids within `validation_pairs`."""
+        sets, start = {}, 0
+        for one in self.validation:
+            sets[one.name] = range(start, start + len(one.pairs))
+            start += len(one.pairs)
+        return sets
+
+    def parts(self) -> tuple[tuple[int, int], ...]:
+        """Pairs of every training source and how many of them an epoch takes, for `planner.Epochs`."""
+        return tuple(zip((len(one.pairs) for one in self.train), self.quotas, strict=True)) if self.quotas else ()
+
+
+def _joined(sets: Sequence[DataSet]) -> Pairs:
+    return sets[0].pairs if len(sets) == 1 else Mixture([one.pairs for one in sets], [one.name for one in sets])
+
+
+def _validation_sources(config: Config) -> list[Source]:
+    """Validation sources with their splits; none where there is no validation."""
+    data = config.data
+    given = data.validation_sources or (data.train_sources if isinstance(data.train, str) else ())
+    found = []
+    for source in given:
+        place = dict[str, Any](
+            path=source.path, subset=source.subset, data_dir=source.data_dir, revision=source.revision
+        )
+        wanted = source.split if data.validation_sources else data.validation_split
+        if not data.validation_sources and wanted and wanted not in splits_of(**place):
+            raise UserError(
+                f"data.validation_split is {wanted} but data.train {data.train} has no such split;"
+                f" name the validation data by data.validation"
+            )
+        split = wanted or validation_split_of(**place)
+        if not data.validation_sources and split in (None, data.train_split):
+            return []
+        found.append(Source(**place, format=source.format, split=split or data.train_split, name=source.name))
+    return found
+
+
+def _named(sources: Sequence[Source]) -> list[str]:
+    """What to call training sources: their names, else the shortest part of the path that tells them apart."""
+    for depth in (1, 2):
+        names = [s.name or "/".join(Path(s.path).parts[-depth:]) for s in sources]
+        if len(set(names)) == len(names):
+            return names
+    return [s.name or f"{number} {s.path}" for number, s in enumerate(sources, start=1)]
+
+
+def prepare_data(config: Config, tokenizer: Any, longest: int) -> RunData:
+    """Read and tokenise the data of a run, or open it where this was done before.
+
+    Args:
+        config: Settings.
+        tokenizer: The policy's.
+        longest: data.max_length, resolved.
+    Raises:
+        UserError: Anything wrong with the data; one line.
+    """
+    data = config.data
+
+    def prepared(source: Source, name: str, limit: int | None) -> DataSet:
+        pairs, report = prepare_pairs(
+            source.path,
+            tokenizer,
+            subset=source.subset,
+            data_dir=source.data_dir,
+            revision=source.revision,
+            split=source.split or data.train_split,
+            format=source.format or data.format,
+            limit=limit,
+            max_length=longest,
+            max_prompt_length=data.max_prompt_length or longest // 2,
+            on_bad_row=data.on_bad_row,
+            ranked_pairs=data.ranked_pairs,
+            chat_template=config.model.chat_template,
+            chat_template_kwargs=data.chat_template_kwargs,
+            streaming=data.streaming,
+            workers=data.workers,
+            cache_dir=data.cache_folder,
+        )
+        return DataSet(name, pairs, report)
+
+    sources = data.train_sources
+    train = tuple(prepared(s, n, data.train_limit) for s, n in zip(sources, _named(sources), strict=True))
+    validation = tuple(prepared(s, s.name or "", data.validation_limit) for s in _validation_sources(config))
+    notes = [line for one in train for line in one.report.lines()]
+    taken: list[int] = []
+    if len(train) > 1:
+        sizes = [len(one.pairs) for one in train]
+        weights = [source.weight for source in sources if source.weight is not None]
+        taken = quotas(sizes, weights) if weights else []
+        notes += share_lines([one.pairs for one in train], [one.name for one in train], taken or sizes)
+    for one in validation:
+        if one.name:
+            notes.append(f"validation {one.name}:")
+        notes += one.report.lines()
+    if not validation:
+        notes.append("no validation: data.validation is not set and data.train has no such split")
+    return RunData(train, validation, tuple(taken), tuple(notes))
