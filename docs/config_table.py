@@ -30,7 +30,11 @@ def _type_text(hint: Any) -> str:
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin in (typing.Union, types.UnionType):
-        return ", ".join(_type_text(part) for part in arguments if part is not type(None))
+        return ", ".join(
+            "a list of them" if typing.get_origin(part) is tuple and typing.get_args(part)[0] in arguments
+            else _type_text(part)
+            for part in arguments if part is not type(None)
+        )  # fmt: skip
     if origin is tuple and typing.get_origin(arguments[0]) is dict:
         return "list of mappings"
     if origin is tuple:

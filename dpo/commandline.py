@@ -198,7 +198,12 @@ def _type_name(hint: Any) -> str:
         return "a mapping such as {key: value}"
     if get_origin(hint) is tuple and get_origin(get_args(hint)[0]) is dict:
         return "a list of mappings"
-    names = [_type_name(part) for part in get_args(hint) if part is not type(None)]
+    parts = get_args(hint)
+    names = [
+        "a list of them" if get_origin(part) is tuple and get_args(part)[0] in parts else _type_name(part)
+        for part in parts
+        if part is not type(None)
+    ]
     return f"[{', '.join(names)}]" if get_origin(hint) is tuple else " or ".join(names)
 
 

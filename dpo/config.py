@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dpo.errors import UserError
+from dpo.objective.catalog import Divergence, LossName, complaint, needs_reference
 
 
 def _require(condition: bool, message: str) -> None:
@@ -49,8 +50,9 @@ class ModelConfig:
 class ReferenceConfig:
     """The frozen reference: the policy as it starts (after SFT, where there is one)."""
 
-    mode: Literal["online", "cached"] = "online"
-    """online: score every batch with a frozen copy. cached: score every pair once and keep the scores on disk."""
+    mode: Literal["online", "cached", "none"] = "online"
+    """online: score every batch with a frozen copy. cached: score every pair once and keep the scores on disk. none:
+    there is none, as for every loss that needs none, whatever is set here."""
     dtype: Literal["auto", "fp16", "bf16", "fp32", "policy"] = "auto"
     """auto: the policy's on a CPU, under ZeRO-3 and if cached, else fp16 on a GPU."""
     cache_dir: str | None = None
@@ -195,33 +197,97 @@ class DataConfig:
         return os.path.expanduser(self.cache_dir or os.environ.get("DPO_CACHE") or "~/.cache/dpo")
 
 
-LossName = Literal["sigmoid", "hinge", "ipo", "ipo_sum"]
-
-
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """The objective; formulas in docs/objectives.md."""
 
-    name: LossName = "sigmoid"
-    """sigmoid: DPO. hinge: SLiC. ipo: log-ratios averaged over tokens (as TRL). ipo_sum: summed (as the paper)."""
+    name: LossName | tuple[LossName, ...] = "sigmoid"
+    """A loss of docs/objectives.md, or a list of them whose weighted sum is taken: [sigmoid, sft] is RPO."""
+    weights: tuple[float, ...] | None = None
+    """Weights of the losses named by a list; default: 1 each."""
     beta: float = 0.1
     """Strength of the pull towards the reference, > 0."""
     label_smoothing: float = 0.0
-    """Probability that a preference is labelled the wrong way round (cDPO); sigmoid only; in [0, 0.5)."""
+    """Probability that a preference is labelled the wrong way round (cDPO with sigmoid), in [0, 0.5)."""
+    f_divergence: Divergence = "reverse_kl"
+    """What keeps the policy near the reference; reverse_kl is DPO."""
+    f_alpha: float = 0.5
+    """Alpha of f_divergence alpha; 1 is reverse_kl."""
+    length_normalize: bool = False
+    """Divide the log-ratio of a completion by its tokens."""
+    reference_free: bool = False
+    """Take log-probs in place of log-ratios: no reference is loaded."""
+    wpo: bool = False
+    """Weigh every pair by how likely the policy would write it (WPO)."""
+    ld_alpha: float | None = None
+    """LD-DPO: weight of the tokens beyond the shorter completion's length, in [0, 1]; default: 1."""
+    discopop_tau: float = 0.05
+    """Temperature of discopop's blend."""
+    dpop_lambda: float = 50.0
+    """What dpop charges for a chosen completion that falls below the reference."""
+    simpo_gamma: float = 0.5
+    """Target margin of simpo; the paper's gamma, not gamma / beta."""
+    cpo_alpha: float = 1.0
+    """Weight of cpo's negative log-likelihood."""
+    tdpo_alpha: float = 0.5
+    """Weight of tdpo's sequential KL."""
+    beta_dpo_alpha: float = 0.6
+    """How much beta_dpo's beta follows the batch; 0 is sigmoid."""
+    beta_dpo_momentum: float = 0.9
+    """Of beta_dpo's running mean, in [0, 1)."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.beta > 0 and math.isfinite(self.beta),
-            f"loss.beta is {self.beta}; use a positive number, 0.1 to 0.5 is usual",
-        )
+        _require(bool(self.names), "loss.name is an empty list; name a loss, sigmoid is DPO")
+        for key in ("beta", "discopop_tau"):
+            value, usual = getattr(self, key), {"beta": "0.1 to 0.5"}.get(key, "0.05")
+            _require(
+                value > 0 and math.isfinite(value), f"loss.{key} is {value}; use a positive number, {usual} is usual"
+            )
         _require(
             0 <= self.label_smoothing < 0.5,
             f"loss.label_smoothing is {self.label_smoothing}; use a number in [0, 0.5)",
         )
         _require(
-            self.label_smoothing == 0 or self.name == "sigmoid",
-            f"loss.label_smoothing is {self.label_smoothing} with loss.name {self.name}; it belongs to sigmoid",
+            self.ld_alpha is None or 0 <= self.ld_alpha <= 1,
+            f"loss.ld_alpha is {self.ld_alpha}; use a number in [0, 1]",
         )
+        _require(
+            0 <= self.beta_dpo_momentum < 1,
+            f"loss.beta_dpo_momentum is {self.beta_dpo_momentum}; use a number in [0, 1)",
+        )
+        for key in ("f_alpha", "dpop_lambda", "simpo_gamma", "cpo_alpha", "tdpo_alpha", "beta_dpo_alpha"):
+            value = getattr(self, key)
+            _require(value >= 0 and math.isfinite(value), f"loss.{key} is {value}; use a number of at least 0")
+        self._check_combination()
+
+    def _check_combination(self) -> None:
+        weights = self.weights_of_names
+        _require(
+            len(weights) == len(self.names) and all(w > 0 and math.isfinite(w) for w in weights),
+            f"loss.weights is {list(weights)}; use a positive number for each of {', '.join(self.names)}",
+        )
+        own = [f for f in dataclasses.fields(self) if f.name not in ("name", "weights", "beta", "f_alpha")]
+        given = {f.name: getattr(self, f.name) for f in own if getattr(self, f.name) != f.default}
+        wrong = complaint(self.names, given)
+        _require(wrong is None, wrong or "")
+        _require(
+            self.f_divergence == "alpha" or self.f_alpha == 0.5,
+            f"loss.f_alpha is {self.f_alpha} with loss.f_divergence {self.f_divergence}; it belongs to alpha",
+        )
+        _require(
+            "exo_pair" not in self.names or self.label_smoothing > 0,
+            "loss.label_smoothing is 0 with loss.name exo_pair, which divides by it; use 1e-3",
+        )
+
+    @property
+    def names(self) -> tuple[LossName, ...]:
+        """The losses of the sum."""
+        return (self.name,) if isinstance(self.name, str) else self.name
+
+    @property
+    def weights_of_names(self) -> tuple[float, ...]:
+        """Their weights."""
+        return (1.0,) * len(self.names) if self.weights is None else self.weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,6 +433,29 @@ class Config:
             raise ValueError("model.policy is not set; give a hub id, a folder, or builtin:tiny")
         if self.data.train is None:
             raise ValueError("data.train is not set; give a hub id, a folder, a file, or builtin:world")
+        self._check_reference()
+
+    def _check_reference(self) -> None:
+        """Refuse a reference that the loss cannot use, or the lack of one that it needs."""
+        named, mode = ", ".join(self.loss.names), self.reference.mode
+        if mode == "none" and self.needs_reference:
+            raise ValueError(
+                f"reference.mode is none with loss.name {named}, which needs a reference; use online or cached, or"
+                f" loss.reference_free"
+            )
+        if mode == "cached" and not self.needs_reference:
+            raise ValueError(f"reference.mode is cached with loss.name {named}, which needs no reference; leave it out")
+        if mode == "cached" and "tdpo" in self.loss.names:
+            raise ValueError(
+                "reference.mode is cached with loss.name tdpo, which needs whole next-token distributions; use online"
+            )
+        if mode == "cached" and "sampo" in self.loss.names:
+            raise ValueError("reference.mode is cached with loss.name sampo, which draws tokens anew; use online")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss needs one."""
+        return needs_reference(self.loss.names, self.loss.reference_free)
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class Machine:
         shape: Of the policy.
         stage: ZeRO stage.
         half: 16-bit weights.
-        reference_bytes: A parameter of the reference during training; 0 where its scores are cached.
+        reference_bytes: A parameter of the reference during training; 0 where there is none or its scores are cached.
         copied_bytes: A parameter of the reference while it is loaded.
         recompute: Whether activations are recomputed.
     """
@@ -118,14 +118,15 @@ def machine_of(setup: Setup) -> Machine:
     config = load.load_config(model.policy, revision=model.revision, trust_remote_code=model.trust_remote_code)
     shape = shape_of(config, setup.dtype, trust_remote_code=model.trust_remote_code)
     stage, cached = deepspeed_engine.zero_stage(setup.engine_config), reference.mode == "cached"
+    none = not setup.config.needs_reference
     dtype, _ = reference_dtype(reference.dtype, setup.dtype, setup.world.device, sharded=stage == 3, cached=cached)
     wanted = model.gradient_checkpointing
     return Machine(
         shape=shape,
         stage=stage,
         half=setup.precision != "fp32",
-        reference_bytes=0 if cached else dtype.itemsize,
-        copied_bytes=0 if cached and dtype == setup.dtype else dtype.itemsize,
+        reference_bytes=0 if none or cached else dtype.itemsize,
+        copied_bytes=0 if none or cached and dtype == setup.dtype else dtype.itemsize,
         recompute=shape.parameters > CHECKPOINTING_FROM if wanted == "auto" else wanted,
     )
 

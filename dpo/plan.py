@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo.commandline import Command
+from dpo.context import contexts_of, look_ahead
 from dpo.data.loader import Loader
 from dpo.data.planner import num_tokens
 from dpo.estimate import memory
 from dpo.forecast import Rows, forecast, prepare_for
-from dpo.model.forward import pair_logps
-from dpo.objective.losses import make_loss
+from dpo.objective.objective import Objective
 from dpo.policy import FrozenReference, Policy
 from dpo.runtime import engine as deepspeed_engine
 from dpo.setup import Setup
@@ -61,9 +61,13 @@ def _try_costliest(setup: Setup, policy: Policy, reference: FrozenReference) -> 
     looked_at = min(setup.epochs.steps_per_epoch, 200)
     batch, count = _costliest(loader, looked_at)
     on_device = batch.to(setup.world.device)
-    loss = make_loss(setup.config.loss.name, setup.config.loss.beta, setup.config.loss.label_smoothing)
+    loss, device = Objective(setup.config.loss), setup.world.device
+    chosen_length = float(setup.train_pairs.lengths[:, 1].mean())
     started = time.perf_counter()
-    output = loss(pair_logps(policy.score, on_device), reference.train(on_device))
+    known = look_ahead(policy, reference.train, [batch], device) if loss.couples else None
+    (context,) = contexts_of(loss, [batch], known, chosen_length, setup.world, is_step=False)
+    reference_logps = reference.train(on_device)
+    output = loss(policy.logps(on_device, reference_logps), reference_logps, context)
     deepspeed_engine.backward(policy.engine, output.losses.sum(), True)
     seconds = time.perf_counter() - started
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in policy.scorer.model.parameters())
@@ -72,7 +76,7 @@ def _try_costliest(setup: Setup, policy: Policy, reference: FrozenReference) -> 
         stage=deepspeed_engine.zero_stage(setup.engine_config),
         world_size=setup.world.world_size,
         half=setup.precision != "fp32",
-        reference_bytes=2 if setup.precision != "fp32" else 4,
+        reference_bytes=0 if not loss.needs_reference else 2 if setup.precision != "fp32" else 4,
     )
     return [
         ("layout in use", policy.layout),

@@ -15,15 +15,15 @@ from dpo.data.planner import Layout
 from dpo.errors import UserError
 from dpo.model import load
 from dpo.model.check import settle, use_layout
-from dpo.model.forward import Scorer
-from dpo.model.reference import Reference, from_scores, online
+from dpo.model.forward import Scorer, pair_logps
+from dpo.model.reference import Reference, from_scores, nothing, online, online_with_tokens
 from dpo.reference_cache import cached_scores, manifest_of
 from dpo.run_data import Pairs
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import gather, together
 from dpo.sample import greedy_answers
 from dpo.setup import Setup
-from dpo.types import PackedBatch
+from dpo.types import PackedBatch, PairLogps
 
 CHECKPOINTING_FROM = 2e9
 """Parameters above which activations are recomputed on a GPU by default."""
@@ -47,9 +47,13 @@ class Policy:
     attention: str
     notes: list[str]
 
-    def score(self, batch: PackedBatch) -> Tensor:
-        """Log-probs of a batch through the engine."""
-        return self.engine(batch)
+    def score(self, batch: PackedBatch, *terms: Any) -> Tensor:
+        """Log-probs of a batch through the engine; see `Scorer.forward`."""
+        return self.engine(batch, *terms)
+
+    def logps(self, batch: PackedBatch, reference: PairLogps) -> PairLogps:
+        """Log-probs of a preference batch, with what the loss needs beside them."""
+        return pair_logps(self.score, batch, reference.tokens, self.scorer.certainty is not None)
 
 
 @dataclass
@@ -59,7 +63,7 @@ class FrozenReference:
     Attributes:
         train, validation: reference(batch) -> PairLogps of the pairs of each data set, without gradient.
         dtype: In which it scores.
-        scorer: Backbone and head; None once a cached reference has no more need of it.
+        scorer: Backbone and head; None where there is none, or once a cached reference has no more need of it.
         answers: To the sample prompts; they never change.
     """
 
@@ -105,13 +109,14 @@ def _longest_sequence(setup: Setup) -> int:
     return max(int((pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(axis=1)).max()) for pairs in sets)
 
 
-def start_policy(setup: Setup, path: str, model: Any = None) -> Policy:
+def start_policy(setup: Setup, path: str, model: Any = None, *, for_sft: bool = False) -> Policy:
     """Start the engine that trains a policy, with the layout that is exact for it; collective.
 
     Args:
         setup: The run.
         path: Weights to start from.
         model: The loaded policy; None to load it from `path`.
+        for_sft: Leave out what the preference loss needs.
     Returns:
         The policy.
     Raises:
@@ -123,7 +128,7 @@ def start_policy(setup: Setup, path: str, model: Any = None) -> Policy:
     if _checkpointing(config, model, world.device):
         load.checkpoint_activations(model)
         notes.append("activations: recomputed in backward (model.gradient_checkpointing)")
-    scorer = Scorer(model)
+    scorer = Scorer(model, with_certainty=config.loss.wpo and not for_sft)
     engine = deepspeed_engine.start_training(scorer, setup.engine_config, config.optim)
     by_length = setup.train_pairs.lengths.sum(axis=1).argsort()
     middle = [setup.train_pairs[int(i)] for i in by_length[len(by_length) // 2 :][:2]]
@@ -132,6 +137,13 @@ def start_policy(setup: Setup, path: str, model: Any = None) -> Policy:
     )
     if len(set(gather((layout, scorer.own_head)))) > 1:
         raise UserError(f"train.layout {config.train.layout}: the ranks disagree whether it is exact; use padded")
+    loss = config.loss
+    if scorer.own_head and not for_sft and (loss.wpo or "tdpo" in loss.names):
+        option = "loss.wpo" if loss.wpo else "loss.name tdpo"
+        raise UserError(
+            f"{option} is for models whose logits are a matrix product; the head of {config.model.policy} does more, so"
+            f" leave it out"
+        )
     notes += given_up
     attention = "one causal call per row" if layout == "padded" else "sdpa per segment"
     size = f"{_count(model) / 1e6:.1f}M parameters in {setup.precision}"
@@ -143,7 +155,8 @@ def start_models(setup: Setup, path: str, say: Callable[[str], None]) -> tuple[P
     """Start the policy and the reference that is frozen beside it; collective.
 
     Under ZeRO 1 and 2 the reference is a plain copy of the loaded policy, under ZeRO-3 a second sharded engine. A
-    cached reference of the policy's own dtype needs neither: before the first step the policy is the reference.
+    cached reference of the policy's own dtype needs neither: before the first step the policy is the reference. A loss
+    that needs no reference has none.
 
     Args:
         setup: The run.
@@ -161,6 +174,8 @@ def start_models(setup: Setup, path: str, say: Callable[[str], None]) -> tuple[P
     if sharded and dtype == torch.float16 and world.device.type == "cpu":
         raise UserError("reference.dtype is fp16 under ZeRO-3 on a CPU, where DeepSpeed refuses it; use bf16 or fp32")
     model = _load(setup, path, setup.dtype, setup.engine_config)
+    if not setup.config.needs_reference:
+        return _without_reference(setup, start_policy(setup, path, model), say)
     scorer: Scorer | None = None
     score: Callable[[PackedBatch], Tensor] | None = None
     if not (cached and dtype == setup.dtype):
@@ -180,8 +195,20 @@ def start_models(setup: Setup, path: str, say: Callable[[str], None]) -> tuple[P
     for note in policy.notes:
         say(note)
     if not cached:
-        return policy, FrozenReference(online(score), online(score), dtype, scorer)
+        answer = online_with_tokens(scorer) if "tdpo" in setup.config.loss.names else online(score)
+        return policy, FrozenReference(answer, answer, dtype, scorer)
     return policy, _cached_reference(setup, policy, scorer, score, dtype, say)
+
+
+def _without_reference(setup: Setup, policy: Policy, say: Callable[[str], None]) -> tuple[Policy, FrozenReference]:
+    """No copy and no forward pass; the sample prompts are answered by the policy before its first step."""
+    for note in ["reference: none (the loss needs none)", *policy.notes]:
+        say(note)
+    frozen = FrozenReference(nothing, nothing, setup.dtype, policy.scorer)
+    if setup.config.log.samples:
+        frozen.answers = frozen.answer(setup)
+    frozen.scorer = None
+    return policy, frozen
 
 
 def _cached_reference(
@@ -195,6 +222,8 @@ def _cached_reference(
     """Scores of both data sets and answers to the sample prompts, after which no model is needed."""
     weights = deepspeed_engine.fingerprint(scorer.model)
     path = policy.attention + (", own head" if scorer.own_head else "")
+    if setup.config.loss.ld_alpha is not None:
+        path += f", ld_alpha {setup.config.loss.ld_alpha}"
     cache = Path(setup.config.reference.cache_dir or setup.config.data.cache_folder)
 
     def scores(pairs: Pairs) -> Reference:

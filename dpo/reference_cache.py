@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo.data.batch import collate
 from dpo.data.loader import Loader
 from dpo.errors import UserError
 from dpo.model.check import TOLERANCE
@@ -103,7 +102,7 @@ def _score_pairs(score: Score, loader: Loader, pair_ids: list[int], device: torc
     place = {pair_id: row for row, pair_id in enumerate(pair_ids)}
     scores = torch.zeros(len(pair_ids), 2, dtype=torch.float32, device=device)
     for ids in loader.share_of(pair_ids):
-        logps = pair_logps(score, collate([loader.dataset[i] for i in ids], loader.layout).to(device))
+        logps = pair_logps(score, loader.build(ids).to(device))
         rows = torch.tensor([place[i] for i in ids], dtype=torch.int64, device=device)
         scores[rows] = torch.stack((logps.chosen, logps.rejected), dim=1).float()
     return sum_over_ranks(scores).cpu()

@@ -18,6 +18,7 @@ from dpo.data.planner import Epochs, Layout
 from dpo.data.tokenize import read_chat_template
 from dpo.errors import UserError
 from dpo.model import load
+from dpo.objective.tokens import weigher
 from dpo.run_data import Pairs, RunData, prepare_data
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import World, gather, together
@@ -100,9 +101,12 @@ class Setup:
         budget = train.tokens_per_micro_batch
         if budget == "auto":
             budget = 16384 if self.world.device.type == "cuda" else 4096
+        loss = self.config.loss
+        weighs_tokens = layout not in ("chosen", "padded_chosen")  # SFT does not
         return Loader(
             pairs, self.epochs, self.world.rank, self.world.world_size, layout, budget, train.micro_batch_size,
             pin_memory=self.world.device.type == "cuda",
+            token_weights=weigher("sampo" in loss.names, loss.ld_alpha, train.seed) if weighs_tokens else None,
         )
 
 
@@ -154,6 +158,8 @@ def prepare(config: Config, world: World, deepspeed_json: str | None, *, for_els
             micro_batch_size=config.train.micro_batch_size,
             name=deepspeed_json or "--config",
         )
+        if "tdpo" in config.loss.names and deepspeed_engine.zero_stage(engine_config) == 3:
+            raise UserError("loss.name tdpo needs whole weights of the reference, ZeRO-3 shards them; use stage 1 or 2")
         model, trust = config.model, config.model.trust_remote_code
         assert model.policy is not None
         model_config = load.load_config(model.policy, revision=model.revision, trust_remote_code=trust)

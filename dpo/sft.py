@@ -30,7 +30,7 @@ def run_sft(setup: Setup, tracker: Tracker) -> None:
     """
     config = setup.config
     assert config.model.policy is not None
-    policy = start_policy(setup, config.model.policy)
+    policy = start_policy(setup, config.model.policy, for_sft=True)
     for note in policy.notes:
         tracker.say(note)
     _train(setup, policy, tracker)

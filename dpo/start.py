@@ -1,25 +1,27 @@
 """Is the start honest? Before the first step policy and reference are the same model and must say so.
 
-With equal dtypes the loss of the first batch equals that of a pair without any difference (ln 2 for sigmoid). With
-mixed dtypes, as on a GPU (bf16 policy, fp16 reference), the two differ by rounding: the mismatch is shown, and a run
-that starts far off is stopped, since its rewards would be measured from the wrong place.
+With equal dtypes the loss of the first step equals the one it would have if the policy said exactly what the reference
+says (ln 2 for sigmoid). With mixed dtypes, as on a GPU (bf16 policy, fp16 reference), the two differ by rounding: the
+mismatch is shown, and a run that starts far off is stopped, since its rewards would be measured from the wrong place.
+Without a reference there is nothing to compare: the loss must be finite.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
+from dpo.context import Scored, contexts_of, look_ahead
+from dpo.data.loader import StepBatches
 from dpo.errors import UserError
-from dpo.model.forward import pair_logps
-from dpo.objective.losses import Loss, start_loss
+from dpo.objective.objective import Objective
 from dpo.policy import FrozenReference, Policy
 from dpo.runtime import distributed
 from dpo.runtime.tracking import Tracker
 from dpo.setup import Setup
-from dpo.types import PackedBatch
+from dpo.types import PairLogps
 
 SAME_DTYPE_LOSS = 1e-5
 MIXED_DTYPE_LOSS = 0.05
@@ -27,41 +29,50 @@ MIXED_DTYPE_TOKEN = 0.05
 """Largest distance from the loss of equal models, and between log-probs, nats per token."""
 
 
+def _loss_sum(setup: Setup, loss: Objective, work: StepBatches, scored: Scored) -> torch.Tensor:
+    """Scalar: the loss summed over this rank's pairs; collective where pairs are coupled."""
+    contexts = contexts_of(loss, work.batches, scored, work.chosen_length, setup.world, is_step=False)
+    losses = [loss(*pair, context).losses for pair, context in zip(scored, contexts, strict=True)]
+    return torch.cat(losses).double().sum()
+
+
+def _as_if_equal(policy: PairLogps, reference: PairLogps) -> tuple[PairLogps, PairLogps]:
+    """What would be scored if the policy were the reference."""
+    kls = None if policy.kls is None else torch.zeros_like(policy.kls)
+    return replace(policy, chosen=reference.chosen, rejected=reference.rejected, kls=kls), reference
+
+
 @torch.no_grad()
 def check_start(
-    setup: Setup,
-    policy: Policy,
-    reference: FrozenReference,
-    loss: Loss,
-    batches: Sequence[PackedBatch],
-    tracker: Tracker,
+    setup: Setup, policy: Policy, reference: FrozenReference, loss: Objective, work: StepBatches, tracker: Tracker
 ) -> None:
     """Score the first step's pairs with both models and compare; collective.
 
     Raises:
         UserError: If the run would not start from the reference.
     """
-    device = setup.world.device
-    totals = torch.zeros(4, dtype=torch.float64, device=device)
-    for batch in batches:
-        on_device = batch.to(device)
-        of_reference, of_policy = reference.train(on_device), pair_logps(policy.score, on_device)
-        gap = (of_policy.chosen - of_reference.chosen).abs() + (of_policy.rejected - of_reference.rejected).abs()
-        losses = loss(of_policy, of_reference).losses
-        totals += torch.stack(
-            [losses.double().sum(), gap.double().sum(), on_device.completion_lengths.sum().double(),
-             torch.tensor(len(batch.pair_ids), dtype=torch.float64, device=device)]
-        )
-    loss_sum, gap_sum, tokens, pairs = distributed.sum_over_ranks(totals).tolist()
-    mean, per_token = loss_sum / pairs, gap_sum / tokens
-    expected = start_loss(setup.config.loss.name, setup.config.loss.beta)
+    scored = look_ahead(policy, reference.train, work.batches, setup.world.device)
+    equal = [_as_if_equal(*pair) for pair in scored] if loss.needs_reference else scored
+    gaps = [(p.chosen - r.chosen).abs() + (p.rejected - r.rejected).abs() for p, r in scored]
+    tokens = [p.chosen_lengths + p.rejected_lengths for p, _ in scored]
+    totals = torch.stack([
+        _loss_sum(setup, loss, work, scored), _loss_sum(setup, loss, work, equal), torch.cat(gaps).double().sum(),
+        torch.cat(tokens).double().sum(),
+    ])  # fmt: skip
+    loss_sum, equal_sum, gap_sum, token_sum = distributed.sum_over_ranks(totals).tolist()
+    mean, expected, per_token = loss_sum / work.num_pairs, equal_sum / work.num_pairs, gap_sum / token_sum
+    if not loss.needs_reference:
+        tracker.say(f"start: loss {mean:.6f}, no reference to compare with")
+        if not math.isfinite(mean):
+            raise UserError(f"the loss of the first step is {mean}; use bf16 or fp32 where fp16 overflows")
+        return
     mixed = reference.dtype != setup.dtype
     limit = MIXED_DTYPE_LOSS if mixed else SAME_DTYPE_LOSS
     tracker.say(
         f"start: loss {mean:.6f} (equal models: {expected:.6f}), policy and reference differ by {per_token:.2g} nats"
         f" a token"
     )
-    off = not math.isfinite(mean) or abs(mean - expected) > limit * max(1.0, expected)
+    off = not math.isfinite(mean) or not abs(mean - expected) <= limit * max(1.0, expected)
     if off or (mixed and per_token > MIXED_DTYPE_TOKEN):
         raise UserError(
             f"the start is not honest: loss {mean:.6f} where equal models give {expected:.6f}, {per_token:.3g} nats a"

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from dpo.context import contexts_of, look_ahead
 from dpo.data.loader import StepBatches
 from dpo.errors import UserError
-from dpo.model.forward import pair_logps
-from dpo.objective.losses import Loss
 from dpo.objective.metrics import averages, sums
+from dpo.objective.objective import Objective
 from dpo.policy import FrozenReference, Policy
 from dpo.runtime import distributed
 from dpo.runtime import engine as deepspeed_engine
@@ -79,12 +79,14 @@ def take_step(
     setup: Setup,
     policy: Policy,
     reference: FrozenReference,
-    loss: Loss,
+    loss: Objective,
     work: StepBatches,
     lr: float,
     meter: Meter,
 ) -> None:
     """One optimizer step: the mean loss over the pairs of the global batch; collective.
+
+    A loss that couples pairs first scores the global batch without gradient: one more forward pass of the policy.
 
     Args:
         setup: The run.
@@ -98,13 +100,15 @@ def take_step(
     """
     world, started = setup.world, time.perf_counter()
     losses = []
-    for index, batch in enumerate(work.batches):
+    known = look_ahead(policy, reference.train, work.batches, world.device) if loss.couples else None
+    contexts = contexts_of(loss, work.batches, known, work.chosen_length, world, is_step=True)
+    for index, (batch, context) in enumerate(zip(work.batches, contexts, strict=True)):
         meter.totals[8] += batch.input_ids.numel()
         meter.totals[9] += batch.num_padding_tokens
         on_device = batch.to(world.device)
-        reference_logps = reference.train(on_device)
-        policy_logps = pair_logps(policy.score, on_device)
-        output = loss(policy_logps, reference_logps)
+        reference_logps = reference.train(on_device) if known is None else known[index][1]
+        policy_logps = policy.logps(on_device, reference_logps)
+        output = loss(policy_logps, reference_logps, context)
         scaled = output.losses.sum() * world.world_size / work.num_pairs
         deepspeed_engine.backward(policy.engine, scaled, index == len(work.batches) - 1)
         meter.totals[:8] += sums(output, policy_logps)

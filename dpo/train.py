@@ -18,12 +18,12 @@ import torch
 from dpo.commandline import Command
 from dpo.config import to_dict
 from dpo.data.loader import whole_pass
-from dpo.evaluate import evaluate
+from dpo.evaluate import ValidationShare, evaluate
 from dpo.export import final_dtype, write_weights
 from dpo.finish import closing, take_samples
 from dpo.model.load import fetch_weights
 from dpo.model.reference import remembered
-from dpo.objective.losses import make_loss
+from dpo.objective.objective import Objective
 from dpo.plan import show_plan
 from dpo.policy import FrozenReference, Policy, start_models
 from dpo.report import model_card
@@ -36,7 +36,6 @@ from dpo.setup import Setup, prepare
 from dpo.sft import run_sft
 from dpo.start import check_start
 from dpo.step import Meter, take_step
-from dpo.types import PackedBatch
 
 
 def _due(step: int, every: int | str, steps_per_epoch: int, total: int) -> bool:
@@ -132,23 +131,26 @@ def _train_dpo(
 ) -> TrainState:
     """The DPO stage from `state` to the last step."""
     config, world, total = setup.config, setup.world, setup.total_steps
-    loss = make_loss(config.loss.name, config.loss.beta, config.loss.label_smoothing)
+    loss = Objective(config.loss, state.running)
     loader = setup.loader(setup.train_pairs, policy.layout)
     per_epoch = setup.epochs.steps_per_epoch
-    validation: dict[str, list[PackedBatch]] = {}
+    validation: dict[str, ValidationShare] = {}
     if setup.validation_pairs is not None:
-        every = setup.loader(setup.validation_pairs, policy.layout)
-        validation = {name: whole_pass(every, ids) for name, ids in setup.data.validation_sets().items()}
+        every, lengths = setup.loader(setup.validation_pairs, policy.layout), setup.validation_pairs.lengths
+        validation = {
+            name: ValidationShare(whole_pass(every, ids), float(lengths[ids, 1].mean()))
+            for name, ids in setup.data.validation_sets().items()
+        }
     known_reference = remembered(reference.validation)
 
     def evaluate_after(step: int) -> None:
         if validation:
-            metrics = evaluate(policy.score, known_reference, validation, loss, world.device)
+            metrics = evaluate(policy, known_reference, validation, loss, world)
             tracker.record({"step": step, "epoch": step / per_epoch} | metrics)
             tracker.say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if "logps" not in k))
 
     if state.step == 0:
-        check_start(setup, policy, reference, loss, loader[0].batches, tracker)
+        check_start(setup, policy, reference, loss, loader[0], tracker)
         evaluate_after(0)
     meter = Meter(torch.zeros(10, dtype=torch.float64, device=world.device))
     meter.take_up(state.unlogged, world.is_main)
@@ -159,7 +161,7 @@ def _train_dpo(
         )
         take_step(setup, policy, reference, loss, work, lr, meter)
         step = work.step + 1
-        state = TrainState(step, state.num_tokens + work.num_tokens)
+        state = TrainState(step, state.num_tokens + work.num_tokens, running=loss.running)
         if step % config.log.every == 0 or step == total:
             values = meter.line(world.device) | {"learning_rate": lr, "num_tokens": state.num_tokens}
             tracker.record({"step": step, "epoch": step / per_epoch} | values)

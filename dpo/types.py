@@ -9,8 +9,8 @@ rows, N scored (completion) tokens, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -111,6 +111,7 @@ class PackedBatch:
         pair_ids: Ids of the P pairs, in order; empty for a dummy batch, whose two tokens score nothing.
         num_sequences: S; 2P for preference batches, P for batches of chosen completions alone (SFT).
         num_useful_tokens: 2P+C+R summed over pairs (P+C for SFT): the same for every layout.
+        token_weights: (N,) fp32: what each completion token counts in its sequence's sum; None where all count 1.
     """
 
     input_ids: Tensor
@@ -125,6 +126,7 @@ class PackedBatch:
     pair_ids: tuple[int, ...]
     num_sequences: int
     num_useful_tokens: int
+    token_weights: Tensor | None = None
 
     @property
     def num_padding_tokens(self) -> int:
@@ -134,9 +136,8 @@ class PackedBatch:
         return self.input_ids.numel() - self.num_useful_tokens if self.num_rows > 1 else 0
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
-        changed: dict[str, Any] = {
-            f.name: change(getattr(self, f.name)) for f in fields(self) if f.type in ("Tensor", Tensor)
-        }
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
         return replace(self, **changed)
 
     def to(self, device: torch.device | str) -> PackedBatch:
@@ -149,20 +150,55 @@ class PackedBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class FrozenTokens:
+    """What the reference knows of every scored token, for losses that compare whole next-token distributions.
+
+    Attributes:
+        hidden: (N, H) hidden states that predict the tokens.
+        weight: (V, H) of the reference's output embedding.
+        bias: (V,) or None.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
 class PairLogps:
     """Log-probs of the completions of P pairs under one model.
 
     Attributes:
-        chosen: (P,) fp32 (fp64 for an fp64 model): sum over the chosen completion's tokens, nats.
+        chosen: (P,) fp32 (fp64 for an fp64 model): sum over the chosen completion's tokens, weighted by the batch's
+            token_weights where it has any, nats.
         rejected: (P,) likewise.
-        chosen_lengths: (P,) int64: completion tokens summed over.
+        chosen_lengths: (P,) int64: tokens of the completion.
         rejected_lengths: (P,) likewise.
+        kls: (2, P) chosen and rejected: KL(reference || policy) summed over the tokens, nats; for tdpo, else None.
+        certainties: (2, P) mean over the tokens of logp_t - log sum_v p_t(v)^2, no gradient; for loss.wpo, else None.
+        tokens: Of a reference whose whole distributions are needed.
     """
 
     chosen: Tensor
     rejected: Tensor
     chosen_lengths: Tensor
     rejected_lengths: Tensor
+    kls: Tensor | None = None
+    certainties: Tensor | None = None
+    tokens: FrozenTokens | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What the loss of a pair takes from the rest of its global batch: fixed numbers, without gradient.
+
+    Attributes:
+        chosen_length: Mean chosen completion tokens a pair, over the global batch.
+        partners: Loss -> (P, k), for losses that couple pairs: what the other pairs give to each pair.
+    """
+
+    chosen_length: float
+    partners: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +207,8 @@ class LossOutput:
 
     Attributes:
         losses: (P,) nats, with gradient.
-        chosen_rewards: (P,) beta * (policy - reference) of the chosen completions, detached.
+        chosen_rewards: (P,) beta * (policy - reference) of the chosen completions, detached; without a reference
+            beta * log-prob, per token where the loss is.
         rejected_rewards: (P,) likewise.
     """
 

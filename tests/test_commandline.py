@@ -17,6 +17,7 @@ from dpo import commandline
 from dpo.commandline import Command, parse, parse_options
 from dpo.config import Config, check_world_size, to_dict
 from dpo.errors import UserError
+from dpo.objective.catalog import LOSSES
 
 GIVEN = ["--model.policy", "p", "--data.train", "d"]
 ROOT = Path(__file__).resolve().parents[1]
@@ -146,7 +147,10 @@ FLAG_MISTAKES: dict[str, tuple[list[str], str]] = {
         ["--model.gradient_checkpointing", "maybe"], "model.gradient_checkpointing is maybe; use auto or true or false",
     ),
     "no bool": (["--data.shuffle", "maybe"], "data.shuffle is maybe; use true or false"),
-    "no choice": (["--loss.name", "dpo"], "loss.name is dpo; use sigmoid or hinge or ipo or ipo_sum"),
+    "no choice": (["--train.layout", "dense"], "train.layout is dense; use shared or packed or padded"),
+    "neither a choice nor a list": (
+        ["--loss.name", "dpo"], f"loss.name is dpo; use {' or '.join(LOSSES)} or a list of them",
+    ),
     "no pair": (["--optim.betas", "0.9"], "optim.betas is 0.9; use [a number, a number]"),
     "no list": (["--log.backends", "x"], "log.backends is x; use [tensorboard or wandb or trackio, ...]"),
     "a section": (["--loss", "sigmoid"], "loss is sigmoid; use its keys, as in --loss.KEY VALUE"),
@@ -202,7 +206,10 @@ def test_an_impossible_value_is_one_line_with_key_value_and_fix(key: str) -> Non
 
 def test_values_that_contradict_each_other_are_named_together() -> None:
     message = message_of([*GIVEN, "--loss.label_smoothing", "0.1", "--loss.name", "hinge"])
-    assert message == "loss.label_smoothing is 0.1 with loss.name hinge; it belongs to sigmoid"
+    assert message == (
+        "loss.label_smoothing is 0.1 with loss.name hinge; it belongs to sigmoid or robust or sigmoid_norm or exo_pair"
+        " or aot or aot_unpaired or cpo"
+    )
     assert message_of([*GIVEN, "--train.output_dir", ""]) == "train.output_dir is empty; name a folder"
 
 

@@ -9,15 +9,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = [
-    "errors", "config", "commandline", "types",
+    "errors", "objective.catalog", "config", "commandline", "types",
     "data.example", "data.files", "data.sources", "data.kinds", "data.formats", "data.labels", "data.boundary",
     "data.encode", "data.workers", "data.store", "data.tokenize", "data.mixture", "data.planner", "data.batch",
     "data.loader",
-    "model.example", "model.load", "model.shape", "model.attention", "model.head", "model.forward", "model.check",
+    "model.example", "model.load", "model.shape", "model.attention", "model.head", "model.vocabulary", "model.forward",
+    "model.check",
     "model.reference",
-    "objective.losses", "objective.metrics",
+    "objective.divergences", "objective.losses", "objective.reference_free", "objective.coupled", "objective.tokens",
+    "objective.objective", "objective.metrics",
     "runtime.distributed", "runtime.schedule", "runtime.engine", "runtime.checkpoint", "runtime.tracking",
-    "reference_cache", "sample", "estimate", "run_data", "setup", "policy", "start", "step", "export", "sft",
+    "reference_cache", "sample", "estimate", "run_data", "setup", "policy", "context", "start", "step", "export", "sft",
     "evaluate", "forecast", "plan", "report", "finish", "train", "__main__",
 ]  # fmt: skip
 OWNERS = {

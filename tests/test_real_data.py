@@ -17,7 +17,7 @@ import transformers
 
 import train_dpo
 from dpo.data.tokenize import prepare_pairs
-from dpo.objective.losses import make_loss
+from dpo.objective.objective import Objective
 from dpo.runtime.tracking import read_lines
 
 
@@ -134,21 +134,16 @@ def test_prepare_only_fills_the_cache_and_names_the_variables_for_compute_nodes(
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_step_and_names_the_rows(
     short_rows, shared_data, tmp_path, capsys, monkeypatch
 ):
-    calls = []
+    calls, compute = [], Objective.__call__
 
     def poisoned(*args):
-        loss = make_loss(*args)
+        output = compute(*args)
+        calls.append(1)
+        # The fourth call, after two in the check of the start and step 1, is step 2.
+        nan = torch.tensor([0.0, float("nan"), 0.0, 0.0]) if len(calls) == 4 else 0.0
+        return replace(output, losses=output.losses + nan)
 
-        def compute(policy, reference):
-            output = loss(policy, reference)
-            calls.append(1)
-            # The third call, after the check of the start and step 1, is step 2.
-            nan = torch.tensor([0.0, float("nan"), 0.0, 0.0]) if len(calls) == 3 else 0.0
-            return replace(output, losses=output.losses + nan)
-
-        return compute
-
-    monkeypatch.setattr("dpo.train.make_loss", poisoned)
+    monkeypatch.setattr(Objective, "__call__", poisoned)
     code = train_dpo.main([
         "--config", "ds_configs/zero2.json", "--model.policy", str(shared_data / "stories260k-llama"),
         "--data.train", str(short_rows), "--data.cache_dir", str(tmp_path / "cache"), "--data.shuffle", "false",

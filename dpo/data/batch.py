@@ -76,6 +76,12 @@ def _padded(sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndar
     return ids.reshape(-1), np.tile(np.arange(width), len(sequences)), rows
 
 
+def _in_order(weights: Sequence[tuple[np.ndarray, np.ndarray]]) -> torch.Tensor:
+    """(N,) fp32: weights in the order of the scored tokens, chosen completions first."""
+    chosen, rejected = zip(*weights, strict=True)
+    return torch.from_numpy(np.concatenate(chosen + rejected).astype(np.float32))
+
+
 def _dummy(layout: Layout) -> PackedBatch:
     """Two tokens that score nothing: keeps a rank without pairs in step with the others."""
     none = torch.zeros(0, dtype=torch.int64)
@@ -95,12 +101,17 @@ def _dummy(layout: Layout) -> PackedBatch:
     )
 
 
-def collate(pairs: Sequence[TokenizedPair], layout: Layout) -> PackedBatch:
+def collate(
+    pairs: Sequence[TokenizedPair],
+    layout: Layout,
+    token_weights: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
+) -> PackedBatch:
     """Lay pairs out for one forward pass.
 
     Args:
         pairs: The pairs of one micro-batch; none gives a dummy batch.
         layout: See the module's docstring.
+        token_weights: For every pair, of its chosen (c,) and rejected (r,) tokens; None where all count 1.
     Returns:
         The batch, on the CPU.
     """
@@ -130,4 +141,5 @@ def collate(pairs: Sequence[TokenizedPair], layout: Layout) -> PackedBatch:
         pair_ids=tuple(p.pair_id for p in pairs),
         num_sequences=len(completions),
         num_useful_tokens=sum(len(p) for p in prompts) + int(lengths.sum()),
+        token_weights=None if token_weights is None else _in_order(token_weights),
     )

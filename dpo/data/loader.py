@@ -6,7 +6,7 @@ uninterrupted run would have had.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from dpo.data.batch import collate
 from dpo.data.planner import Epochs, Layout, num_tokens, plan_batch
-from dpo.types import PackedBatch, PairDataset
+from dpo.types import PackedBatch, PairDataset, TokenizedPair
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,11 @@ class StepBatches:
     num_target_tokens: int
     num_tokens: int
 
+    @property
+    def chosen_length(self) -> float:
+        """Mean chosen completion tokens a pair, over all ranks."""
+        return self.num_target_tokens / self.num_pairs
+
 
 @dataclass(frozen=True, slots=True)
 class Loader:
@@ -46,6 +51,7 @@ class Loader:
         rank, world_size: Whose micro-batches.
         layout, token_budget, max_pairs: See `planner.plan_batch`.
         pin_memory: Pin the tensors, so that copies to a GPU overlap its work.
+        token_weights: token_weights(step, pair) -> what the tokens of its completions count; None: 1 each.
     """
 
     dataset: PairDataset
@@ -56,13 +62,14 @@ class Loader:
     token_budget: int
     max_pairs: int | None = None
     pin_memory: bool = False
+    token_weights: Callable[[int | None, TokenizedPair], tuple[np.ndarray, np.ndarray]] | None = None
 
     def __getitem__(self, step: int) -> StepBatches:
         """Build the micro-batches of a step, counted from 0."""
         ids = self.epochs.batch(step)
         return StepBatches(
             step=step,
-            batches=[self._build(pair_ids) for pair_ids in self.share_of(ids)],
+            batches=[self.build(pair_ids, step) for pair_ids in self.share_of(ids)],
             num_pairs=len(ids),
             num_target_tokens=int(self.dataset.lengths[ids, 1].sum()),
             num_tokens=int(num_tokens(self.dataset.lengths[ids], "packed").sum()),
@@ -80,8 +87,11 @@ class Loader:
         )
         return plan[self.rank]
 
-    def _build(self, pair_ids: list[int]) -> PackedBatch:
-        batch = collate([self.dataset[i] for i in pair_ids], self.layout)
+    def build(self, pair_ids: list[int], step: int | None = None) -> PackedBatch:
+        """Lay out the pairs of a micro-batch; a step is named in training alone."""
+        pairs = [self.dataset[i] for i in pair_ids]
+        weights = None if self.token_weights is None else [self.token_weights(step, pair) for pair in pairs]
+        batch = collate(pairs, self.layout, weights)
         return batch.pin() if self.pin_memory else batch
 
     def steps(self, start: int, stop: int) -> Iterator[StepBatches]:
@@ -99,4 +109,4 @@ class Loader:
 
 def whole_pass(loader: Loader, pair_ids: Sequence[int]) -> list[PackedBatch]:
     """This rank's micro-batches of one pass in which each of some pairs is scored exactly once (an evaluation)."""
-    return [loader._build(ids) for ids in loader.share_of(pair_ids)]
+    return [loader.build(ids) for ids in loader.share_of(pair_ids)]

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dpo.model.head import CHUNK_ROWS, Head, logps_of_logits
-from dpo.types import PackedBatch, PairLogps, TokenizedPair
+from dpo.model.vocabulary import Certainty, token_kls
+from dpo.types import FrozenTokens, PackedBatch, PairLogps, TokenizedPair
 
 
 class Scorer(nn.Module):
@@ -25,29 +27,44 @@ class Scorer(nn.Module):
         model: The transformers model.
         own_head: Score through the model's own head, which takes padded batches.
         native_attention: Name of the model's own attention implementation.
+        certainty: Says how sure the policy is of every token, for loss.wpo; else None.
     """
 
-    def __init__(self, model: Any, chunk_rows: int = CHUNK_ROWS) -> None:
+    def __init__(self, model: Any, chunk_rows: int = CHUNK_ROWS, *, with_certainty: bool = False) -> None:
         super().__init__()
         self.model = model
         self.head = Head(model.get_output_embeddings(), chunk_rows)
+        self.certainty = Certainty(model.get_output_embeddings(), chunk_rows) if with_certainty else None
         self.own_head = False
         self.native_attention = model.config._attn_implementation
 
-    def forward(self, batch: PackedBatch) -> Tensor:
+    def forward(self, batch: PackedBatch, frozen: FrozenTokens | None = None, certain: bool = False) -> Tensor:
         """Score a batch.
 
         Args:
             batch: On the model's device.
+            frozen: What the reference knows of the same tokens, to measure the KL from it as well.
+            certain: Measure how certain every token is as well; needs `certainty`.
         Returns:
-            (S,) fp32 (fp64 for an fp64 model): summed log-probs of every sequence's completion, nats.
+            (S,) fp32 (fp64 for an fp64 model): summed log-probs of every sequence's completion, nats, weighted by the
+            batch's token_weights. With `frozen` or `certain` (2, S): below it the summed KL(reference || policy) of the
+            tokens, or the sum of logp_t - log sum_v p_t(v)^2, without gradient.
         """
-        token_logps = self._own_token_logps(batch) if self.own_head else self._token_logps(batch)
-        if batch.num_sequences == 0:
-            # Still a function of every weight: ZeRO-3 runs every module's hooks on every rank, in backward too.
-            return token_logps.sum()[None][:0]
-        sums = token_logps.new_zeros(batch.num_sequences)
-        return sums.index_add(0, batch.sequence_ids, token_logps)
+        if frozen is None and not certain:
+            token_logps = self._own_token_logps(batch) if self.own_head else self._token_logps(batch)
+            return sums_by_sequence(self._weighted(token_logps, batch), batch)
+        hidden = self.hidden(batch)
+        token_logps = self.head(hidden, batch.target_ids)
+        if frozen is not None:
+            second = token_kls(hidden, self.head.weight, self.head.bias, frozen, self.head.chunk_rows)
+        else:
+            assert self.certainty is not None
+            second = token_logps.detach() - self.certainty(hidden.detach())
+        rows = self._weighted(token_logps, batch), second
+        return torch.stack([sums_by_sequence(row, batch) for row in rows])
+
+    def _weighted(self, token_logps: Tensor, batch: PackedBatch) -> Tensor:
+        return token_logps if batch.token_weights is None else token_logps * batch.token_weights
 
     def _inputs(self, batch: PackedBatch) -> dict[str, Any]:
         inputs = {"input_ids": batch.input_ids.view(batch.num_rows, -1), "use_cache": False}
@@ -55,11 +72,14 @@ class Scorer(nn.Module):
             return inputs  # positions of a padded row are the model's own, and not every model takes them
         return inputs | {"position_ids": batch.position_ids.view(batch.num_rows, -1), "segments": batch.segments}
 
-    def _token_logps(self, batch: PackedBatch) -> Tensor:
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """(N, H): the hidden states that predict the completion tokens."""
         backbone = self.model.base_model
         hidden = backbone(**self._inputs(batch)).last_hidden_state  # (rows, T / rows, H)
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        return self.head(hidden.index_select(0, batch.score_index), batch.target_ids)  # (N,)
+        return hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.score_index)
+
+    def _token_logps(self, batch: PackedBatch) -> Tensor:
+        return self.head(self.hidden(batch), batch.target_ids)  # (N,)
 
     def _own_token_logps(self, batch: PackedBatch) -> Tensor:
         width = batch.input_ids.numel() // batch.num_rows
@@ -82,18 +102,38 @@ class Scorer(nn.Module):
             self.model.set_attn_implementation(current)
 
 
-def pair_logps(score: Callable[[PackedBatch], Tensor], batch: PackedBatch) -> PairLogps:
+def sums_by_sequence(of_tokens: Tensor, batch: PackedBatch) -> Tensor:
+    """(S,): a value per scored token (N,), summed over every sequence."""
+    if batch.num_sequences == 0:
+        # Still a function of every weight: ZeRO-3 runs every module's hooks on every rank, in backward too.
+        return of_tokens.sum()[None][:0]
+    return of_tokens.new_zeros(batch.num_sequences).index_add(0, batch.sequence_ids, of_tokens)
+
+
+def pair_logps(
+    score: Callable[..., Tensor], batch: PackedBatch, frozen: FrozenTokens | None = None, certain: bool = False
+) -> PairLogps:
     """Score a preference batch and name the halves.
 
     Args:
         score: A Scorer, or an engine around one.
         batch: 2P sequences, chosen first.
+        frozen, certain: See `Scorer.forward`.
     Returns:
-        Log-probs of the P pairs; differentiable if `score` is.
+        Log-probs of the P pairs, with their KLs or certainties where asked for; differentiable if `score` is.
     """
-    logps, lengths = score(batch), batch.completion_lengths
+    if frozen is None and not certain:
+        return _halves(score(batch), batch)
+    logps, sums = score(batch, frozen, certain)  # (S,), (S,)
+    pairs = _halves(logps, batch)
+    if frozen is not None:
+        return replace(pairs, kls=torch.stack(sums.tensor_split(2)))
+    return replace(pairs, certainties=torch.stack((sums.detach() / batch.completion_lengths).tensor_split(2)))
+
+
+def _halves(logps: Tensor, batch: PackedBatch) -> PairLogps:
     chosen, rejected = logps.tensor_split(2)
-    chosen_lengths, rejected_lengths = lengths.tensor_split(2)
+    chosen_lengths, rejected_lengths = batch.completion_lengths.tensor_split(2)
     return PairLogps(chosen, rejected, chosen_lengths, rejected_lengths)
 
 

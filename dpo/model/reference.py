@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from dpo.model.forward import pair_logps
-from dpo.types import PackedBatch, PairLogps
+from dpo.model.forward import Scorer, pair_logps, sums_by_sequence
+from dpo.types import FrozenTokens, PackedBatch, PairLogps
 
 Reference = Callable[[PackedBatch], PairLogps]
 
@@ -27,6 +28,31 @@ def online(score: Callable[[PackedBatch], Tensor]) -> Reference:
         return pair_logps(score, batch)
 
     return reference
+
+
+def online_with_tokens(scorer: Scorer) -> Reference:
+    """Score every batch with a frozen model and keep what it knows of every token, for a KL over the vocabulary.
+
+    Args:
+        scorer: Around the frozen copy, whole and scored through the fast head.
+    Returns:
+        reference(batch) -> PairLogps with `tokens`.
+    """
+
+    @torch.no_grad()
+    def reference(batch: PackedBatch) -> PairLogps:
+        hidden, head = scorer.hidden(batch), scorer.head
+        sums = sums_by_sequence(head(hidden, batch.target_ids), batch)
+        return replace(pair_logps(lambda _: sums, batch), tokens=FrozenTokens(hidden, head.weight, head.bias))
+
+    return reference
+
+
+def nothing(batch: PackedBatch) -> PairLogps:
+    """The reference of a loss that needs none: log-probs of 0, so that log-ratios are log-probs of the policy."""
+    zeros = torch.zeros(len(batch.pair_ids), dtype=torch.float32, device=batch.completion_lengths.device)
+    chosen_lengths, rejected_lengths = batch.completion_lengths.tensor_split(2)
+    return PairLogps(zeros, zeros, chosen_lengths, rejected_lengths)
 
 
 def from_scores(scores: Tensor, device: torch.device) -> Reference:
@@ -48,19 +74,24 @@ def from_scores(scores: Tensor, device: torch.device) -> Reference:
     return reference
 
 
-def remembered(reference: Reference) -> Callable[[int, PackedBatch], PairLogps]:
+def remembered(reference: Reference) -> Reference:
     """Score each batch of a fixed list once and remember the answer: validation pairs never change.
+
+    What the reference knows of every token is not kept, since it would fill the memory: such batches are scored anew.
 
     Args:
         reference: What scores a batch the first time.
     Returns:
-        reference(index, batch) -> PairLogps.
+        reference(batch) -> PairLogps; batches are told apart by their pairs.
     """
-    known: dict[int, PairLogps] = {}
+    known: dict[tuple[int, ...], PairLogps] = {}
 
-    def lookup(index: int, batch: PackedBatch) -> PairLogps:
-        if index not in known:
-            known[index] = reference(batch)
-        return known[index]
+    def lookup(batch: PackedBatch) -> PairLogps:
+        if batch.pair_ids in known:
+            return known[batch.pair_ids]
+        answer = reference(batch)
+        if answer.tokens is None:
+            known[batch.pair_ids] = answer
+        return answer
 
     return lookup

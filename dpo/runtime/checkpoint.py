@@ -43,11 +43,13 @@ class TrainState:
         step: Optimizer steps of DPO that are done.
         num_tokens: Useful tokens seen so far.
         unlogged: What the next line of metrics.jsonl already holds, summed over all ranks.
+        running: What the objective carries from step to step.
     """
 
     step: int = 0
     num_tokens: int = 0
     unlogged: tuple[float, ...] = ()
+    running: float = 0.0
 
 
 def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -238,7 +240,7 @@ def load(engine: Any, folder: Path, world: World) -> TrainState:
     if loaded is None:
         raise UserError(f"checkpoint {folder} holds no engine state; delete the folder to use the one before")
     values = only_main(world, state)
-    return TrainState(values["step"], values["num_tokens"], tuple(values["unlogged"]))
+    return TrainState(values["step"], values["num_tokens"], tuple(values["unlogged"]), values.get("running", 0.0))
 
 
 def publish(folder: Path, write: Callable[[Path], None], world: World) -> None:

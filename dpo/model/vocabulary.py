@@ -1,0 +1,78 @@
+"""Whole next-token distributions, a tile of rows at a time: what a few losses need beside the target's log-prob.
+
+Full logits of all completion tokens never exist: a tile of `chunk_rows` rows is computed, reduced to one number a row
+and thrown away; where there is a gradient it is computed again in backward.
+
+Legend: N scored tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+
+from dpo.types import FrozenTokens
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(n, V) in fp32, or fp64 for fp64 weights."""
+    logits = linear(hidden, weight, bias)
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _tile_kls(hidden: Tensor, weight: Tensor, bias: Tensor | None, frozen: FrozenTokens) -> Tensor:
+    policy = _logits(hidden, weight, bias).log_softmax(dim=1)  # (n, V)
+    reference = _logits(frozen.hidden, frozen.weight, frozen.bias).log_softmax(dim=1)
+    return (reference.exp() * (reference - policy)).sum(dim=1)
+
+
+def token_kls(hidden: Tensor, weight: Tensor, bias: Tensor | None, frozen: FrozenTokens, chunk_rows: int) -> Tensor:
+    """KL(reference || policy) of the next-token distribution at every scored token.
+
+    Args:
+        hidden: (N, H) of the policy, with gradient.
+        weight, bias: Of the policy's output embedding.
+        frozen: The reference at the same tokens.
+        chunk_rows: Rows per tile.
+    Returns:
+        (N,) fp32 (fp64 for fp64 inputs), nats, >= 0.
+    """
+    tiles = [
+        checkpoint(_tile_kls, h, weight, bias, FrozenTokens(f, frozen.weight, frozen.bias), use_reentrant=False)
+        for h, f in zip(hidden.split(chunk_rows), frozen.hidden.split(chunk_rows), strict=True)
+        if len(h)
+    ]
+    return torch.cat(tiles) if tiles else _logits(hidden, weight[:1], None).squeeze(1)
+
+
+class Certainty(nn.Module):
+    """How certain a model is of its next token: log sum_v p(v)^2, what the target's log-prob is measured against.
+
+    The parameters are those of the model's own output layer, registered here once more: under ZeRO-3 a weight is whole
+    only within the forward of a module that owns it.
+
+    Source: the aligned weights of WPO, Zhou et al. 2024, arXiv:2406.11827, Eq. 2.
+    """
+
+    def __init__(self, output_layer: nn.Module, chunk_rows: int) -> None:
+        super().__init__()
+        self.weight: nn.Parameter = output_layer.weight  # type: ignore[assignment]
+        self.bias = getattr(output_layer, "bias", None)
+        self.chunk_rows = chunk_rows
+
+    @torch.no_grad()
+    def forward(self, hidden: Tensor) -> Tensor:
+        """log sum_v p(v)^2 at every scored token.
+
+        Args:
+            hidden: (N, H).
+        Returns:
+            (N,) fp32 (fp64 for fp64 inputs), in [-log V, 0], without gradient.
+        """
+        tiles = []
+        for h in hidden.split(self.chunk_rows):
+            logits = _logits(h, self.weight, self.bias)  # (n, V)
+            tiles.append((2 * logits).logsumexp(dim=1) - 2 * logits.logsumexp(dim=1))
+        return torch.cat(tiles)

@@ -1,0 +1,93 @@
+"""Take three steps under many losses in one process group and write what each gave; started by torchrun.
+
+    torchrun --nproc_per_node N tests/invariants/run_losses.py CASES.json OUT.json
+
+CASES.json: name -> {"loss": the loss section, "layout", "micro_batches", and "stage" (ZeRO) where it is not 2}.
+OUT.json: name -> the lines of three steps and of the evaluation after them, as rank 0 logs them. Models, pairs and
+steps are those of a run: only the reading of files is left out.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dpo.policy
+from dpo.config import Config, DataConfig, LogConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from dpo.data.loader import whole_pass
+from dpo.evaluate import evaluate
+from dpo.objective.objective import Objective
+from dpo.runtime import distributed
+from dpo.runtime import engine as deepspeed_engine
+from dpo.runtime.distributed import World
+from dpo.setup import Setup
+from dpo.start import check_start
+from dpo.step import Meter, take_step
+from tests import tiny
+
+PAIRS_A_STEP, STEPS, LR = 9, 3, 1e-3
+
+
+class Said:
+    """A tracker that remembers its lines."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def setup_of(case: dict[str, Any], world: World, pairs: tiny.Pairs) -> Setup:
+    """The setup of a case."""
+    a_rank = -(-PAIRS_A_STEP // world.world_size)
+    optim = OptimConfig(lr=LR, schedule="constant", warmup_steps=0)
+    config = Config(
+        model=ModelConfig(policy="tiny"), data=DataConfig(train="pairs"),
+        loss=LossConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in case["loss"].items()}),
+        optim=optim, log=LogConfig(samples=0),
+        train=TrainConfig(
+            global_batch_size=PAIRS_A_STEP, layout=case["layout"], precision="fp32",
+            micro_batch_size=-(-a_rank // case["micro_batches"]),
+        ),
+    )  # fmt: skip
+    engine_config = deepspeed_engine.build_config(
+        {"zero_optimization": {"stage": case.get("stage", 2)}}, optim=optim, precision="fp32",
+        global_batch_size=PAIRS_A_STEP,
+    )
+    return Setup(
+        config=config, world=world, engine_config=engine_config, precision="fp32", tokenizer=[], notes=(),
+        train_pairs=pairs, validation_pairs=pairs, start_dtype=torch.float32,
+    )  # type: ignore[arg-type]
+
+
+def run(case: dict[str, Any], world: World, pairs: tiny.Pairs) -> dict[str, Any]:
+    """Three steps and an evaluation; what was said at the start, and whether a reference was made."""
+    setup, said = setup_of(case, world, pairs), Said()
+    policy, reference = dpo.policy.start_models(setup, "tiny", said.say)
+    loss, loader = Objective(setup.config.loss), setup.loader(setup.train_pairs, policy.layout)
+    check_start(setup, policy, reference, loss, loader[0], said)  # type: ignore[arg-type]
+    meter, lines = Meter(torch.zeros(10, dtype=torch.float64)), []
+    for work in loader.steps(0, STEPS):
+        assert len(work.batches) == case["micro_batches"]
+        take_step(setup, policy, reference, loss, work, LR, meter)
+        lines.append(meter.line(world.device))
+    length = float(pairs.lengths[:, 1].mean())
+    found = evaluate(policy, reference.validation, whole_pass(loader), loss, length, world)
+    deepspeed_engine.stop(policy.engine)
+    return {"lines": lines, "evaluation": found, "said": said.lines, "has_reference": reference.scorer is not None}
+
+
+if __name__ == "__main__":
+    here = distributed.start()
+    model = tiny.model("llama", dtype=torch.float32)
+    dpo.policy._load = lambda *_: copy.deepcopy(model)  # type: ignore[assignment]
+    data = tiny.Pairs(tiny.pairs(PAIRS_A_STEP * 2, longest=9))
+    results = {name: run(case, here, data) for name, case in json.loads(Path(sys.argv[1]).read_text()).items()}
+    if here.is_main:
+        Path(sys.argv[2]).write_text(json.dumps(results))
