@@ -1,0 +1,113 @@
+"""Every loss gives the same steps however its pairs are spread over layouts, micro-batches and ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo.objective.catalog import LOSSES
+
+NEEDED: dict[str, dict[str, Any]] = {"exo_pair": {"label_smoothing": 0.1}}
+OBJECTIVES: dict[str, dict[str, Any]] = {name: {"name": name} | NEEDED.get(name, {}) for name in LOSSES} | {
+    "rpo": {"name": ["sigmoid", "sft"], "weights": [1.0, 0.5]},
+    "wpo": {"name": "hinge", "wpo": True},
+    "ld_alpha": {"name": "sigmoid", "ld_alpha": 0.3},
+    "reference_free": {"name": "sigmoid_norm", "beta": 2.0, "reference_free": True},
+}
+OTHERS = [
+    (ranks, layout, micro) for ranks in (1, 2) for layout in ("shared", "padded") for micro in (1, 3)
+    if (ranks, layout, micro) != (1, "shared", 1)
+]  # fmt: skip
+WITHOUT_REFERENCE = {"sft", "simpo", "orpo", "cpo", "reference_free"}
+SHARDED = ("wpo", "aot", "simpo", "sampo")
+
+
+def name_of(objective: str, ranks: int, layout: str, micro: int) -> str:
+    return f"{objective}, {ranks} ranks, {layout}, {micro} micro-batches"
+
+
+def steps_of_all(folder: Path, ranks: int, cases: dict[str, Any]) -> dict[str, Any]:
+    """Run the cases in one process group."""
+    (folder / f"{ranks}.json").write_text(json.dumps(cases))
+    launch = [sys.executable]
+    if ranks > 1:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    found = folder / f"{ranks}.found.json"
+    done = subprocess.run(
+        [*launch, "tests/invariants/run_losses.py", str(folder / f"{ranks}.json"), str(found)],
+        env=environment | {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=600, check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return json.loads(found.read_text())
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What every objective gave under every spread."""
+    folder, results = tmp_path_factory.mktemp("objectives"), {}
+    for ranks in (1, 2):
+        cases = {
+            name_of(objective, ranks, layout, micro): {"loss": loss, "layout": layout, "micro_batches": micro}
+            for objective, loss in OBJECTIVES.items() for layout in ("shared", "padded") for micro in (1, 3)
+        } | {
+            f"{objective}, {ranks} ranks, ZeRO-3": {
+                "loss": OBJECTIVES[objective], "layout": "shared", "micro_batches": 2, "stage": 3
+            }
+            for objective in SHARDED if ranks == 2
+        }  # fmt: skip
+        results |= steps_of_all(folder, ranks, cases)
+    return results
+
+
+def assert_same_steps(one: dict[str, Any], other: dict[str, Any]) -> None:
+    for mine, theirs in zip(one["lines"], other["lines"], strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=5e-5, rel=2e-6)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+        for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
+            assert mine[name] == pytest.approx(theirs[name], abs=1e-4), name
+    assert one["evaluation"] == pytest.approx(other["evaluation"], abs=2e-4, rel=2e-6)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_loss_is_the_same_in_every_layout_on_every_number_of_ranks_and_micro_batches(found, objective):
+    truth = found[name_of(objective, 1, "shared", 1)]
+    for spread in OTHERS:
+        assert_same_steps(found[name_of(objective, *spread)], truth)
+
+
+@pytest.mark.parametrize("objective", SHARDED)
+def test_a_loss_is_the_same_under_zero_3(found, objective):
+    assert_same_steps(found[f"{objective}, 2 ranks, ZeRO-3"], found[name_of(objective, 1, "shared", 1)])
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_three_steps_move_every_loss(found, objective):
+    truth = found[name_of(objective, 1, "shared", 1)]
+    first, *_, last = truth["lines"]
+    assert abs(last["loss"] - first["loss"]) > 0.02 * first["loss"]
+    assert truth["evaluation"]["eval_loss"] < first["loss"] * (1.2 if objective == "discopop" else 1)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_no_reference_is_made_for_a_loss_that_needs_none(found, objective):
+    for spread in [(1, "shared", 1), *OTHERS]:
+        run = found[name_of(objective, *spread)]
+        assert run["has_reference"] is (objective not in WITHOUT_REFERENCE)
+        assert ("no reference to compare with" in run["said"][-1]) is (objective in WITHOUT_REFERENCE)
+        assert ("reference: none (the loss needs none)" in run["said"]) is (objective in WITHOUT_REFERENCE)
+
+
+def test_the_losses_differ_from_one_another(found):
+    """DPO's first gradient is that of several losses; after it no two go the same way."""
+    ends = [found[name_of(objective, 1, "shared", 1)]["lines"][-1]["loss"] for objective in OBJECTIVES]
+    same = {frozenset((a, b)) for a in OBJECTIVES for b in OBJECTIVES if a != b
+            and ends[list(OBJECTIVES).index(a)] == ends[list(OBJECTIVES).index(b)]}  # fmt: skip
+    assert same == {frozenset(("sigmoid", "robust"))}  # without label smoothing they are one

@@ -1,0 +1,58 @@
+"""Train with TRL's own DPOTrainer under many objectives, in one process, and write what it gave; run as a script.
+
+    python tests/parity/trl_objectives.py JOB.json FOLDER
+
+JOB.json: policy, steps, batch_size, lr, beta, pairs (token ids), variants (name -> settings of DPOConfig).
+FOLDER/NAME.pt: the loss and gradient norm of every step; the weights after them; and for batches of several sizes the
+value and gradients of `DPOTrainer._compute_loss` at these weights.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig
+from trl_run import Recorded
+
+
+def run(job: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """One training run, and what its loss function says afterwards."""
+    model = AutoModelForCausalLM.from_pretrained(job["policy"], dtype=torch.float32)
+    arguments = DPOConfig(
+        output_dir=job["output_dir"], beta=job["beta"], learning_rate=job["lr"], max_steps=job["steps"],
+        per_device_train_batch_size=job["batch_size"], lr_scheduler_type="constant", warmup_steps=0, max_grad_norm=1.0,
+        weight_decay=0.0, logging_steps=1, save_strategy="no", report_to=[], bf16=False, use_cpu=True,
+        gradient_checkpointing=False, max_length=None, disable_tqdm=True, seed=0, dataloader_drop_last=False,
+        **settings,
+    )  # fmt: skip
+    trainer = Recorded(
+        model=model, args=arguments, train_dataset=Dataset.from_list(job["pairs"]),
+        processing_class=AutoTokenizer.from_pretrained(job["policy"], pad_token=job["pad_token"]),
+    )
+    trainer.seen_losses = []
+    trainer.train()
+    norms = [line["grad_norm"] for line in trainer.state.log_history if "grad_norm" in line]
+    found: dict[str, Any] = {
+        "losses": list(trainer.seen_losses), "grad_norms": norms,
+        "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()}, "computed": {},
+    }
+    for size in job["sizes"]:
+        inputs = trainer._prepare_inputs(trainer.data_collator(job["pairs"][:size]))
+        model.zero_grad()
+        loss = trainer._compute_loss(model, inputs, False)
+        loss.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        found["computed"][size] = loss.item(), gradients
+    return found
+
+
+if __name__ == "__main__":
+    what = json.loads(Path(sys.argv[1]).read_text())
+    for variant, chosen in what["variants"].items():
+        torch.save(run(what, chosen), Path(sys.argv[2]) / f"{variant}.pt")
