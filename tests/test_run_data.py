@@ -28,7 +28,8 @@ def argv(folder: Path, train: Any = TRAIN, validation: Any = None, *more: str) -
     return [
         "--config", "ds_configs/zero2.json", "--model.policy", "builtin:tiny", "--data.train", json.dumps(train),
         "--data.validation", json.dumps(validation or sets(folder)), "--data.train_limit", "12",
-        "--data.validation_limit", "5", "--data.cache_dir", str(folder / "cache"), "--train.global_batch_size", "7", "--train.max_steps", "4",
+        "--data.validation_limit", "5", "--data.cache_dir", str(folder / "cache"), "--train.global_batch_size", "7",
+        "--train.max_steps", "4",
         "--optim.lr", "1e-3", "--optim.schedule", "constant", "--optim.warmup_steps", "0", "--log.samples", "3",
         "--log.sample_tokens", "2", *more,
     ]  # fmt: skip

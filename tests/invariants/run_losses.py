@@ -20,8 +20,9 @@ import torch
 import dpo.policy
 from dpo.config import Config, DataConfig, LogConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from dpo.data.loader import whole_pass
-from dpo.evaluate import evaluate
+from dpo.evaluate import ValidationShare, evaluate
 from dpo.objective.objective import Objective
+from dpo.run_data import RunData
 from dpo.runtime import distributed
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import World
@@ -65,7 +66,7 @@ def setup_of(case: dict[str, Any], world: World, pairs: tiny.Pairs) -> Setup:
     )
     return Setup(
         config=config, world=world, engine_config=engine_config, precision="fp32", tokenizer=[], notes=(),
-        train_pairs=pairs, validation_pairs=pairs, start_dtype=torch.float32,
+        data=RunData((), (), (), ()), train_pairs=pairs, validation_pairs=pairs, start_dtype=torch.float32,
     )  # type: ignore[arg-type]
 
 
@@ -80,8 +81,8 @@ def run(case: dict[str, Any], world: World, pairs: tiny.Pairs) -> dict[str, Any]
         assert len(work.batches) == case["micro_batches"]
         take_step(setup, policy, reference, loss, work, LR, meter)
         lines.append(meter.line(world.device))
-    length = float(pairs.lengths[:, 1].mean())
-    found = evaluate(policy, reference.validation, whole_pass(loader), loss, length, world)
+    share = ValidationShare(whole_pass(loader, range(len(pairs))), float(pairs.lengths[:, 1].mean()))
+    found = evaluate(policy, reference.validation, {"": share}, loss, world)
     return {"lines": lines, "evaluation": found, "said": said.lines, "has_reference": reference.scorer is not None}
 
 

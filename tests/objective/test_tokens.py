@@ -72,7 +72,9 @@ def test_a_pair_keeps_its_weights_however_a_step_is_spread_and_gets_new_ones_at_
     assert drawn(1, 0, 6) == drawn(2, 0, 1)
     assert drawn(1, 0, 6) != drawn(1, 1, 6)
     passes = [
-        whole_pass(Loader(data, Epochs(6, 6, 0), 0, 1, "shared", 999, None, token_weights=weigher(True, None, 0)))
+        whole_pass(
+            Loader(data, Epochs(6, 6, 0), 0, 1, "shared", 999, None, token_weights=weigher(True, None, 0)), range(6)
+        )
         for _ in range(2)
     ]
     assert torch.equal(passes[0][0].token_weights, passes[1][0].token_weights)
