@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,6 +17,7 @@ from dpo.config import Config
 from dpo.errors import UserError
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "recipes" / "quickstart.yaml"
+LARGEST_RECIPE = 2**20  # bytes
 DESCRIPTION = "Direct Preference Optimization of a Hugging Face causal language model."
 
 
@@ -117,7 +119,17 @@ def _first_pass(argv: list[str]) -> tuple[str | None, bool]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key given twice, where YAML would take the last without a word."""
+    """Plain values alone, every key once, where YAML would take the last without a word.
+
+    A tag may name anything; a few lines of aliases may mean gigabytes.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if event.anchor is not None or getattr(event, "tag", None) is not None:
+            problem = "a tag, anchor or alias (!, &, *) stands before a value; quote it, or write the value out"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -128,25 +140,41 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _read_recipe(path: str) -> Any:
+    """The YAML of a recipe, as plain values."""
+    if not os.path.isfile(path):
+        raise UserError(f"--recipe {path}: no such file; the recipes that come with the project are in recipes/")
+    size = os.path.getsize(path)
+    if size > LARGEST_RECIPE:
+        raise UserError(f"--recipe {path}: a file of {size:,} bytes is no recipe; name one of settings alone")
+    try:
+        return yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: bad UTF-8, 2024-13-45
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else str(error).split(";")[0]
+        raise UserError(f"--recipe {path}: not valid YAML: {_one_line(where)}; mend it") from None
+
+
 def _check_recipe(path: str) -> None:
     """Refuse what is no recipe: not YAML, not sections, not our keys."""
-    if not Path(path).is_file():
-        raise UserError(f"--recipe {path}: no such file; the recipes that come with the project are in recipes/")
-    try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else str(error)
-        raise UserError(f"--recipe {path}: not valid YAML: {_one_line(where)}") from None
+    content = _read_recipe(path)
     if not isinstance(content, dict | None):
-        raise UserError(f"--recipe {path}: expected sections such as 'train:', got {type(content).__name__}")
+        raise UserError(f"--recipe {path}: expected sections such as 'train:', got {type(content).__name__}; mend it")
     for section, values in (content or {}).items():
         is_section = section in {f.name for f in fields(Config)}
         if is_section and not isinstance(values, dict):
             raise UserError(f"--recipe {path}: section {section} must hold keys, got {values!r}; mend or remove it")
-        for name in [f"{section}.{key}" for key in values] if isinstance(values, dict) else [str(section)]:
+        given = {f"{section}.{key}": value for key, value in values.items()} if isinstance(values, dict) else {}
+        for name in given or ([] if is_section else [str(section)]):
             if name not in _keys():
                 raise UserError(f"--recipe {path}: {_unknown(name, _keys())}")
+            _refuse_endless(given[name], f"--recipe {path}: {name}")
+
+
+def _refuse_endless(value: Any, name: str) -> None:
+    """A number of hundreds of digits would overflow as a float somewhere in the parser, which does not say where."""
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise UserError(f"{name} is a number of {value.bit_length()} bits; use a smaller one")
 
 
 def _one_line(text: str) -> str:
@@ -168,20 +196,24 @@ def _unknown(name: str, keys: list[str], program: str = "train_dpo.py") -> str:
 def _explain(parser: ArgumentParser, error: Exception) -> str:
     """Turn the parser's message into one line that names key, value and fix."""
     text = str(error)
-    if unknown := re.search(r"unrecognized arguments: (--)?(\S+)", text):
+    if unknown := re.search(r"unrecognized arguments: (--)?(\S*)", text):
         name = unknown.group(2).split("=")[0]
         settings = _keys() if any("." in a.dest for a in parser._actions) else []
         if unknown.group(1):
             own = [a.dest for a in parser._actions if "." not in a.dest]
             return _unknown(name, [*settings, *own], parser.prog)
         known = "settings are given as --section.key VALUE" if settings else f"{parser.prog} --help lists all arguments"
-        return f"unknown argument {name}; {known}"
+        return f"unknown argument {name or repr('')}; {known}"
     if wrong := re.search(r'Parser key "([\w.]+)":(.*)', text, re.DOTALL):
         key, rest = wrong.groups()
         value = re.search(r"(?:Got value|Given value): (.*)|Unable to load config '(.*)'", rest)
         got = next(filter(None, value.groups()), "''") if value else "something else"
+        if inner := re.match(r"NestedArg\(key='(.*?)'", got):
+            return _unknown(f"{key}.{inner.group(1)}", _keys(), parser.prog)
         hint = next((getattr(a, "_typehint", None) for a in parser._actions if a.dest == key), None)
         return f"{key} is {got}; use {_type_name(hint) if hint else f'its keys, as in --{key}.KEY VALUE'}"
+    if extra := re.search(r"argument --(\w+): ignored explicit argument (.*)", text, re.DOTALL):
+        return f"--{extra.group(1)} takes no value, got {extra.group(2)}; leave the value out"
     return _one_line(text)
 
 
@@ -241,6 +273,10 @@ def parse(argv: list[str], verb: Verb | None = None) -> Command:
         options = verb.options(**{f.name: getattr(values, f.name) for f in fields(verb.options)}) if verb else None
     except (ArgumentError, ValueError, TypeError) as error:
         raise UserError(_explain(parser, error)) from None
+    except OverflowError:
+        at = max(range(len(argv)), key=lambda index: len(argv[index]))
+        given = " ".join(argv[max(0, at - 1) : at + 1])
+        raise UserError(f"{given[:100]}... is too large a number; use a smaller one") from None
     return Command(
         config=config,
         deepspeed_json=values.config,

@@ -26,6 +26,29 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _check_plain(value: Any, name: str) -> None:
+    """Refuse text and numbers that no file name, no file and no tensor could hold.
+
+    Raises:
+        ValueError: Names the setting.
+    """
+    for part in value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else ():
+        _check_plain(part, name)
+    if isinstance(value, int):
+        _require(abs(value) < 2**63, f"{name} is a number of {value.bit_length()} bits; use one below 2**63")
+    if isinstance(value, str):
+        _require("\0" not in value, f"{name} is {value!r}; remove the NUL character")
+        try:
+            size = max(len(part) for part in value.encode("utf-8").split(b"/"))
+        except UnicodeEncodeError:
+            raise ValueError(f"{name} is {value!r}, which is no Unicode; rename it") from None
+        is_path = name != "model.chat_template"
+        _require(
+            not is_path or (size <= 255 and len(value) <= 4000),
+            f"{name} is {value[:40]!r}... of {len(value):,} characters; use a shorter name (255 bytes, a path 4,000)",
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The policy that is trained, and its tokenizer."""
@@ -433,6 +456,9 @@ class Config:
             raise ValueError("model.policy is not set; give a hub id, a folder, or builtin:tiny")
         if self.data.train is None:
             raise ValueError("data.train is not set; give a hub id, a folder, a file, or builtin:world")
+        for section in dataclasses.fields(self):
+            for key, value in vars(getattr(self, section.name)).items():
+                _check_plain(value, f"{section.name}.{key}")
         self._check_reference()
 
     def _check_reference(self) -> None:

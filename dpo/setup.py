@@ -21,6 +21,7 @@ from dpo.model import load
 from dpo.objective.tokens import weigher
 from dpo.run_data import Pairs, RunData, prepare_data
 from dpo.runtime import engine as deepspeed_engine
+from dpo.runtime.deepspeed_json import read_json
 from dpo.runtime.distributed import World, gather, together
 from dpo.types import TokenizedPair
 
@@ -151,7 +152,7 @@ def prepare(config: Config, world: World, deepspeed_json: str | None, *, for_els
         wanted = config.train.precision
         precision = wanted if for_elsewhere and wanted != "auto" else resolve_precision(wanted, world.device)
         engine_config = deepspeed_engine.build_config(
-            deepspeed_engine.read_json(deepspeed_json),
+            read_json(deepspeed_json),
             optim=config.optim,
             precision=precision,
             global_batch_size=config.train.global_batch_size,

@@ -18,7 +18,8 @@ ORDER = [
     "model.reference",
     "objective.divergences", "objective.losses", "objective.reference_free", "objective.coupled", "objective.tokens",
     "objective.objective", "objective.metrics",
-    "runtime.distributed", "runtime.schedule", "runtime.engine", "runtime.checkpoint", "runtime.tracking",
+    "runtime.distributed", "runtime.schedule", "runtime.deepspeed_json", "runtime.engine", "runtime.checkpoint",
+    "runtime.tracking",
     "reference_cache", "sample", "estimate", "run_data", "setup", "policy", "context", "start", "step", "export", "sft",
     "evaluate", "forecast", "plan", "report", "finish", "train", "__main__",
 ]  # fmt: skip

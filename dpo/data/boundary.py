@@ -62,9 +62,14 @@ def read_chat_template(value: str) -> str:
     if "{{" in value or "{%" in value:
         return value
     try:
-        return Path(value).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"model.chat_template '{value}': neither template text nor a readable file") from error
+        file = Path(value).expanduser()
+        if not file.is_file():  # a device would be read for ever
+            raise FileNotFoundError(value)
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~nobody
+        raise UserError(
+            f"model.chat_template '{value}': neither template text nor a readable file; give one of them"
+        ) from error
 
 
 class TextEncoder:
@@ -113,7 +118,7 @@ class TextEncoder:
                 **(options or {}),
             )  # fmt: skip
         except Exception as error:  # a template may raise whatever it likes
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = f"{' '.join(str(error).split()) or type(error).__name__}; mend it"
             raise UserError(f"the chat template (model.chat_template) refuses a conversation: {reason}") from error
         return str(rendered)
 
@@ -196,7 +201,8 @@ class TextEncoder:
             while ids is None:  # the text merged with the anchor
                 anchor = next(anchors, None)
                 if anchor is None:
-                    raise UserError(f"the tokenizer cannot encode this completion by itself: {texts[index][:60]!r}")
+                    what = f"the tokenizer cannot encode this completion by itself: {texts[index][:60]!r}"
+                    raise UserError(f"{what}; remove it")
                 ids = self._encode_after(anchor, [texts[index]])[0]
             found[index] = ids
         return [ids for ids in found if ids is not None]

@@ -22,6 +22,9 @@ from dpo.errors import UserError
 
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 
+DEEPEST = 50
+"""Levels of lists and objects within a row; conversations with tools have about ten."""
+
 _SPLIT_WORDS = {
     "train": "train", "training": "train",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
@@ -99,17 +102,26 @@ def _stream_file(file: Path) -> Iterator[Any]:
             for batch in table.iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file}: not a readable parquet file: {first_line(error)}") from error
+        raise UserError(f"{file}: not a readable parquet file: {first_line(error)}; make it anew") from error
 
 
 def _read_parquet(files: list[Path], limit: int | None) -> pyarrow.Table:
     tables = []
     for file in files:
         try:
-            tables.append(pyarrow.parquet.read_table(file))
+            # Neither its folders' names nor what its metadata says of images and sounds by path makes a column.
+            table = pyarrow.parquet.read_table(file, partitioning=None).replace_schema_metadata(None)
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{file}: not a readable parquet file: {first_line(error)}") from error
-    table = pyarrow.concat_tables(tables, promote_options="default")
+            what = f"not a readable parquet file: {first_line(error)}; make it anew, or name another file"
+            raise UserError(f"{file}: {what}") from error
+        if len(set(table.column_names)) < len(table.column_names):
+            raise UserError(f"{file}: a column is there twice among {', '.join(table.column_names)}; keep one")
+        tables.append(table)
+    try:
+        table = pyarrow.concat_tables(tables, promote_options="default")
+    except pyarrow.ArrowException as error:
+        names = f"{files[0].parent}: {', '.join(file.name for file in files[:3])}"
+        raise UserError(f"{names}: columns of different types: {first_line(error)}; give all files the same") from error
     return table if limit is None else table.slice(0, limit)
 
 
@@ -121,7 +133,7 @@ def _json_rows(file: Path) -> Iterator[Any]:
             lines = (line for line in stream if line.strip(b" \t\r\n\xef\xbb\xbf"))
             first = next(lines, None)
             if first is None:
-                raise UserError(f"{file}: the file is empty")
+                raise UserError(f"{file}: the file is empty; write a JSON object per line, or name another file")
             first = first.removeprefix(b"\xef\xbb\xbf")
             if first.lstrip().startswith(b"["):
                 yield from _parse_list(file, first + stream.read())
@@ -129,35 +141,64 @@ def _json_rows(file: Path) -> Iterator[Any]:
                 yield from _parse_lines(file, chain([first], lines))
     except (OSError, EOFError, zlib.error) as error:
         what = "not a whole gzip file" if file.name.endswith(".gz") else "cannot be read"
-        raise UserError(f"{file}: {what}: {first_line(error)}") from error
+        raise UserError(f"{file}: {what}: {first_line(error)}; make it anew, or name another file") from error
 
 
 def _parse_lines(file: Path, lines: Iterable[bytes]) -> Iterator[Any]:
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line.decode("utf-8"))
+            row = _loads(line)
         except UnicodeDecodeError as error:
-            raise UserError(f"{file} row {number}: not UTF-8 text: {error}") from error
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{file} row {number}: not valid JSON: {first_line(error)}") from error
+            raise UserError(f"{file} row {number}: not UTF-8 text: {error}; save it as UTF-8") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file} row {number}: not valid JSON: {first_line(error)}; mend it") from error
         yield _checked(file, number, row)
 
 
 def _parse_list(file: Path, content: bytes) -> Iterator[Any]:
     try:
-        rows = json.loads(content.decode("utf-8"))
+        rows = _loads(content)
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text: {error}") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{file}: not valid JSON: {first_line(error)}") from error
+        raise UserError(f"{file}: not UTF-8 text: {error}; save it as UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not valid JSON: {first_line(error)}; mend it") from error
     for number, row in enumerate(rows, start=1):
         yield _checked(file, number, row)
 
 
 def _checked(file: Path, number: int, row: Any) -> Mapping[str, Any]:
     if not isinstance(row, dict):
-        raise UserError(f"{file} row {number}: must be a JSON object with a key per column, got {type(row).__name__}")
+        got = f"got {type(row).__name__}; mend it"
+        raise UserError(f"{file} row {number}: must be a JSON object with a key per column, {got}")
     return row
+
+
+def _loads(text: bytes) -> Any:
+    """Parse JSON; a key given twice, and what is nested too deeply for the functions that walk through it, are errors.
+
+    Raises:
+        ValueError: Also as UnicodeDecodeError and JSONDecodeError.
+    """
+    value = json.loads(text.decode("utf-8"), object_pairs_hook=_without_doubles)
+    level = [value] if text.count(b"[") + text.count(b"{") > DEEPEST else []
+    for _ in range(DEEPEST + 1):
+        level = [
+            part
+            for item in level
+            for part in (item.values() if isinstance(item, dict) else item)
+            if isinstance(part, dict | list)
+        ]
+    if level:
+        raise ValueError(f"more than {DEEPEST} levels of lists and objects in one another")
+    return value
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return made
 
 
 def first_line(error: BaseException) -> str:

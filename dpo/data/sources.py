@@ -66,7 +66,8 @@ def load_source(
         raise UserError(f"limit of {path}: got {limit}, must be 1 or more")
     rows = _load(str(path), subset, data_dir, revision, split, limit)
     if len(rows) == 0:
-        raise UserError(f"{path}: split '{split}' has no rows" if split else f"{path}: has no rows")
+        which = f"split '{split}' has no rows" if split else "has no rows"
+        raise UserError(f"{path}: {which}; name another source or split")
     return rows
 
 
@@ -186,7 +187,7 @@ def _files_of(source: Path, path: str, split: str | None) -> list[Path]:
 
 def _builtin_splits(path: str) -> list[str]:
     if path != BUILTIN_WORLD:
-        raise UserError(f"data '{path}': there is one built-in data set, '{BUILTIN_WORLD}'")
+        raise UserError(f"data '{path}': there is one built-in data set, '{BUILTIN_WORLD}'; use that")
     return list(example.SPLIT_SIZES)
 
 
@@ -216,7 +217,9 @@ def _from_hub(path: str, open_it: Callable[[], Any]) -> Any:
     try:
         return open_it()
     except datasets.exceptions.DatasetNotFoundError as error:
-        raise UserError(f"data '{path}': neither a file or folder here nor on the hub ({first_line(error)})") from error
+        raise UserError(
+            f"data '{path}': neither a file or folder here nor on the hub ({first_line(error)}); name another"
+        ) from error
     except Exception as error:
         # Anything may come out of a hub client; network errors differ with its version and are known by name only.
         what = f"{type(error).__name__} {error}"
@@ -225,7 +228,8 @@ def _from_hub(path: str, open_it: Callable[[], Any]) -> Any:
                 f"data '{path}': no such file or folder here, and the hub cannot be reached ({first_line(error)}); "
                 f"{_OFFLINE_HINT}"
             ) from error
-        raise UserError(f"data '{path}': cannot load it from the hub: {first_line(error)}") from error
+        what = f"cannot load it from the hub: {first_line(error)}; name another source or split"
+        raise UserError(f"data '{path}': {what}") from error
 
 
 def _load_hub(
@@ -268,7 +272,7 @@ def _local_path(path: str, subset: str | None, data_dir: str | None) -> Path:
     if data_dir is not None:
         source = source / data_dir
     if not source.exists():
-        raise UserError(f"data '{source}': no such file or folder")
+        raise UserError(f"data '{source}': no such file or folder; name one that is there")
     if source.is_file() and not source.name.endswith(FILE_SUFFIXES):
         raise UserError(f"data '{source}': unknown kind of file; use one of {', '.join(FILE_SUFFIXES)}")
     return source
@@ -282,9 +286,16 @@ def _load_saved(folder: Path) -> Any:
     try:
         return datasets.load_from_disk(str(folder))
     except Exception as error:  # its readers raise whatever their file formats raise
-        raise UserError(f"data '{folder}': not a whole folder of datasets.save_to_disk: {first_line(error)}") from error
+        what = f"not a whole folder of datasets.save_to_disk: {first_line(error)}; save it anew, or name another"
+        raise UserError(f"data '{folder}': {what}") from error
 
 
 def _from_files(files: list[Path], limit: int | None) -> Rows:
     rows = read_files(files, limit)
-    return datasets.Dataset(rows) if isinstance(rows, pyarrow.Table) else rows
+    if not isinstance(rows, pyarrow.Table):
+        return rows
+    try:
+        return datasets.Dataset(rows)
+    except (ValueError, TypeError, NotImplementedError, pyarrow.ArrowException) as error:
+        why = f"a column of a kind that cannot be read: {first_line(error)}; remove it, or use text"
+        raise UserError(f"{files[0]}: {why}") from error

@@ -190,13 +190,14 @@ def cache_folder(cache_dir: str | Path | None) -> Path:
     """
     if cache_dir is None:
         cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dpo" / "tokenized"
-    folder = Path(cache_dir).expanduser()
     try:
+        folder = Path(cache_dir).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the cache folder {folder}: {error.strerror or error}") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~nobody
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot make the cache folder {cache_dir}: {reason}; set data.cache_dir") from error
     if not os.access(folder, os.W_OK):
-        raise UserError(f"the cache folder {folder} cannot be written to")
+        raise UserError(f"the cache folder {folder} cannot be written to; set data.cache_dir")
     return folder
 
 

@@ -143,7 +143,8 @@ def _open_or_make(
                 report = _tokenize(job(), folder, source, stop_at_bad)
                 publish(report, folder)
     except OSError as error:
-        raise UserError(f"cannot write tokenised data to {folder.parent}: {error.strerror or error}") from error
+        what = f"cannot write tokenised data to {folder.parent}: {error.strerror or error}"
+        raise UserError(f"{what}; set data.cache_dir") from error
     report.source = source
     if stop_at_bad and report.first_bad:
         raise UserError(_refusal(source, report.first_bad))
@@ -171,7 +172,7 @@ def _tokenize(job: Job, folder: Path, source: str, stop_at_bad: bool) -> DataRep
                     values += getattr(part, name)
         if not columns["lengths"]:
             kinds = ", ".join(f"{kind} {found.count:,}" for kind, found in report.kinds.items())
-            raise UserError(f"{source}: no usable row is left of {report.rows_read:,}: {kinds}")
+            raise UserError(f"{source}: no usable row is left of {report.rows_read:,}: {kinds}; mend the rows")
         for name, dtype in COLUMNS.items():
             np.save(draft / f"{name}.npy", np.array(columns[name], dtype=dtype))
     except BaseException:

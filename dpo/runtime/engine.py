@@ -10,13 +10,13 @@ gradient_accumulation_steps 1 and no boundary set, all backward passes but the l
 
 from __future__ import annotations
 
+import copy
 import gc
 import hashlib
 import json
 import logging
 import os
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,57 +25,31 @@ from torch import Tensor, nn
 
 from dpo.config import OptimConfig
 from dpo.errors import UserError
+from dpo.runtime.deepspeed_json import check_keys, without_auto
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed  # noqa: E402  (reads DS_ACCELERATOR, and warns without it)
-from deepspeed.runtime.zero.config import get_zero_config  # noqa: E402
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 
-DEFAULT_JSON = {"zero_optimization": {"stage": 2}}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def read_json(path: str | None) -> dict[str, Any]:
-    """The DeepSpeed JSON of a run.
-
-    Args:
-        path: File given by --config; None for ZeRO stage 2 with DeepSpeed's defaults.
-    Raises:
-        UserError: If the file is missing or no JSON object.
-    """
-    if path is None:
-        return dict(DEFAULT_JSON)
-    if not Path(path).is_file():
-        raise UserError(f"--config {path}: no such file; the ones that come with the project are in ds_configs/")
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
-def _without_auto(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_auto(v) for k, v in value.items() if v != "auto"}
-    return value
+_SECTIONS = {"DeepSpeedZeroConfig": "zero_optimization", "DeepSpeedFP16Config": "fp16", "DeepSpeedBF16Config": "bf16"}
 
 
 def _check_sections(config: dict[str, Any], name: str) -> None:
-    """Refuse sections that DeepSpeed would stumble over."""
-    for key in ("zero_optimization", "fp16", "bf16", "data_types", "optimizer", "scheduler"):
-        if not isinstance(config.get(key, {}), dict):
-            raise UserError(f"{name}: {key} is {json.dumps(config[key])}; it must be an object, or leave it out")
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        raise UserError(f"{name}: zero_optimization.stage is {json.dumps(stage)}; use 1, 2 or 3")
+    """Refuse what DeepSpeed's own config refuses, as it would at the start."""
     try:
-        get_zero_config(config)
+        DeepSpeedConfig(copy.deepcopy(config))
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, ("zero_optimization", *first["loc"])))
-        raise UserError(f"{name}: {key} is {json.dumps(first['input'])}: {first['msg']}") from None
+        key = ".".join(map(str, (_SECTIONS.get(error.title, error.title), *first["loc"])))
+        got = json.dumps(first["input"], default=str)
+        raise UserError(f"{name}: {key} is {got}: {first['msg']}; mend or remove it") from None
+    except (DeepSpeedConfigError, ValueError, TypeError, AttributeError, KeyError, AssertionError) as error:
+        # It looks into a section before it checks it: whatever its values are not, these are what comes out.
+        raise UserError(f"{name}: DeepSpeed refuses it: {' '.join(str(error).split())}; mend or remove it") from None
 
 
 def _check_owned(
@@ -134,8 +108,8 @@ def build_config(
         UserError: If the JSON sets a value that the recipe owns to something else, or an unknown ZeRO stage.
     """
     _quiet()  # loading weights for stage 3 is DeepSpeed's business already
-    config = _without_auto(json_config)
-    _check_sections(config, name)
+    config = without_auto(json_config)
+    check_keys(config, name)
     _check_owned(config, optim, precision, global_batch_size, micro_batch_size, name)
     for key in ("optimizer", "scheduler", "train_batch_size"):
         config.pop(key, None)
@@ -143,7 +117,7 @@ def build_config(
     if precision != "fp32":
         half[precision] = config.get(precision, {}) | {"enabled": True}
         half["data_types"] = {"grad_accum_dtype": "fp32"} | config.get("data_types", {})
-    return config | half | {
+    config |= half | {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optim.max_grad_norm,
@@ -151,6 +125,8 @@ def build_config(
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW serves offloading too, without compiling an op
         "steps_per_print": 2**31,
     }
+    _check_sections(config, name)
+    return config
 
 
 def zero_stage(config: dict[str, Any]) -> int:

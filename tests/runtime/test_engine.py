@@ -13,7 +13,8 @@ import torch
 from dpo.config import OptimConfig
 from dpo.errors import UserError
 from dpo.runtime import distributed, engine
-from dpo.runtime.engine import build_config, read_json, zero_stage
+from dpo.runtime.deepspeed_json import read_json
+from dpo.runtime.engine import build_config, zero_stage
 
 # As the documentation of transformers prints them, offloading included.
 HF_COMMON: dict[str, Any] = {

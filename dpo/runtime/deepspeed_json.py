@@ -1,0 +1,103 @@
+"""The DeepSpeed JSON as the user writes it: read, and refused key by key where DeepSpeed would stumble or pass over it.
+
+DeepSpeed takes an unknown key without a word and a wrong type with a traceback at the start; here both are one line
+before anything is loaded. What DeepSpeed's own models know of a section's values is left to them (`engine.py`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from dpo.errors import UserError
+
+DEFAULT_JSON = {"zero_optimization": {"stage": 2}}
+DTYPES = ("fp16", "bf16", "fp32")
+KEYS: dict[str, type | tuple[type, ...]] = {
+    "zero_optimization": dict, "fp16": dict, "bf16": dict, "data_types": dict, "optimizer": dict, "scheduler": dict,
+    "aio": dict, "checkpoint": dict, "comms_logger": dict, "flops_profiler": dict, "timers": dict,
+    "train_batch_size": int, "train_micro_batch_size_per_gpu": int, "gradient_accumulation_steps": int,
+    "gradient_clipping": (int, float), "gradient_predivide_factor": (int, float), "steps_per_print": int,
+    "communication_data_type": str, "prescale_gradients": bool, "sparse_gradients": bool, "disable_allgather": bool,
+    "wall_clock_breakdown": bool, "memory_breakdown": bool, "dump_state": bool, "zero_allow_untested_optimizer": bool,
+    "zero_force_ds_cpu_optimizer": bool,
+}  # fmt: skip
+"""Top-level keys that mean something in a run of this program, and what they hold."""
+ELSEWHERE = {
+    "activation_checkpointing": "model.gradient_checkpointing", "amp": "train.precision",
+    "torch_autocast": "train.precision", "tensorboard": "log.backends", "wandb": "log.backends",
+    "comet": "log.backends", "csv_monitor": "log.backends",
+}  # fmt: skip
+"""Keys of DeepSpeed's that would do nothing here, or the same thing twice -> the setting that does it."""
+_WORDS = {
+    dict: "an object", int: "a whole number", (int, float): "a number", str: "a string", bool: "true or false"
+}  # fmt: skip
+
+
+def read_json(path: str | None) -> dict[str, Any]:
+    """The DeepSpeed JSON of a run.
+
+    Args:
+        path: File given by --config; None for ZeRO stage 2 with DeepSpeed's defaults.
+    Returns:
+        Its content, "auto" and all.
+    Raises:
+        UserError: If the file is missing, no JSON object, or gives a key twice.
+    """
+    if path is None:
+        return dict(DEFAULT_JSON)
+    if not os.path.isfile(path):
+        raise UserError(f"--config {path}: no such file; the ones that come with the project are in ds_configs/")
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_without_doubles)
+    except (OSError, ValueError, RecursionError) as error:  # bad UTF-8, bad JSON and endless numbers are ValueErrors
+        raise UserError(f"--config {path}: not valid JSON: {error}; mend it") from None
+    if not isinstance(content, dict):
+        kind, example = type(content).__name__, json.dumps(DEFAULT_JSON)
+        raise UserError(f"--config {path}: expected a JSON object, got {kind}; write one such as {example}")
+    return content
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is given twice; keep one")
+    return made
+
+
+def without_auto(value: Any) -> Any:
+    """The same without the values "auto", by which the recipe decides."""
+    if isinstance(value, dict):
+        return {key: without_auto(item) for key, item in value.items() if item != "auto"}
+    return value
+
+
+def check_keys(config: dict[str, Any], name: str) -> None:
+    """Refuse unknown top-level keys and values of another type.
+
+    Args:
+        config: Without "auto".
+        name: Of the JSON, for messages.
+    Raises:
+        UserError: Names the key and what it may be.
+    """
+    for key, value in config.items():
+        if key in ELSEWHERE:
+            raise UserError(f"{name}: {key} has no effect here; remove it and use {ELSEWHERE[key]}")
+        if key not in KEYS:
+            close = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.6)
+            hint = f"did you mean {close[0]}?" if close else f"remove it; known here are {', '.join(KEYS)}"
+            raise UserError(f"{name}: unknown key {key}; {hint}")
+        wanted = KEYS[key]
+        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+            raise UserError(f"{name}: {key} is {json.dumps(value)}; it must be {_WORDS[wanted]}, or leave it out")
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise UserError(f"{name}: zero_optimization.stage is {json.dumps(stage)}; use 1, 2 or 3")
+    for key, value in config.get("data_types", {}).items():
+        if key.endswith("dtype") and value not in DTYPES:
+            raise UserError(f"{name}: data_types.{key} is {json.dumps(value)}; use {' or '.join(DTYPES)}")
