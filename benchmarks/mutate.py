@@ -37,8 +37,8 @@ LIMIT = 20.0
 """Seconds for one input in process; the machine may be busy with other things."""
 LONGEST_LINE = 1100
 NAMES = (
-    r"--\w|\b(model|reference|data|loss|optim|train|log)\.\w|chat template|tokenizer|unknown (key|argument)|section|"
-    r"argument"
+    r"--\w|\b(model|reference|data|loss|optim|train|log)\.\w|chat template|tokenizer|local_rank|section|"
+    r"argument|unknown key"
 )
 REMEDY = (
     r"\b(use|mend|remove|name|give|write|keep|download|leave|drop|install|make|rename|did you mean|lists all|are in|"

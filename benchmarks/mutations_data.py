@@ -31,7 +31,7 @@ from benchmarks.mutations import (
     values,
 )
 
-FORMS = ("prompt", "hh", "conversation")
+FORMS = ("prompt", "hh", "conversation", "ranked", "votes")
 deep = st.sampled_from([nested(50), nested(300), nested(300, "{"), nested(930), nested(940), nested(950), nested(960)])
 
 
@@ -45,6 +45,10 @@ def row_of(form: str, index: int) -> dict[str, Any]:
     if form == "conversation":
         made: dict[str, Any] = {"prompt": [{"role": "user", "content": row["prompt"]}]}
         return made | {side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")}
+    if form == "ranked":
+        return {"prompt": row["prompt"], "completions": [row["chosen"], row["rejected"]], "scores": [2, 1.5]}
+    if form == "votes":
+        return {"prompt": row["prompt"], "response1": row["chosen"], "response2": row["rejected"], "label": 1}
     return row
 
 
@@ -62,7 +66,7 @@ def rows(draw: st.DrawFn) -> tuple[str, list[Any]]:
         paths = paths_of(row)
         if not paths:
             continue
-        changes = st.one_of(values, texts, st.sampled_from([row_of(f, 1)["chosen"] for f in FORMS]), deep)
+        changes = st.one_of(values, texts, st.sampled_from([row_of(f, 1)["chosen"] for f in FORMS[:3]]), deep)
         if draw(st.integers(0, 60)) == 0:
             changes = st.just("word " * 200_000)
         made[at] = draw(mutated(row, paths, changes))
@@ -122,6 +126,8 @@ def data_files(draw: st.DrawFn) -> Case:
         argv += ["--data.on_bad_row", "skip"]
     if draw(st.integers(0, 3)) == 0:
         argv += ["--data.format", draw(st.sampled_from(["auto", *FORMS]))]
+    if draw(st.integers(0, 3)) == 0:
+        argv += ["--data.streaming", "true"]
     if draw(st.integers(0, 3)) == 0:
         argv += ["--data.max_length", draw(st.sampled_from(["2", "3", "8", "128", "129"]))]
     return Case("data file", tuple(argv), {name: content})

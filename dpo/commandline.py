@@ -196,6 +196,9 @@ def _unknown(name: str, keys: list[str], program: str = "train_dpo.py") -> str:
 def _explain(parser: ArgumentParser, error: Exception) -> str:
     """Turn the parser's message into one line that names key, value and fix."""
     text = str(error)
+    if text.startswith("Problems parsing config"):  # its own reader of YAML is a little stricter than ours
+        reason = _one_line(text.partition(":")[2])
+        return f"--recipe {parser.default_config_files[0]}: not valid YAML: {reason}; mend it"
     if unknown := re.search(r"unrecognized arguments: (--)?(\S*)", text):
         name = unknown.group(2).split("=")[0]
         settings = _keys() if any("." in a.dest for a in parser._actions) else []

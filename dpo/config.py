@@ -42,7 +42,7 @@ def _check_plain(value: Any, name: str) -> None:
             size = max(len(part) for part in value.encode("utf-8").split(b"/"))
         except UnicodeEncodeError:
             raise ValueError(f"{name} is {value!r}, which is no Unicode; rename it") from None
-        is_path = name != "model.chat_template"
+        is_path = "chat_template" not in name
         _require(
             not is_path or (size <= 255 and len(value) <= 4000),
             f"{name} is {value[:40]!r}... of {len(value):,} characters; use a shorter name (255 bytes, a path 4,000)",
