@@ -1,5 +1,6 @@
 """python -m dpo VERB: what can be done beside training.
 
+    python -m dpo audit DATA [--validation DATA] [--tokenizer NAME] [--json FILE]
     python -m dpo plan --config ds_configs/zero2.json [--recipe recipes/NAME.yaml] [--section.key VALUE ...] --ranks N
 
 Exit code 2 and one line for whatever the user can mend, as train_dpo.py.
@@ -10,7 +11,7 @@ from __future__ import annotations
 import difflib
 import sys
 
-from dpo.commandline import Verb, parse
+from dpo.commandline import Verb, parse, parse_options
 from dpo.errors import UserError
 from dpo.estimate import Hardware
 
@@ -23,7 +24,16 @@ def _plan(argv: list[str]) -> None:
     show_forecast(command)
 
 
-VERBS = {"plan": (_plan, "what a run would do and need on GPUs that need not be here")}
+def _audit(argv: list[str]) -> None:
+    from dpo.audit import DESCRIPTION, AuditOptions, show_audit
+
+    show_audit(parse_options(argv, "audit", DESCRIPTION, AuditOptions))
+
+
+VERBS = {
+    "audit": (_audit, "what a preference data set is like, and how far trivial rules get"),
+    "plan": (_plan, "what a run would do and need on GPUs that need not be here"),
+}
 
 
 def _usage() -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from dpo.audit import audit_run
 from dpo.commandline import Command
 from dpo.config import to_dict
 from dpo.data.loader import whole_pass
@@ -83,7 +84,7 @@ def train(command: Command) -> None:
     )
     checkpoint.open_run(config, world)
     tracker = _tracker(setup)
-    for note in _greeting(command) + list(setup.notes):
+    for note in _greeting(command) + list(setup.notes) + audit_run(setup):
         tracker.say(note)
     if config.train.sft_epochs and not sft_is_done:
         _keep(setup, lambda line: False)

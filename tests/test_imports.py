@@ -12,7 +12,7 @@ ORDER = [
     "errors", "objective.catalog", "config", "commandline", "types",
     "data.example", "data.files", "data.sources", "data.kinds", "data.formats", "data.labels", "data.boundary",
     "data.encode", "data.workers", "data.store", "data.tokenize", "data.mixture", "data.planner", "data.batch",
-    "data.loader",
+    "data.loader", "data.heuristics", "data.audit",
     "model.example", "model.load", "model.shape", "model.attention", "model.head", "model.vocabulary", "model.forward",
     "model.check",
     "model.reference",
@@ -20,7 +20,8 @@ ORDER = [
     "objective.objective", "objective.metrics",
     "runtime.distributed", "runtime.schedule", "runtime.deepspeed_json", "runtime.engine", "runtime.checkpoint",
     "runtime.tracking",
-    "reference_cache", "sample", "estimate", "run_data", "setup", "policy", "context", "start", "step", "export", "sft",
+    "reference_cache", "sample", "estimate", "run_data", "setup", "audit", "policy", "context", "start", "step",
+    "export", "sft",
     "evaluate", "forecast", "plan", "report", "finish", "train", "__main__",
 ]  # fmt: skip
 OWNERS = {

@@ -126,6 +126,8 @@ class TokenizedPairs:
         row_numbers: (n,) int64: the 1-based source row of every pair.
         characters: (n, 2) int64: characters of chosen and rejected before truncation.
         margins: (n,) fp32: by how much the data rates chosen above rejected; NaN where it is silent.
+        tokens: (T,) int32: the ids of all pairs end to end, each pair's prompt, chosen and rejected in turn.
+        starts: (n + 1,) int64: where each pair begins among them, and where the last ends.
         path: The folder.
         key: Its name, the hash of what it was made of.
     """
@@ -138,9 +140,9 @@ class TokenizedPairs:
         self.row_numbers: np.ndarray = columns["row_numbers"]
         self.characters: np.ndarray = columns["characters"]
         self.margins: np.ndarray = columns["margins"]
-        self._starts = np.concatenate([[0], self.lengths.sum(axis=1).cumsum()])
+        self.starts = np.concatenate([[0], self.lengths.sum(axis=1).cumsum()])
         self._text_ends: np.ndarray = columns["text_sizes"].cumsum()
-        self._tokens = np.memmap(path / "tokens.bin", dtype=np.int32, mode="r")
+        self.tokens = np.memmap(path / "tokens.bin", dtype=np.int32, mode="r")
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -149,9 +151,9 @@ class TokenizedPairs:
         """Return one pair; its arrays are read-only views of the file."""
         if not 0 <= pair_id < len(self):
             raise IndexError(f"pair {pair_id} of {len(self)}")
-        start = int(self._starts[pair_id])
+        start = int(self.starts[pair_id])
         prompt, chosen, rejected = (int(length) for length in self.lengths[pair_id])
-        tokens = self._tokens[start : start + prompt + chosen + rejected]
+        tokens = self.tokens[start : start + prompt + chosen + rejected]
         return TokenizedPair(
             pair_id, tokens[:prompt], tokens[prompt : prompt + chosen], tokens[prompt + chosen :],
             margin=float(self.margins[pair_id]),

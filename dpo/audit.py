@@ -1,0 +1,244 @@
+"""The audit of preference data shown: python -m dpo audit DATA, and shortened at the head of a run.
+
+Everything that comes from the data is shown with its control characters as escapes, and never read as markup.
+"""
+
+from __future__ import annotations
+
+import json as json_format
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dpo.config import DataConfig
+from dpo.data.audit import CONTRADICTS, REPEATS, RULES, Audit, AuditSet, audit, cached_audit
+from dpo.data.sources import validation_split_of
+from dpo.data.tokenize import prepare_pairs
+from dpo.errors import UserError
+from dpo.model.load import BUILTIN, load_tokenizer
+from dpo.run_data import RunData
+from dpo.runtime.checkpoint import write_whole
+from dpo.runtime.distributed import only_main
+from dpo.setup import Setup
+
+DESCRIPTION = "Say what a preference data set is like: odd rows, leaks, lengths, and how far trivial rules get."
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+"""For conversations where the tokenizer has no chat template of its own; good enough to count by."""
+
+
+@dataclass(frozen=True)
+class AuditOptions:
+    """Arguments of the verb."""
+
+    data: str
+    """Training data: hub id, folder, .json, .jsonl[.gz], .parquet, or builtin:world."""
+    validation: str | None = None
+    """Validation data; default: the validation (else test) split of DATA, if it has one."""
+    tokenizer: str = BUILTIN
+    """Hub id or folder of the policy's tokenizer; without it lengths are those of builtin:tiny, mostly bytes."""
+    chat_template: str | None = None
+    """Chat template (text or file) for conversations; default: the tokenizer's own, else a plain one."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
+    data_dir: str | None = None
+    """Directory within a hub data set."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set."""
+    train_split: str = "train"
+    """Split of DATA that is for training."""
+    validation_split: str | None = None
+    """Split for validation; default: validation, else test."""
+    format: Literal["auto", "hh", "prompt", "conversation", "ranked", "votes"] = "auto"
+    """Schema of the rows; auto looks at the first ones."""
+    ranked_pairs: Literal["best_worst", "best_each"] = "best_worst"
+    """Pairs of a ranked list: the best completion against the worst, or against each that is rated lower."""
+    max_length: int = 1024
+    """Longest prompt + completion in tokens."""
+    limit: int | None = None
+    """Look only at the first rows of each source."""
+    json: str | None = None
+    """Also write the audit to this file; dpo/data/audit.py says what is in it."""
+    cache_dir: str | None = None
+    """Where tokenised data is kept; default: $DPO_CACHE, else ~/.cache/dpo."""
+
+
+def printable(text: str) -> str:
+    """The text with everything that is not to be seen (control, bidirectional, broken) as an escape, in one line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
+# --- the verb --------------------------------------------------------------------------------------------------------
+
+
+def _sets(options: AuditOptions, tokenizer: Any) -> list[AuditSet]:
+    place: dict[str, Any] = {
+        "subset": options.subset, "data_dir": options.data_dir, "revision": options.revision,
+    }  # fmt: skip
+    sources: list[tuple[str, str, str | None, dict[str, Any]]] = [("train", options.data, options.train_split, place)]
+    if options.validation is not None:
+        path, place = options.validation, place if options.validation == options.data else {}
+        named = options.validation_split or validation_split_of(path, **place) or options.train_split
+        sources.append(("validation", path, named, place))
+    else:
+        found = options.validation_split or validation_split_of(options.data, **place)
+        if found not in (None, options.train_split):
+            sources.append(("validation", options.data, found, place))
+    sets = []
+    for role, path, split, place in sources:
+        pairs, report = prepare_pairs(
+            path, tokenizer, **place, split=split, format=options.format, limit=options.limit,
+            max_length=options.max_length, max_prompt_length=max(1, options.max_length // 2), on_bad_row="skip",
+            ranked_pairs=options.ranked_pairs, cache_dir=DataConfig(cache_dir=options.cache_dir).cache_folder,
+        )  # fmt: skip
+        sets.append(AuditSet(role, role, pairs, report))
+    return sets
+
+
+def show_audit(options: AuditOptions) -> None:
+    """Audit a data set, print it, and write it to a file if one is named.
+
+    Raises:
+        UserError: The data or the tokenizer cannot be read, or the file not be written.
+    """
+    tokenizer = load_tokenizer(options.tokenizer)
+    if options.chat_template is not None:
+        from dpo.data.boundary import read_chat_template
+
+        tokenizer.chat_template = read_chat_template(options.chat_template)
+    elif tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    found = audit(_sets(options, tokenizer), tokenizer)
+    if options.json is not None:
+        try:
+            write_whole(Path(options.json), json_format.dumps(found, indent=1))
+        except OSError as error:
+            raise UserError(f"--json {options.json}: cannot be written: {error.strerror or error}") from None
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    for table in _tables(found):
+        console.print(table)
+    for line in (*_conclusions(found), *_remarks(options, found)):
+        console.print(Text(line))
+
+
+def _remarks(options: AuditOptions, found: Audit) -> list[str]:
+    lines = []
+    if options.tokenizer == BUILTIN:
+        lines.append(f"lengths are in tokens of {BUILTIN}, mostly bytes: give the policy's own by --tokenizer")
+    if any(one["format"] not in ("hh", "prompt") for one in found["sets"]) and options.chat_template is None:
+        lines.append("conversations are rendered by the tokenizer's chat template, or a plain one where it has none")
+    return lines + ([f"written to {options.json}"] if options.json else [])
+
+
+def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table of plain text; columns of numbers stand to the right."""
+    table = Table(title=Text(title), title_justify="left")
+    for index, heading in enumerate(headings):
+        numbers = index > 0 and all(row[index][:1].isdigit() or row[index] == "-" for row in rows)
+        table.add_column(Text(heading), justify="right" if numbers else "left")
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    return table
+
+
+def _tables(found: Audit) -> list[Table]:
+    """The audit as tables: findings and lengths of every set, leaks, heuristics."""
+    tables = []
+    for one in found["sets"]:
+        name = _called(one["role"], one["name"])
+        title = f"{name}: {printable(one['source'])}, {one['rows']:,} rows ({one['format']}), {one['pairs']:,} pairs"
+        rows = [
+            [f["kind"], f"{f['count']:,}", f["fate"], ", ".join(map(str, f["rows"])), f["detail"]]
+            for f in sorted(one["findings"], key=lambda f: (f["fate"] != "bad", -f["count"]))
+        ]
+        tables.append(_table(title, ("looked for", "rows", "fate", "first of them", "in the first"), rows))
+        spreads = [
+            [name.replace("_", ", "), *(f"{spread[key]:,.0f}" for key in ("mean", "p50", "p90", "p99", "max"))]
+            for name, spread in one["lengths"].items()
+        ]
+        title = f"{name}: lengths in tokens, cut to {one['max_length']:,}"
+        tables.append(_table(title, ("part", "mean", "median", "90 %", "99 %", "longest"), spreads))
+    if found["leaks"]:
+        rows = [
+            [leak["validation"], leak["kind"], f"{leak['count']:,}", "; ".join(map(_example, leak["examples"]))]
+            for leak in found["leaks"]
+        ]
+        tables.append(_table("leaks: in training and in validation", ("validation", "same", "rows", "examples"), rows))
+    rows = [
+        [RULES[rule], *("-" if h[rule] is None else f"{h[rule]:.1%}" for h in found["heuristics"])] for rule in RULES
+    ]
+    headings = ["the chosen completion is", *(_called(h["role"], h["set"]) for h in found["heuristics"])]
+    return [*tables, _table("how often trivial rules are right (a tie counts one half)", headings, rows)]
+
+
+def _called(role: str, name: str) -> str:
+    return role if name == role else f"{role} {printable(name)}"
+
+
+def _example(example: dict[str, Any]) -> str:
+    return f"row {example['row']} is row {example['train_row']} of {example['train']}"
+
+
+# --- the head of a run -----------------------------------------------------------------------------------------------
+
+
+def _conclusions(found: Audit) -> list[str]:
+    """What to know before a run, in a line each: leaks, repetitions, and the accuracy to beat."""
+    lines = []
+    for one in found["sets"]:
+        for finding in one["findings"]:
+            if finding["kind"] in (REPEATS, CONTRADICTS) and finding["count"]:
+                rows = ", ".join(map(str, finding["rows"]))
+                lines.append(f"{one['name']}: {finding['count']:,} rows: {finding['kind']} (row {rows})")
+    for leak in found["leaks"]:
+        what = "pair is" if leak["kind"] == "pair" else "prompt is"
+        lines.append(
+            f"leak: {leak['count']:,} rows of {_called('validation', leak['validation'])} whose {what} in the training"
+            f" data ({_example(leak['examples'][0])})"
+        )
+    if not found["leaks"] and len({one["role"] for one in found["sets"]}) > 1:
+        lines.append("no leak: no validation row has a prompt of the training data")
+    held = [h for h in found["heuristics"] if h["role"] == "validation"] or found["heuristics"]
+    for one in held:
+        rule = RULES[one["best"]] if one[one["best"]] >= 0.5 else f"not {RULES[one['best']]}"
+        lines.append(
+            f"{_called(one['role'], one['set'])}: the rule \"the chosen one is {rule}\" is right in"
+            f" {one['baseline']:.1%} of the pairs: what a reward accuracy must beat"
+        )
+    return [printable(line) for line in lines]
+
+
+def _sets_of(data: RunData) -> list[AuditSet]:
+    return [
+        AuditSet(one.name or role, role, one.pairs, one.report)
+        for role, sets in (("train", data.train), ("validation", data.validation))
+        for one in sets
+    ]
+
+
+def audit_run(setup: Setup) -> list[str]:
+    """Write `audit.json` into the run directory and say the most important in a few lines; collective.
+
+    It is cached with the tokenised data.
+
+    Args:
+        setup: The run; its directory exists.
+    Returns:
+        Lines for the log.
+    """
+
+    def work() -> list[str]:
+        cache = Path(setup.config.data.cache_folder)
+        found = cached_audit(_sets_of(setup.data), setup.tokenizer, cache)
+        write_whole(setup.run / "audit.json", json_format.dumps(found, indent=1))
+        return [f"audit: {line}" for line in _conclusions(found)]
+
+    return only_main(setup.world, work)
