@@ -59,8 +59,8 @@ class ModelConfig:
     """Hub id or folder of the tokenizer; default: the policy's own."""
     revision: str | None = None
     """Branch, tag or commit of the policy on the hub; pin it to make a run repeatable."""
-    attention: Literal["auto", "sdpa"] = "auto"
-    """Kernel behind packed and prefix-shared attention."""
+    attention: Literal["auto", "varlen", "flash", "flex", "sdpa"] = "auto"
+    """Kernel behind packed and prefix-shared attention. auto: the fastest that passes its self-test, sdpa on a CPU."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in backward: less memory, about a quarter more time. auto: on a GPU, above 2e9 weights."""
     chat_template: str | None = None
@@ -377,6 +377,8 @@ class TrainConfig:
     """At most this many pairs per forward pass; default: as many as tokens_per_micro_batch allows."""
     tokens_per_micro_batch: Literal["auto"] | int = "auto"
     """Tokens per forward pass of one GPU; changes speed and memory alone. auto: 16384 on a GPU, 4096 on a CPU."""
+    static_shapes: Literal["auto"] | bool = "auto"
+    """Fill packed rows with a dummy tail, so that all have one shape. auto: on a GPU, if the tail is under 10 %."""
     layout: Literal["shared", "packed", "padded"] = "shared"
     """shared: a pair's prompt is computed once; packed: no padding; padded: one sequence a row."""
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"

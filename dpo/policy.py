@@ -133,9 +133,11 @@ def start_policy(setup: Setup, path: str, model: Any = None, *, for_sft: bool = 
     by_length = setup.train_pairs.lengths.sum(axis=1).argsort()
     middle = [setup.train_pairs[int(i)] for i in by_length[len(by_length) // 2 :][:2]]
     layout, given_up = together(
-        lambda: settle(scorer, config.train.layout, middle, _longest_sequence(setup), world.device)
+        lambda: settle(
+            scorer, config.train.layout, middle, _longest_sequence(setup), world.device, config.model.attention
+        )
     )
-    if len(set(gather((layout, scorer.own_head)))) > 1:
+    if len(set(gather((layout, scorer.own_head, scorer.attention)))) > 1:
         raise UserError(f"train.layout {config.train.layout}: the ranks disagree whether it is exact; use padded")
     loss = config.loss
     if scorer.own_head and not for_sft and (loss.wpo or "tdpo" in loss.names):
@@ -145,7 +147,7 @@ def start_policy(setup: Setup, path: str, model: Any = None, *, for_sft: bool = 
             f" leave it out"
         )
     notes += given_up
-    attention = "one causal call per row" if layout == "padded" else "sdpa per segment"
+    attention = "one causal call per row" if layout == "padded" else f"{scorer.attention} per segment"
     size = f"{_count(model) / 1e6:.1f}M parameters in {setup.precision}"
     notes.append(f"layout: {layout}; attention: {attention}; {size}")
     return Policy(engine, scorer, layout, attention, notes)
@@ -191,7 +193,7 @@ def start_models(setup: Setup, path: str, say: Callable[[str], None]) -> tuple[P
     if scorer is None or score is None:
         scorer, score = policy.scorer, policy.score
     else:
-        use_layout(scorer, policy.layout, policy.scorer.own_head)
+        use_layout(scorer, policy.layout, policy.scorer.own_head, policy.scorer.attention)
     for note in policy.notes:
         say(note)
     if not cached:

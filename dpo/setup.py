@@ -9,10 +9,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dpo.config import Config, check_world_size
-from dpo.data.loader import Loader
+from dpo.data.loader import Loader, with_fixed_rows
 from dpo.data.mixture import Mixture
 from dpo.data.planner import Epochs, Layout
 from dpo.data.tokenize import read_chat_template
@@ -24,6 +25,11 @@ from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.deepspeed_json import read_json
 from dpo.runtime.distributed import World, gather, together
 from dpo.types import TokenizedPair
+
+LOOKED_AT = 32
+"""Steps that decide the length of fixed rows."""
+TAIL_AT_MOST = 0.1
+"""Share of dummy tokens above which train.static_shapes auto leaves rows as they are."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +110,19 @@ class Setup:
             budget = 16384 if self.world.device.type == "cuda" else 4096
         loss = self.config.loss
         weighs_tokens = layout not in ("chosen", "padded_chosen")  # SFT does not
-        return Loader(
+        loader = Loader(
             pairs, self.epochs, self.world.rank, self.world.world_size, layout, budget, train.micro_batch_size,
             pin_memory=self.world.device.type == "cuda",
             token_weights=weigher("sampo" in loss.names, loss.ld_alpha, train.seed) if weighs_tokens else None,
         )
+        wanted = self.world.device.type == "cuda" if train.static_shapes == "auto" else train.static_shapes
+        if not wanted or layout.startswith("padded"):
+            return loader
+        first = min(self.epochs.steps_per_epoch, LOOKED_AT)
+        is_train = pairs is self.train_pairs
+        together = [self.epochs.batch(step) for step in range(first)] if is_train else [np.arange(len(pairs))]
+        fixed, tail = with_fixed_rows(loader, together)
+        return fixed if train.static_shapes is True or tail <= TAIL_AT_MOST else loader
 
 
 def resolve_precision(wanted: str, device: torch.device) -> str:

@@ -90,6 +90,49 @@ class Segment:
     prefix_end: int = 0
 
 
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """The attention segments of a packed row, and the same as index tensors for kernels that take all in one call.
+
+    Queries stand in the row as they are; keys and values of every segment, prefix first, one segment after another,
+    are the rows `kv_index`: K of them, each row of the packed row once as itself and those of a prefix once more.
+
+    Attributes:
+        items: n segments, covering 0..T in order.
+        cu_q: (n + 1,) int32: where each segment's queries begin, T at the end.
+        cu_k: (n + 1,) int32: where each segment's keys begin in kv_index, K at the end.
+        prefixes: (n, 2) int32: begin and end of each segment's prefix.
+        kv_index: (K,) int64.
+        own: (T,) int64: where in kv_index each row stands as itself.
+        shared: (K - T,) int64: rows that stand in kv_index a second time; no row stands there thrice.
+        copies: (K - T,) int64: where in kv_index that is.
+        longest_q, longest_k: Most queries and most keys of a segment.
+        made: What a kernel has made of these segments, once for all layers and both models.
+    """
+
+    items: tuple[Segment, ...]
+    cu_q: Tensor
+    cu_k: Tensor
+    prefixes: Tensor
+    kv_index: Tensor
+    own: Tensor
+    shared: Tensor
+    copies: Tensor
+    longest_q: int
+    longest_k: int
+    made: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Segments:
+        """The same with every tensor changed."""
+        return replace(self, **_changed(self, change), made={})
+
+
+def _changed(record: Any, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    values = {f.name: getattr(record, f.name) for f in fields(record)}
+    tensors = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+    return tensors | {name: value.map(change) for name, value in values.items() if isinstance(value, Segments)}
+
+
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
     """The pairs of one micro-batch, laid out for one forward pass.
@@ -112,12 +155,13 @@ class PackedBatch:
         num_sequences: S; 2P for preference batches, P for batches of chosen completions alone (SFT).
         num_useful_tokens: 2P+C+R summed over pairs (P+C for SFT): the same for every layout.
         token_weights: (N,) fp32: what each completion token counts in its sequence's sum; None where all count 1.
+        num_tail_tokens: Tokens at the end of a packed row that belong to no sequence and only fix its length.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     num_rows: int
-    segments: tuple[Segment, ...] | None
+    segments: Segments | None
     score_index: Tensor
     target_ids: Tensor
     sequence_ids: Tensor
@@ -127,26 +171,22 @@ class PackedBatch:
     num_sequences: int
     num_useful_tokens: int
     token_weights: Tensor | None = None
+    num_tail_tokens: int = 0
 
     @property
     def num_padding_tokens(self) -> int:
         """Tokens of the forward pass that belong to no sequence."""
         if not self.pair_ids:
             return self.input_ids.numel()
-        return self.input_ids.numel() - self.num_useful_tokens if self.num_rows > 1 else 0
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, **changed)
+        return self.input_ids.numel() - self.num_useful_tokens if self.num_rows > 1 else self.num_tail_tokens
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Return the batch with its tensors on `device`; copies overlap compute when the source is pinned."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(self, **_changed(self, lambda tensor: tensor.to(device, non_blocking=True)))
 
     def pin(self) -> PackedBatch:
         """Return the batch with its tensors in page-locked memory."""
-        return self._map(Tensor.pin_memory)
+        return replace(self, **_changed(self, Tensor.pin_memory))
 
 
 @dataclass(frozen=True, slots=True)

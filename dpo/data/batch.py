@@ -18,9 +18,11 @@ import numpy as np
 import torch
 
 from dpo.data.planner import Layout
-from dpo.types import PackedBatch, Segment, TokenizedPair
+from dpo.types import PackedBatch, Segment, Segments, TokenizedPair
 
 DUMMY_TOKENS = 2
+TAIL_SEGMENT = 128
+"""Tokens of one segment of a dummy tail: short, so that attention within it costs next to nothing."""
 
 
 def _scored(first_row: int, prompt_row: int, length: int) -> np.ndarray:
@@ -82,14 +84,53 @@ def _in_order(weights: Sequence[tuple[np.ndarray, np.ndarray]]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(chosen + rejected).astype(np.float32))
 
 
-def _dummy(layout: Layout) -> PackedBatch:
-    """Two tokens that score nothing: keeps a rank without pairs in step with the others."""
+def index_segments(items: Sequence[Segment]) -> Segments:
+    """Segments with the index tensors of kernels that attend in one call.
+
+    Args:
+        items: Covering 0..T in order; a prefix is the start of an earlier segment, and of one later segment at most.
+    """
+    rows = [
+        np.concatenate((np.arange(s.prefix_start, s.prefix_end), np.arange(s.start, s.end))) for s in items
+    ]  # of each segment's keys
+    widths = np.array([s.prefix_end - s.prefix_start for s in items], dtype=np.int64)
+    lengths = np.array([s.end - s.start for s in items], dtype=np.int64)
+    is_copy = np.concatenate([np.arange(len(r)) < width for r, width in zip(rows, widths, strict=True)])
+    kv_index = np.concatenate(rows)
+    shared = kv_index[is_copy]
+    assert len(np.unique(shared)) == len(shared), "a row may stand in two segments, not in three"
+
+    def starts(sizes: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(([0], sizes.cumsum())).astype(np.int32))
+
+    return Segments(
+        items=tuple(items),
+        cu_q=starts(lengths),
+        cu_k=starts(widths + lengths),
+        prefixes=torch.tensor([(s.prefix_start, s.prefix_end) for s in items], dtype=torch.int32),
+        kv_index=torch.from_numpy(kv_index),
+        own=torch.from_numpy(np.flatnonzero(~is_copy)),
+        shared=torch.from_numpy(shared),
+        copies=torch.from_numpy(np.flatnonzero(is_copy)),
+        longest_q=int(lengths.max()),
+        longest_k=int((widths + lengths).max()),
+    )
+
+
+def _tail(start: int, end: int) -> list[Segment]:
+    return [Segment(at, min(at + TAIL_SEGMENT, end)) for at in range(start, end, TAIL_SEGMENT)]
+
+
+def _dummy(layout: Layout, row_tokens: int | None) -> PackedBatch:
+    """Tokens that score nothing: keeps a rank without pairs in step with the others."""
+    padded = layout.startswith("padded")
+    length = DUMMY_TOKENS if padded else max(DUMMY_TOKENS, row_tokens or 0)
     none = torch.zeros(0, dtype=torch.int64)
     return PackedBatch(
-        input_ids=torch.zeros(DUMMY_TOKENS, dtype=torch.int64),
-        position_ids=torch.arange(DUMMY_TOKENS),
+        input_ids=torch.zeros(length, dtype=torch.int64),
+        position_ids=torch.zeros(length, dtype=torch.int64),
         num_rows=1,
-        segments=None if layout.startswith("padded") else (Segment(0, DUMMY_TOKENS),),
+        segments=None if padded else index_segments(_tail(0, length)),
         score_index=none,
         target_ids=none,
         sequence_ids=none,
@@ -105,6 +146,7 @@ def collate(
     pairs: Sequence[TokenizedPair],
     layout: Layout,
     token_weights: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
+    row_tokens: int | None = None,
 ) -> PackedBatch:
     """Lay pairs out for one forward pass.
 
@@ -112,21 +154,27 @@ def collate(
         pairs: The pairs of one micro-batch; none gives a dummy batch.
         layout: See the module's docstring.
         token_weights: For every pair, of its chosen (c,) and rejected (r,) tokens; None where all count 1.
+        row_tokens: Length to which a packed row is filled by a dummy tail, so that all micro-batches have one shape;
+            a longer row stays as it is. None for no tail.
     Returns:
         The batch, on the CPU.
     """
     if not pairs:
-        return _dummy(layout)
+        return _dummy(layout, row_tokens)
     prompts = [p.prompt_ids for p in pairs]
     completions = [p.chosen_ids for p in pairs]
     if layout not in ("chosen", "padded_chosen"):
         prompts, completions = prompts * 2, completions + [p.rejected_ids for p in pairs]
     padded = layout.startswith("padded")
-    segments: tuple[Segment, ...] | None = None
+    segments: Segments | None = None
+    tail = 0
     if padded:
         ids, positions, rows = _padded(list(zip(prompts, completions, strict=True)))
     else:
-        ids, positions, segments, rows = _one_row(pairs, layout)
+        ids, positions, items, rows = _one_row(pairs, layout)
+        tail = max(0, (row_tokens or 0) - len(ids))
+        segments = index_segments([*items, *_tail(len(ids), len(ids) + tail)])
+        ids, positions = np.pad(ids, (0, tail)), np.pad(positions, (0, tail))
     lengths = np.array([len(c) for c in completions], dtype=np.int64)
     return PackedBatch(
         input_ids=torch.from_numpy(ids.astype(np.int64)),
@@ -142,4 +190,5 @@ def collate(
         num_sequences=len(completions),
         num_useful_tokens=sum(len(p) for p in prompts) + int(lengths.sum()),
         token_weights=None if token_weights is None else _in_order(token_weights),
+        num_tail_tokens=tail,
     )

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dpo.data.batch import collate
-from dpo.data.planner import Epochs, Layout, num_tokens, plan_batch
+from dpo.data.planner import Epochs, Layout, Plan, num_tokens, plan_batch
 from dpo.types import PackedBatch, PairDataset, TokenizedPair
 
 
@@ -50,6 +50,7 @@ class Loader:
         epochs: Which pairs make which step.
         rank, world_size: Whose micro-batches.
         layout, token_budget, max_pairs: See `planner.plan_batch`.
+        row_tokens: Length to which packed rows are filled by a dummy tail; None for none. See `with_fixed_rows`.
         pin_memory: Pin the tensors, so that copies to a GPU overlap its work.
         token_weights: token_weights(step, pair) -> what the tokens of its completions count; None: 1 each.
     """
@@ -61,6 +62,7 @@ class Loader:
     layout: Layout
     token_budget: int
     max_pairs: int | None = None
+    row_tokens: int | None = None
     pin_memory: bool = False
     token_weights: Callable[[int | None, TokenizedPair], tuple[np.ndarray, np.ndarray]] | None = None
 
@@ -77,7 +79,11 @@ class Loader:
 
     def share_of(self, pair_ids: Sequence[int] | np.ndarray) -> list[list[int]]:
         """This rank's micro-batches, as pair ids, of pairs that all ranks score together."""
-        plan = plan_batch(
+        return self.plan_of(pair_ids)[self.rank]
+
+    def plan_of(self, pair_ids: Sequence[int] | np.ndarray) -> Plan:
+        """The same of all ranks."""
+        return plan_batch(
             pair_ids,
             self.dataset.lengths,
             world_size=self.world_size,
@@ -85,13 +91,12 @@ class Loader:
             layout=self.layout,
             max_pairs=self.max_pairs,
         )
-        return plan[self.rank]
 
     def build(self, pair_ids: list[int], step: int | None = None) -> PackedBatch:
         """Lay out the pairs of a micro-batch; a step is named in training alone."""
         pairs = [self.dataset[i] for i in pair_ids]
         weights = None if self.token_weights is None else [self.token_weights(step, pair) for pair in pairs]
-        batch = collate(pairs, self.layout, weights)
+        batch = collate(pairs, self.layout, weights, self.row_tokens)
         return batch.pin() if self.pin_memory else batch
 
     def steps(self, start: int, stop: int) -> Iterator[StepBatches]:
@@ -105,6 +110,25 @@ class Loader:
                 if step + 1 < stop:
                     ahead = pool.submit(self.__getitem__, step + 1)
                 yield ready
+
+
+def with_fixed_rows(loader: Loader, scored_together: Sequence[Sequence[int] | np.ndarray]) -> tuple[Loader, float]:
+    """A loader whose packed rows all have one length, so that kernels and compiled code see one shape.
+
+    The length is that of the longest micro-batch of some steps, or of the longest pair; it becomes the budget, so that
+    no later micro-batch is longer.
+
+    Args:
+        loader: Of a packed layout.
+        scored_together: Pair ids of a few steps, the same on every rank.
+    Returns:
+        The loader, and the share of its tokens in these steps that are dummy tail.
+    """
+    cost = num_tokens(loader.dataset.lengths, loader.layout)
+    ranks = [rank for ids in scored_together for rank in loader.plan_of(ids)]
+    sizes = [int(cost[ids].sum()) for rank in ranks for ids in rank]
+    row = max(*sizes, int(cost.max()))
+    return replace(loader, token_budget=row, row_tokens=row), 1 - sum(sizes) / (row * len(sizes))
 
 
 def whole_pass(loader: Loader, pair_ids: Sequence[int]) -> list[PackedBatch]:

@@ -1,47 +1,73 @@
-"""Attention over the segments of a packed row, as a kernel that transformers calls by name.
+"""Attention over the segments of a packed row: which kernel, whether it can be trusted, how transformers calls it.
 
 A packed row holds many causal segments; the rejected completion of a prefix-shared pair reads its prompt's keys and
-values as well. Two scaled-dot-product calls a pair do this exactly, without a mask over the whole row: for the segment
-that starts with the prompt a causal one, for the rejected completion one over [prompt | completion] whose causal mask
-is aligned to the bottom right. The idea of one row per pair: Wang & Hegde 2024, arXiv:2410.20305.
+values as well. The idea of one row per pair: Wang & Hegde 2024, arXiv:2410.20305.
 
-Segments travel to every layer as the keyword argument `segments` of the model's call.
+    varlen   PyTorch's variable-length flash kernel over gathered keys and values      CUDA, fp16 and bf16
+    flash    the same by flash-attn, where it is installed                             CUDA, fp16 and bf16
+    flex     FlexAttention: the only one for soft-capped scores and short windows      CUDA
+    sdpa     two scaled-dot-product calls a pair                                       anywhere
+
+varlen_eager and flex_eager are their twins in plain PyTorch, for tests and for the self-test. Segments travel to every
+layer as the keyword argument `segments` of the model's call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from dpo.types import Segment
+from dpo.data.batch import index_segments
+from dpo.model import attention_flex, attention_sdpa, attention_varlen
+from dpo.types import Segment, Segments
 
-NAME = "dpo_segments"
-"""What the models are told to use; a private name, because position_ids without these segments would be silently
-wrong: transformers takes their jumps for a new document and hides the prompt from the rejected completion."""
+BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "varlen": lambda *inputs: attention_varlen.attend(attention_varlen.torch_varlen(), *inputs),
+    "flash": lambda *inputs: attention_varlen.attend(attention_varlen.flash(), *inputs),
+    "flex": attention_flex.attend,
+    "sdpa": attention_sdpa.attend,
+    "varlen_eager": partial(attention_varlen.attend, attention_varlen.eager),
+    "flex_eager": attention_flex.eager,
+}
+"""attend(query, key, value, segments, scaling) -> (1, T, heads, head_dim); CHANGE_SCORES also take
+window and softcap."""
+CHANGE_SCORES = ("flex", "flex_eager")
+HALF = (torch.float16, torch.bfloat16)
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.05}
+"""Largest error of the self-test, relative to the largest value, that is rounding and not another mask."""
 
 
 class UnsupportedAttention(Exception):
-    """The model asks for something segments cannot express; the message says what."""
+    """The model asks for something a kernel cannot express; the message says what."""
 
 
-def _refuse(kwargs: dict[str, Any], segments: tuple[Segment, ...]) -> None:
-    if kwargs.get("softcap") is not None:
-        raise UnsupportedAttention(f"attention scores are soft-capped at {kwargs['softcap']}")
+def _extras(backend: str, kwargs: dict[str, Any], segments: Segments) -> dict[str, Any]:
+    """Window and soft-cap for the kernels that know them; refused to the others where they would matter."""
     if kwargs.get("s_aux") is not None:
         raise UnsupportedAttention("attention has sinks")
-    window = kwargs.get("sliding_window")
-    longest = max(s.end - s.start + s.prefix_end - s.prefix_start for s in segments)
-    if window is not None and longest > window:
-        raise UnsupportedAttention(f"a sliding window of {window} tokens is shorter than a sequence of {longest}")
+    softcap, window = kwargs.get("softcap"), kwargs.get("sliding_window")
+    if window is not None and segments.longest_k <= window:
+        window = None
+    if backend in CHANGE_SCORES:
+        return {"window": window, "softcap": softcap}
+    if softcap is not None:
+        raise UnsupportedAttention(f"attention scores are soft-capped at {softcap}")
+    if window is not None:
+        raise UnsupportedAttention(
+            f"a sliding window of {window} tokens is shorter than a sequence of {segments.longest_k}"
+        )
+    return {}
 
 
 def segment_attention(
+    backend: str,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -49,67 +75,123 @@ def segment_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    segments: tuple[Segment, ...] | None = None,
+    segments: Segments | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend within segments; the signature is that of transformers' attention functions.
+    """Attend within segments; after the backend the signature is that of transformers' attention functions.
 
     Args:
+        backend: Name in BACKENDS.
         module: The attention layer; not used.
         query: (1, heads, T, head_dim).
         key, value: (1, kv_heads, T, head_dim); kv_heads divides heads.
         attention_mask: Must be None: segments say everything.
         scaling: Factor on the scores; None for 1 / sqrt(head_dim).
         dropout: Ignored: policy and reference are compared token by token, so both are deterministic.
-        segments: Which rows see which, covering 0..T in order; a prefix is the start of an earlier segment.
+        segments: Which rows see which.
     Returns:
         (1, T, heads, head_dim) and None for the attention weights.
     Raises:
-        UnsupportedAttention: For soft-capped scores, sinks, or a sliding window shorter than a segment.
+        UnsupportedAttention: For sinks; for soft-capped scores or a sliding window shorter than a segment where the
+            backend does not know them.
     """
     if segments is None or attention_mask is not None:
         raise UnsupportedAttention("the model does not hand keyword arguments down to its attention layers")
-    _refuse(kwargs, segments)
-    grouped = query.shape[1] != key.shape[1]
-    # One split, not a slice a segment: backward of a slice fills a tensor as long as the whole row with zeros.
-    sizes = [s.end - s.start for s in segments]
-    queries, keys, values = (x.split(sizes, dim=2) for x in (query, key, value))
-    starting_at = {s.start: i for i, s in enumerate(segments)}
-    outputs = []
-    for s, q, k, v in zip(segments, queries, keys, values, strict=True):
-        mask = None
-        width = s.prefix_end - s.prefix_start
-        if width > 0:
-            owner = starting_at[s.prefix_start]
-            k = torch.cat((keys[owner][:, :, :width], k), dim=2)
-            v = torch.cat((values[owner][:, :, :width], v), dim=2)
-            shape = (q.shape[2], k.shape[2])
-            mask = torch.ones(shape, dtype=torch.bool, device=q.device).tril(shape[1] - shape[0])
-        outputs.append(
-            scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
-            )
-        )
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return BACKENDS[backend](query, key, value, segments, scaling, **_extras(backend, kwargs, segments)), None
 
 
-def register() -> None:
-    """Make `segment_attention` known to transformers under NAME; calling it again changes nothing."""
-    AttentionInterface.register(NAME, segment_attention)
+def _name(backend: str) -> str:
+    # A number: transformers looks for "sdpa" and the like within names and asks the model for its own support.
+    return f"dpo_kernel_{list(BACKENDS).index(backend)}"
+
+
+def register(backend: str) -> str:
+    """Make a backend known to transformers; calling it again changes nothing.
+
+    Returns:
+        The name under which models are told to use it: a private one, because position_ids without these segments
+        would be silently wrong: transformers takes their jumps for a new document and hides the prompt from the
+        rejected completion.
+    """
+    name = _name(backend)
+    # Never within a compiled block: what segments hold changes from batch to batch.
+    AttentionInterface.register(name, torch.compiler.disable(partial(segment_attention, backend)))
+    return name
 
 
 @contextmanager
-def counted_calls() -> Iterator[list[nn.Module]]:
+def counted_calls(backend: str) -> Iterator[list[nn.Module]]:
     """Collect the layers that attend in segments within the block: a layer that mixes tokens in any other way (state
     space, linear attention, convolution) would let one sequence see another."""
     layers: list[nn.Module] = []
 
     def counted(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         layers.append(module)
-        return segment_attention(module, *args, **kwargs)
+        return segment_attention(backend, module, *args, **kwargs)
 
-    AttentionInterface.register(NAME, counted)
+    AttentionInterface.register(_name(backend), counted)
     try:
         yield layers
     finally:
-        register()
+        register(backend)
+
+
+def candidates(wanted: str, device: torch.device) -> list[str]:
+    """Backends to try, the preferred one first; sdpa, which runs anywhere, is always the last.
+
+    Args:
+        wanted: model.attention.
+        device: Of the model.
+    """
+    if wanted != "auto":
+        return list(dict.fromkeys([wanted, "sdpa"]))
+    if device.type != "cuda":
+        return ["sdpa"]
+    installed = ["flash"] if importlib.util.find_spec("flash_attn") else []
+    return ["varlen", *installed, "flex", "sdpa"]
+
+
+def _probe(backend: str, kv_heads: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Output and gradients of a row with unequal lengths, prefixes among them, four query heads, seeded."""
+    items = (Segment(0, 70), Segment(70, 170, 0, 33), Segment(170, 172), Segment(172, 173, 170, 171))
+    segments = index_segments(items).map(lambda tensor: tensor.to(device))
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, 4, 173, 64), (1, kv_heads, 173, 64), (1, kv_heads, 173, 64), (1, 173, 4, 64))
+    made = [torch.randn(shape, generator=generator).to(torch.bfloat16) for shape in shapes]
+    *inputs, grad = (x.to(device, dtype) for x in made)
+    needs_grad = backend != "flex" or device.type == "cuda"
+    inputs = [x.requires_grad_(needs_grad) for x in inputs]
+    output = BACKENDS[backend](*inputs, segments, None)
+    return [output.detach(), *(torch.autograd.grad(output, inputs, grad) if needs_grad else ())]
+
+
+def self_test(backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Whether a backend computes what its twin does: unequal lengths, causal alignment, grouped heads, gradients.
+
+    Args:
+        backend: Name in BACKENDS.
+        dtype: Of the policy.
+        device: Of the model.
+    Returns:
+        Why it cannot be used; None if it can.
+    """
+    if backend in ("varlen", "flash", "flex") and device.type != "cuda":
+        return "it needs a GPU"
+    if backend in ("varlen", "flash") and dtype not in HALF:
+        return f"it takes fp16 and bf16, and the policy is in {str(dtype).removeprefix('torch.')}"
+    return _mismatch(backend, dtype, device)
+
+
+def _mismatch(backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    for kv_heads in (4, 2):
+        try:
+            found = _probe(backend, kv_heads, dtype, device)
+        except Exception as error:  # whatever a kernel of another version or machine may raise
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        truth = _probe("varlen_eager", kv_heads, torch.float64, device)
+        for what, a, b in zip(("output", "query", "key", "value"), found, truth, strict=False):
+            error_size = float((a.double() - b).abs().max() / b.abs().max())
+            if not error_size <= TOLERANCE[dtype]:
+                of = what if what == "output" else f"gradient of the {what}"
+                return f"self-test with {kv_heads} of 4 key heads: its {of} is off by {error_size:.2g}"
+    return None

@@ -1,10 +1,10 @@
 """Which layout and which head give a model's true log-probs, found by asking the model itself.
 
 At start two real pairs are scored twice: by the fast path, in one micro-batch, and by the model's own logits, each
-sequence alone and unpadded. Where they differ, or the model's attention cannot be expressed in segments, the next
-simpler path is tried:
+sequence alone and unpadded. Where they differ, an attention kernel fails its self-test, or the model's attention cannot
+be expressed in segments, the next simpler path is tried:
 
-    wanted layout, fast head  ->  padded, fast head  ->  padded, the model's own head  ->  refused
+    wanted layout, each kernel, fast head  ->  padded, fast head  ->  padded, the model's own head  ->  refused
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.bfloat16: 0.05, tor
 In fp64 it is 1e-5, since norms and softmax of some models round to fp32 within."""
 
 
-def use_layout(scorer: Scorer, layout: Layout, own_head: bool = False) -> None:
-    """Make a scorer ready for batches of a layout."""
+def use_layout(scorer: Scorer, layout: Layout, own_head: bool = False, backend: str = "sdpa") -> None:
+    """Make a scorer ready for batches of a layout, attending by one of attention.BACKENDS in packed ones."""
     scorer.own_head = own_head
+    scorer.attention = backend
     if layout == "padded":
         scorer.model.set_attn_implementation(scorer.native_attention)
     else:
-        attention.register()
-        scorer.model.set_attn_implementation(attention.NAME)
+        scorer.model.set_attn_implementation(attention.register(backend))
 
 
 def _difference(scorer: Scorer, layout: Layout, pairs: Sequence[TokenizedPair], truth: torch.Tensor) -> float:
@@ -46,14 +46,14 @@ def _difference(scorer: Scorer, layout: Layout, pairs: Sequence[TokenizedPair], 
 
 
 def _complaint(
-    scorer: Scorer, layout: Layout, own_head: bool, pairs: Sequence[TokenizedPair], truth: torch.Tensor
+    scorer: Scorer, layout: Layout, own_head: bool, backend: str, pairs: Sequence[TokenizedPair], truth: torch.Tensor
 ) -> str | None:
     """Why a path cannot be used; None if it can."""
     if layout != "padded" and not scorer.model._can_set_attn_implementation():
         return f"{type(scorer.model).__name__} has its own attention code"
-    use_layout(scorer, layout, own_head)
+    use_layout(scorer, layout, own_head, backend)
     try:
-        with attention.counted_calls() as attending:
+        with attention.counted_calls(backend) as attending:
             difference = _difference(scorer, layout, pairs, truth)
     except (UnsupportedAttention, TypeError, AttributeError) as error:
         return " ".join(str(error).split())
@@ -67,9 +67,14 @@ def _complaint(
 
 
 def settle(
-    scorer: Scorer, layout: Layout, pairs: Sequence[TokenizedPair], longest: int, device: torch.device
+    scorer: Scorer,
+    layout: Layout,
+    pairs: Sequence[TokenizedPair],
+    longest: int,
+    device: torch.device,
+    wanted_attention: str = "auto",
 ) -> tuple[Layout, list[str]]:
-    """Choose layout and head for a model and leave the scorer set to them.
+    """Choose layout, attention and head for a model and leave the scorer set to them.
 
     Args:
         scorer: Around the policy; collective under ZeRO-3, where every rank calls it with the same pairs.
@@ -77,26 +82,36 @@ def settle(
         pairs: Two real pairs; one is enough for a data set of one.
         longest: Longest sequence in tokens that the run will see.
         device: Of the model.
+        wanted_attention: model.attention.
     Returns:
         The layout to use, and a line for the log for every path given up.
     Raises:
         UserError: If no path gives the model's own log-probs.
     """
     truth = torch.stack([own_logits_logps(scorer, pair, device) for pair in pairs]).T.reshape(-1)
-    window = getattr(scorer.model.config.get_text_config(), "sliding_window", None)
-    windowed = window is not None and longest > window and _uses_window(scorer)
-    paths: list[tuple[Layout, bool]] = [(layout, False), ("padded", False), ("padded", True)]
+    backends = attention.candidates(wanted_attention, device)
+    packed = [(layout, False, backend) for backend in backends] if layout != "padded" else []
     notes: list[str] = []
-    for path, own_head in dict.fromkeys(paths):
-        if path != "padded" and windowed:
-            complaint: str | None = f"a sliding window of {window} tokens is shorter than sequences of up to {longest}"
-        else:
-            complaint = _complaint(scorer, path, own_head, pairs, truth)
+    for path, own_head, backend in [*packed, ("padded", False, "sdpa"), ("padded", True, "sdpa")]:
+        complaint = None
+        if path != "padded":
+            complaint = _window_complaint(scorer, backend, longest)
+            complaint = complaint or attention.self_test(backend, scorer.head.weight.dtype, device)
+        complaint = complaint or _complaint(scorer, path, own_head, backend, pairs, truth)  # type: ignore[arg-type]
         if complaint is None:
-            return path, notes
-        name = f"layout {path}" + (" with the model's own head" if own_head else "")
+            return path, notes  # type: ignore[return-value]
+        by = f" by {backend}" if len(backends) > 1 and path != "padded" else ""
+        name = f"layout {path}{by}" + (" with the model's own head" if own_head else "")
         notes.append(f"{name} is not used: {complaint}")
     raise UserError(f"model.policy: {type(scorer.model).__name__} cannot be scored faithfully: {'; '.join(notes)}")
+
+
+def _window_complaint(scorer: Scorer, backend: str, longest: int) -> str | None:
+    """Why a sliding window forbids a kernel; two pairs of middling length may not show it."""
+    window = getattr(scorer.model.config.get_text_config(), "sliding_window", None)
+    if backend in attention.CHANGE_SCORES or window is None or longest <= window or not _uses_window(scorer):
+        return None
+    return f"a sliding window of {window} tokens is shorter than sequences of up to {longest}"
 
 
 def _uses_window(scorer: Scorer) -> bool:

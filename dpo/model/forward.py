@@ -28,6 +28,7 @@ class Scorer(nn.Module):
         own_head: Score through the model's own head, which takes padded batches.
         native_attention: Name of the model's own attention implementation.
         certainty: Says how sure the policy is of every token, for loss.wpo; else None.
+        attention: Kernel of packed rows, a name in attention.BACKENDS.
     """
 
     def __init__(self, model: Any, chunk_rows: int = CHUNK_ROWS, *, with_certainty: bool = False) -> None:
@@ -37,6 +38,7 @@ class Scorer(nn.Module):
         self.certainty = Certainty(model.get_output_embeddings(), chunk_rows) if with_certainty else None
         self.own_head = False
         self.native_attention = model.config._attn_implementation
+        self.attention = "sdpa"
 
     def forward(self, batch: PackedBatch, frozen: FrozenTokens | None = None, certain: bool = False) -> Tensor:
         """Score a batch.

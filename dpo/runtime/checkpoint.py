@@ -29,8 +29,9 @@ from dpo.runtime.distributed import World, only_main
 MAY_CHANGE = (
     "train.epochs", "train.max_steps", "train.eval_every", "train.save_every", "train.keep_checkpoints",
     "train.export_dtype", "train.resume", "train.output_dir", "train.tokens_per_micro_batch", "train.micro_batch_size",
-    "train.layout", "model.gradient_checkpointing", "model.attention", "data.workers", "data.cache_dir",
-    "log.every", "log.backends", "log.samples", "log.sample_every", "log.sample_tokens",
+    "train.layout", "train.static_shapes", "model.gradient_checkpointing", "model.attention",
+    "data.workers", "data.cache_dir", "log.every", "log.backends", "log.samples", "log.sample_every",
+    "log.sample_tokens",
 )
 """Settings that a continued run may change: none of them moves what a step computes."""
 

@@ -31,7 +31,7 @@ def test_shared_stores_the_prompt_once_and_restarts_the_rejected_positions_after
     batch = collate(PAIRS, "shared")
     assert batch.input_ids.tolist() == [1, 2, 3, 4, 5, 6, 8, 9, 10, 11]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 2, 0, 1, 1, 2]
-    assert batch.segments == (Segment(0, 5), Segment(5, 6, 0, 2), Segment(6, 8), Segment(8, 10, 6, 7))
+    assert batch.segments.items == (Segment(0, 5), Segment(5, 6, 0, 2), Segment(6, 8), Segment(8, 10, 6, 7))
     assert batch.score_index.tolist() == [1, 2, 3, 6, 1, 6, 8]
     assert batch.target_ids.tolist() == [3, 4, 5, 9, 6, 10, 11]
     assert batch.sequence_ids.tolist() == [0, 0, 0, 1, 2, 3, 3]
@@ -44,7 +44,7 @@ def test_packed_repeats_the_prompt():
     batch = collate(PAIRS, "packed")
     assert batch.input_ids.tolist() == [1, 2, 3, 4, 5, 1, 2, 6, 8, 9, 8, 10, 11]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 0, 1, 2]
-    assert batch.segments == (Segment(0, 5), Segment(5, 8), Segment(8, 10), Segment(10, 13))
+    assert batch.segments.items == (Segment(0, 5), Segment(5, 8), Segment(8, 10), Segment(10, 13))
     assert batch.score_index.tolist() == [1, 2, 3, 8, 6, 10, 11]
     assert (batch.num_useful_tokens, batch.num_padding_tokens) == (13, 0)
 

@@ -27,6 +27,8 @@ VARIANTS: dict[str, tuple[int, list[str]]] = {
     "two_ranks_cached_zero3": (2, ["--config", "SHARDED/zero3.json", "--reference.mode", "cached",
                                    "--reference.cache_dir", "SHARDED/own"]),
     "two_ranks": (2, ["--config", "ds_configs/zero2.json"]),
+    "two_ranks_static": (2, ["--config", "ds_configs/zero2.json", "--train.static_shapes", "true",
+                             "--train.tokens_per_micro_batch", "600"]),
     "two_ranks_zero1": (2, ["--config", "ds_configs/zero1.json", "--train.tokens_per_micro_batch", "600"]),
     "two_ranks_zero3": (2, ["--config", "SHARDED/zero3.json", "--train.micro_batch_size", "3"]),
     "two_ranks_padded": (2, ["--config", "ds_configs/zero2.json", "--train.layout", "padded",

@@ -1,0 +1,272 @@
+"""Every kernel path attends as each sequence alone: its gather, its index tensors, its backward, its refusals.
+
+The CUDA kernels are stood in for by their twins, which take the same arguments; a kernel itself is compared with its
+twin by the self-test, on a GPU.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpo.data.batch import collate, index_segments
+from dpo.model import attention, attention_flex, attention_varlen
+from dpo.model.check import settle, use_layout
+from dpo.model.forward import Scorer, own_logits_logps
+from dpo.types import Segment, TokenizedPair
+from tests import tiny
+
+CPU = torch.device("cpu")
+TWINS = ("varlen_eager", "flex_eager")
+
+
+def pairs_of(lengths) -> list[TokenizedPair]:
+    rng = np.random.default_rng(0)
+    ids = [[rng.integers(1, tiny.VOCAB, n).astype(np.int32) for n in three] for three in lengths]
+    return [TokenizedPair(i, *three) for i, three in enumerate(ids)]
+
+
+def gradients(scorer, pairs, layout, row_tokens=None):
+    logps = scorer(collate(pairs, layout, row_tokens=row_tokens))
+    scorer.zero_grad()
+    (logps * torch.linspace(-1, 2, len(logps), dtype=logps.dtype)).sum().backward()
+    return [logps.detach(), *(p.grad.clone() for p in scorer.parameters() if p.grad is not None)]
+
+
+def scorer_of(model, layout, backend="sdpa") -> Scorer:
+    scorer = Scorer(model)
+    use_layout(scorer, layout, backend=backend)
+    return scorer
+
+
+@pytest.mark.parametrize("backend", ["sdpa", *TWINS])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_backend_has_the_log_probs_and_gradients_of_padded(family, backend):
+    pairs = tiny.pairs(5)
+    truth = gradients(scorer_of(tiny.model(family), "padded"), pairs, "padded")
+    for layout, row_tokens in (("shared", None), ("packed", None), ("shared", 400)):
+        found = gradients(scorer_of(tiny.model(family), layout, backend), pairs, layout, row_tokens)
+        for a, b in zip(found, truth, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+LENGTHS = st.lists(st.tuples(*[st.integers(1, 9)] * 3), min_size=1, max_size=5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths=LENGTHS, tail=st.integers(0, 300), layout=st.sampled_from(["shared", "packed", "chosen"]))
+def test_index_tensors_say_of_any_lengths_what_the_segments_say(lengths, tail, layout):
+    segments = collate(pairs_of(lengths), layout, row_tokens=tail).segments
+    length = segments.items[-1].end
+    assert [s.start for s in segments.items] == [0, *(s.end for s in segments.items[:-1])]
+    assert segments.cu_q.tolist() == [0, *(s.end for s in segments.items)]
+    keys = [[*range(s.prefix_start, s.prefix_end), *range(s.start, s.end)] for s in segments.items]
+    assert segments.kv_index.tolist() == sum(keys, [])
+    assert segments.cu_k.tolist() == [0, *np.cumsum([len(k) for k in keys])]
+    assert (segments.longest_q, segments.longest_k) == (
+        max(s.end - s.start for s in segments.items), max(map(len, keys)),
+    )  # fmt: skip
+    assert segments.kv_index[segments.own].tolist() == list(range(length))
+    assert segments.kv_index[segments.copies].tolist() == segments.shared.tolist()
+    uses = sorted(segments.own.tolist() + segments.copies.tolist())
+    assert uses == list(range(len(segments.kv_index)))
+
+
+@settings(max_examples=15, deadline=None)
+@given(lengths=LENGTHS, tail=st.integers(0, 60))
+def test_every_backend_agrees_over_random_lengths(lengths, tail):
+    segments = collate(pairs_of(lengths), "shared", row_tokens=tail).segments
+    length = segments.items[-1].end
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, heads, length, 4, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
+    weights = torch.randn(1, length, 4, 4, dtype=torch.float64)
+    results = []
+    for backend in ("sdpa", *TWINS):
+        output = attention.BACKENDS[backend](*inputs, segments, 0.3)
+        results.append([output, *torch.autograd.grad(output, inputs, weights)])
+    for found in results[1:]:
+        for a, b in zip(found, results[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_the_gathers_backward_is_that_of_indexing():
+    segments = collate(tiny.pairs(4), "shared").segments
+    x = torch.randn(segments.items[-1].end, 2, 3, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(len(segments.kv_index), 2, 3, dtype=torch.float64)
+    assert len(segments.copies) > 0
+    gathered, plain = attention_varlen.gather(x, segments), x[segments.kv_index]
+    torch.testing.assert_close(gathered, plain, rtol=0, atol=0)
+    found, truth = (torch.autograd.grad(y, x, grad)[0] for y in (gathered, plain))
+    torch.testing.assert_close(found, truth, rtol=1e-14, atol=1e-14)
+
+
+def test_nothing_is_gathered_where_no_prompt_is_shared():
+    segments = collate(tiny.pairs(4), "packed").segments
+    x = torch.randn(segments.items[-1].end, 2, 3)
+    assert attention_varlen.gather(x, segments) is x
+
+
+def test_a_row_in_three_segments_is_refused():
+    with pytest.raises(AssertionError, match="not in three"):
+        index_segments([Segment(0, 4), Segment(4, 6, 0, 3), Segment(6, 8, 0, 2)])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (3, None), (None, 2.0), (4, 1.5)])
+def test_flex_attention_itself_computes_what_its_twin_does(window, softcap):
+    segments = collate(tiny.pairs(4), "shared", row_tokens=150).segments
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, heads, segments.items[-1].end, 8, dtype=torch.float64) for heads in (4, 2, 2)]
+    found = attention_flex.attend(*inputs, segments, 0.4, window, softcap)
+    truth = attention_flex.eager(*inputs, segments, 0.4, window, softcap)
+    torch.testing.assert_close(found, truth, rtol=1e-10, atol=1e-10)
+    assert list(segments.made) == [window]
+
+
+@pytest.mark.parametrize(("family", "changes"), [("gemma2", {"sliding_window": 5}), ("mistral", {"sliding_window": 4})])
+def test_soft_caps_and_short_windows_are_exact_in_the_shared_layout_by_flex(family, changes):
+    if family == "gemma2":
+        changes = changes | {"final_logit_softcapping": None, "attn_logit_softcapping": 3.0}
+    pairs = tiny.pairs(5)
+    scorer = scorer_of(tiny.model(family, **changes), "shared", "flex_eager")
+    scorer.native_attention = "eager"  # the only one of transformers that soft-caps
+    with torch.no_grad():
+        truth = torch.stack([own_logits_logps(scorer, pair, CPU) for pair in pairs]).T.reshape(-1)
+        torch.testing.assert_close(scorer(collate(pairs, "shared")), truth, rtol=1e-6, atol=1e-6, check_dtype=False)
+    wide = scorer_of(tiny.model(family, **changes | {"sliding_window": 500}), "shared", "flex_eager")
+    assert not torch.allclose(wide(collate(pairs, "shared")).double(), truth.double(), atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", *TWINS])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_honest_backends_pass_the_self_test(backend, dtype):
+    assert attention.self_test(backend, dtype, CPU) is None
+
+
+def top_left(query, key, value, segments, scaling):
+    """The twin with its causal mask aligned to the top left, as cuDNN's is: a prompt's continuation sees too little."""
+    outputs = []
+    bounds = segments.cu_q[:-1], segments.cu_q[1:], segments.cu_k[:-1]
+    for a, b, c in zip(*(x.tolist() for x in bounds), strict=True):
+        one = index_segments([Segment(0, b - a)])
+        outputs.append(attention_varlen.eager(query[a:b], key[c : c + b - a], value[c : c + b - a], one, scaling))
+    return torch.cat(outputs)
+
+
+def not_grouped(query, key, value, segments, scaling):
+    """A kernel that pairs query heads with key heads the wrong way round."""
+    repeats = query.shape[1] // key.shape[1]
+    return attention_varlen.eager(query, key.repeat(1, repeats, 1), value.repeat(1, repeats, 1), segments, scaling)
+
+
+def broken_backward(query, key, value, segments, scaling):
+    """Right outputs, no gradient to the keys."""
+    return attention_varlen.eager(query, key.detach(), value, segments, scaling) + 0 * key.sum()
+
+
+def refusing(*_):
+    raise RuntimeError("GQA is not supported\nwith the cuDNN backend.")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "reason"),
+    [
+        (top_left, "self-test with 4 of 4 key heads: its output is off"),
+        (not_grouped, "self-test with 2 of 4 key heads: its output is off"),
+        (broken_backward, "its gradient of the key is off"),
+        (refusing, "RuntimeError: GQA is not supported with the cuDNN backend."),
+    ],
+)
+def test_a_kernel_that_computes_something_else_is_refused_and_sdpa_takes_over(kernel, reason, monkeypatch):
+    monkeypatch.setitem(attention.BACKENDS, "varlen", lambda *inputs: attention_varlen.attend(kernel, *inputs))
+    monkeypatch.setattr(attention, "self_test", lambda b, dtype, device: attention._mismatch(b, dtype, device))
+    scorer = Scorer(tiny.model("llama"))
+    layout, notes = settle(scorer, "shared", tiny.pairs(3)[1:], 100, CPU, "varlen")
+    assert (layout, scorer.attention, len(notes)) == ("shared", "sdpa", 1)
+    assert notes[0].startswith("layout shared by varlen is not used: ") and reason in notes[0]
+
+
+def test_a_kernel_that_passes_is_used(monkeypatch):
+    monkeypatch.setattr(attention, "candidates", lambda wanted, device: ["varlen_eager", "sdpa"])
+    scorer = Scorer(tiny.model("llama"))
+    assert settle(scorer, "shared", tiny.pairs(3)[1:], 100, CPU) == ("shared", [])
+    assert scorer.attention == "varlen_eager"
+
+
+@pytest.mark.parametrize("wanted", ["varlen", "flash", "flex"])
+def test_kernels_that_need_a_gpu_say_so_on_a_cpu(wanted):
+    scorer = Scorer(tiny.model("llama"))
+    layout, notes = settle(scorer, "shared", tiny.pairs(3)[1:], 100, CPU, wanted)
+    assert (layout, scorer.attention) == ("shared", "sdpa")
+    assert notes == [f"layout shared by {wanted} is not used: it needs a GPU"]
+
+
+def test_flash_kernels_are_refused_to_fp32_and_auto_prefers_them_on_a_gpu():
+    gpu = torch.device("cuda")
+    assert attention.self_test("varlen", torch.float32, gpu) == "it takes fp16 and bf16, and the policy is in float32"
+    assert attention.candidates("auto", gpu) == ["varlen", "flex", "sdpa"]
+    assert attention.candidates("auto", CPU) == ["sdpa"]
+    assert attention.candidates("flex", gpu) == ["flex", "sdpa"]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "kv_heads", "expected"),
+    [
+        ({"is_causal", "scale"}, 4, ({"is_causal": True, "scale": 0.5}, False)),
+        ({"is_causal", "scale"}, 2, ({"is_causal": True, "scale": 0.5}, True)),
+        ({"window_size", "scale", "enable_gqa"}, 2,
+         ({"window_size": (-1, 0), "scale": 0.5, "enable_gqa": True}, False)),
+        ({"window_size", "scale", "enable_gqa"}, 4, ({"window_size": (-1, 0), "scale": 0.5}, False)),
+    ],
+)  # fmt: skip
+def test_every_signature_of_varlen_attn_is_told_of_causality_and_groups(parameters, kv_heads, expected):
+    found = attention_varlen.arguments_of(parameters, heads=4, kv_heads=kv_heads, scaling=0.5)
+    assert found == expected
+
+
+@pytest.mark.parametrize(("parameters", "missing"), [({"scale"}, "neither"), ({"window_size"}, "no scale")])
+def test_a_varlen_attn_that_cannot_be_causal_or_scaled_is_refused(parameters, missing):
+    with pytest.raises(NotImplementedError, match=missing):
+        attention_varlen.arguments_of(parameters, heads=4, kv_heads=4, scaling=0.5)
+
+
+def test_torchs_and_flash_attns_kernels_get_what_the_twin_gets(monkeypatch):
+    """Both are called with (T, heads, d) tensors, cu_seqlens and bounds: played by the twin, all logs stay the same."""
+    calls = []
+
+    def play(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False, **flash):
+        calls.append((window_size, enable_gqa, flash.get("causal"), max_q, max_k))
+        assert q.is_contiguous() and cu_q.dtype == cu_k.dtype == torch.int32
+        segments = types.SimpleNamespace(cu_q=cu_q, cu_k=cu_k)
+        return attention_varlen.eager(q, k, v, segments, flash.get("softmax_scale", scale))
+
+    import torch.nn.attention.varlen
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", play)
+    module = types.ModuleType("flash_attn")
+    module.flash_attn_varlen_func = play
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    pairs = tiny.pairs(5)
+    truth = gradients(scorer_of(tiny.model("llama"), "padded"), pairs, "padded")
+    for backend, made in (("varlen", attention_varlen.torch_varlen), ("flash", attention_varlen.flash)):
+        made.cache_clear()
+        found = gradients(scorer_of(tiny.model("llama"), "shared", backend), pairs, "shared")
+        for a, b in zip(found, truth, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+        made.cache_clear()
+    segments = collate(pairs, "shared").segments
+    bounds = (segments.longest_q, segments.longest_k)
+    assert set(calls) == {((-1, 0), True, None, *bounds), ((-1, -1), False, True, *bounds)}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["varlen", "flex", "sdpa"])
+def test_the_kernels_of_a_gpu_pass_the_self_test(backend, dtype):
+    assert attention.self_test(backend, dtype, torch.device("cuda")) is None
