@@ -57,17 +57,21 @@ def _default_text(value: Any) -> str:
 
 def _help(section: type) -> dict[str, str]:
     """Key -> the text under it."""
-    return {p.arg_name: (p.description or "").replace("\n", " ") for p in parse_from_object(section).params}
+    return {p.arg_name: " ".join((p.description or "").split()) for p in parse_from_object(section).params}
 
 
 def _table(name: str, section: type) -> str:
     help_texts, hints = _help(section), typing.get_type_hints(section)
     title = f"## {name}\n\n{(section.__doc__ or '').strip()}\n\n"
     rows = ["| key | values | default | meaning |", "| --- | --- | --- | --- |"]
+    nested = ""
     for field in dataclasses.fields(section):
+        if dataclasses.is_dataclass(hints[field.name]):
+            nested += "\n" + _table(f"{name}.{field.name}", hints[field.name])
+            continue
         cells = (f"`{name}.{field.name}`", _type_text(hints[field.name]), _default_text(field.default))
         rows.append(f"| {' | '.join(cells)} | {help_texts[field.name].replace('|', '/')} |")
-    return title + "\n".join(rows) + "\n"
+    return title + "\n".join(rows) + "\n" + nested
 
 
 def render() -> str:

@@ -2,6 +2,7 @@
 
     python -m dpo audit DATA [--validation DATA] [--tokenizer NAME] [--json FILE]
     python -m dpo plan --config ds_configs/zero2.json [--recipe recipes/NAME.yaml] [--section.key VALUE ...] --ranks N
+    python -m dpo export RUN [--to FOLDER] [--merge true] [--checkpoint STEP]
 
 Exit code 2 and one line for whatever the user can mend, as train_dpo.py.
 """
@@ -30,9 +31,17 @@ def _audit(argv: list[str]) -> None:
     show_audit(parse_options(argv, "audit", DESCRIPTION, AuditOptions))
 
 
+def _export(argv: list[str]) -> None:
+    from dpo.export_run import Options, export_run  # it imports DeepSpeed
+
+    options = parse_options(argv, "export", "Write the weights of a run as a folder to hand on.", Options)
+    print(export_run(options))
+
+
 VERBS = {
     "audit": (_audit, "what a preference data set is like, and how far trivial rules get"),
     "plan": (_plan, "what a run would do and need on GPUs that need not be here"),
+    "export": (_export, "the weights of a run, or of one of its checkpoints, as a folder; adapters merged if asked"),
 }
 
 

@@ -6,7 +6,7 @@ import argparse
 import difflib
 import os
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -160,15 +160,22 @@ def _check_recipe(path: str) -> None:
     content = _read_recipe(path)
     if not isinstance(content, dict | None):
         raise UserError(f"--recipe {path}: expected sections such as 'train:', got {type(content).__name__}; mend it")
-    for section, values in (content or {}).items():
-        is_section = section in {f.name for f in fields(Config)}
-        if is_section and not isinstance(values, dict):
-            raise UserError(f"--recipe {path}: section {section} must hold keys, got {values!r}; mend or remove it")
-        given = {f"{section}.{key}": value for key, value in values.items()} if isinstance(values, dict) else {}
-        for name in given or ([] if is_section else [str(section)]):
-            if name not in _keys():
-                raise UserError(f"--recipe {path}: {_unknown(name, _keys())}")
-            _refuse_endless(given[name], f"--recipe {path}: {name}")
+    _check_names(path, content or {}, get_type_hints(Config))
+
+
+def _check_names(path: str, content: dict[Any, Any], known: dict[str, Any], prefix: str = "") -> None:
+    """Refuse names in a recipe that are no settings, and values where a section should be."""
+    for key, value in content.items():
+        name, hint = f"{prefix}{key}", known.get(str(key))
+        if is_dataclass(hint):
+            if not isinstance(value, dict):
+                raise UserError(f"--recipe {path}: section {name} must hold keys, got {value!r}; mend or remove it")
+            _check_names(path, value, get_type_hints(hint), f"{name}.")
+        elif hint is None:
+            wrong = f"{name}.{next(iter(value))}" if isinstance(value, dict) and value else name
+            raise UserError(f"--recipe {path}: {_unknown(wrong, _keys())}")
+        else:
+            _refuse_endless(value, f"--recipe {path}: {name}")
 
 
 def _refuse_endless(value: Any, name: str) -> None:
@@ -181,9 +188,13 @@ def _one_line(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
-def _keys() -> list[str]:
-    sections = get_type_hints(Config)
-    return [f"{name}.{key.name}" for name, section in sections.items() for key in fields(section)]
+def _keys(section: Any = Config, prefix: str = "") -> list[str]:
+    """Names of all settings."""
+    return [
+        name
+        for key, hint in get_type_hints(section).items()
+        for name in (_keys(hint, f"{prefix}{key}.") if is_dataclass(hint) else [prefix + key])
+    ]
 
 
 def _unknown(name: str, keys: list[str], program: str = "train_dpo.py") -> str:

@@ -50,11 +50,46 @@ def _check_plain(value: Any, name: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA) beside frozen weights; docs/adapters.md."""
+
+    r: int = 0
+    """Rank of the adapters; 0 trains all weights."""
+    alpha: float | None = None
+    """The adapters' output is scaled by alpha / r (rslora: alpha / sqrt r); default: 2 r."""
+    dropout: float = 0.0
+    """Only 0: a step is defined by its pairs, dropout would depend on how they are spread over ranks."""
+    targets: tuple[str, ...] = ()
+    """Names of the linear layers that get one, such as [q_proj, v_proj]; default: all but the head."""
+    dora: bool = False
+    """Train the norms of an adapted matrix's rows apart from their directions (DoRA)."""
+    rslora: bool = False
+    """Scale by alpha / sqrt r, which keeps large ranks learning (rsLoRA)."""
+
+    def __post_init__(self) -> None:
+        _require(self.r >= 0, f"model.lora.r is {self.r}; use a rank such as 16, or 0 for no adapter")
+        _require(
+            self.alpha is None or (self.alpha > 0 and math.isfinite(self.alpha)),
+            f"model.lora.alpha is {self.alpha}; use a positive number such as 32",
+        )
+        _require(
+            self.dropout == 0,
+            f"model.lora.dropout is {self.dropout}; use 0: with dropout a step would depend on how its pairs are spread"
+            f" over ranks and micro-batches, and policy and reference would no longer be comparable token by token",
+        )
+        changed = [f.name for f in dataclasses.fields(self) if f.name != "r" and getattr(self, f.name) != f.default]
+        _require(
+            self.r > 0 or not changed,
+            f"model.lora.{changed[0] if changed else 'r'} is set without a rank; set model.lora.r, such as 16",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The policy that is trained, and its tokenizer."""
 
     policy: str | None = None
-    """Hub id, folder in Hugging Face form, or builtin:tiny."""
+    """Hub id, folder in Hugging Face form, folder of a LoRA adapter to train on, or builtin:tiny."""
     tokenizer: str | None = None
     """Hub id or folder of the tokenizer; default: the policy's own."""
     revision: str | None = None
@@ -67,19 +102,47 @@ class ModelConfig:
     """Chat template (text or file) for conversations, in place of the tokenizer's own."""
     trust_remote_code: bool = False
     """Run modelling code that comes with the model. Only for sources you have read."""
+    load_in_4bit: bool = False
+    """Hold the frozen weights under adapters in 4 bits (QLoRA); needs a GPU and bitsandbytes."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters in place of training all weights"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
     """The frozen reference: the policy as it starts (after SFT, where there is one)."""
 
-    mode: Literal["online", "cached", "none"] = "online"
-    """online: score every batch with a frozen copy. cached: score every pair once and keep the scores on disk. none:
-    there is none, as for every loss that needs none, whatever is set here."""
+    mode: Literal["auto", "online", "cached", "adapter", "none"] = "auto"
+    """online: score every batch with a frozen copy. cached: score every pair once and keep the scores on disk.
+    adapter: the policy with its adapters off. auto: adapter where adapters are trained, else online.
+    none: there is none, as for every loss that needs none, whatever is set here."""
+    path: str | None = None
+    """Another model as reference, hub id or folder, with the policy's tokenizer; default: the policy as it starts."""
     dtype: Literal["auto", "fp16", "bf16", "fp32", "policy"] = "auto"
     """auto: the policy's on a CPU, under ZeRO-3 and if cached, else fp16 on a GPU."""
     cache_dir: str | None = None
     """Where cached scores are kept, for this and later runs; default: data.cache_dir."""
+    sync_steps: int | None = None
+    """Steps after which the reference moves towards the policy (TR-DPO); default: never."""
+    sync_alpha: float = 0.6
+    """How far it moves: reference <- alpha policy + (1 - alpha) reference; 1 replaces it."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.sync_steps is None or self.sync_steps >= 1,
+            f"reference.sync_steps is {self.sync_steps}; use a whole number of at least 1",
+        )
+        _require(0 < self.sync_alpha <= 1, f"reference.sync_alpha is {self.sync_alpha}; use a number in (0, 1]")
+        _require(
+            self.sync_steps is None or self.mode in ("auto", "online"),
+            f"reference.sync_steps is {self.sync_steps} with reference.mode {self.mode}, whose reference cannot move;"
+            f" use online",
+        )
+        _require(
+            self.path is None or self.mode != "adapter",
+            f"reference.path is {self.path} with reference.mode adapter, whose reference is the policy without its"
+            f" adapters; use online or cached",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,8 +380,8 @@ class LossConfig:
 class OptimConfig:
     """AdamW with fp32 master weights."""
 
-    name: Literal["adamw"] = "adamw"
-    """Optimizer."""
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit: AdamW's states in 8 bits, a quarter of their memory; needs a GPU and bitsandbytes."""
     lr: float = 1e-6
     """Peak learning rate of DPO."""
     sft_lr: float | None = None
@@ -471,8 +534,11 @@ class Config:
                 f"reference.mode is none with loss.name {named}, which needs a reference; use online or cached, or"
                 f" loss.reference_free"
             )
-        if mode == "cached" and not self.needs_reference:
-            raise ValueError(f"reference.mode is cached with loss.name {named}, which needs no reference; leave it out")
+        useless = {"mode is cached": mode == "cached", "mode is adapter": mode == "adapter"}
+        useless |= {f"{key} is set": getattr(self.reference, key) is not None for key in ("path", "sync_steps")}
+        if not self.needs_reference and any(useless.values()):
+            what = next(text for text, given in useless.items() if given)
+            raise ValueError(f"reference.{what} with loss.name {named}, which needs no reference; leave it out")
         if mode == "cached" and "tdpo" in self.loss.names:
             raise ValueError(
                 "reference.mode is cached with loss.name tdpo, which needs whole next-token distributions; use online"

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from dpo.config import Config
+from dpo.model import adapters
 from dpo.model.load import save_folder
 from dpo.policy import Policy
 from dpo.runtime.checkpoint import publish
@@ -13,14 +15,19 @@ from dpo.runtime.engine import DTYPES, full_state
 from dpo.setup import Setup
 
 
+def dtype_of(config: Config, start: torch.dtype) -> torch.dtype:
+    """Dtype of exported weights: train.export_dtype, by default that of the starting weights."""
+    wanted = config.train.export_dtype
+    return start if wanted == "auto" else DTYPES[wanted]
+
+
 def final_dtype(setup: Setup) -> torch.dtype:
-    """Dtype of `final/`: train.export_dtype, by default that of the starting weights."""
-    wanted = setup.config.train.export_dtype
-    return setup.start_dtype if wanted == "auto" else DTYPES[wanted]
+    """Dtype of `final/`."""
+    return dtype_of(setup.config, setup.start_dtype)
 
 
 def write_weights(setup: Setup, policy: Policy, folder: Path, dtype: torch.dtype, card: str | None) -> None:
-    """Write the engine's weights, as they were evaluated, with tokenizer and generation config; collective.
+    """Write the engine's weights or adapter, as they were evaluated, with the tokenizer; collective.
 
     Args:
         setup: The run.
@@ -30,10 +37,13 @@ def write_weights(setup: Setup, policy: Policy, folder: Path, dtype: torch.dtype
         card: README.md of the folder; None for none.
     """
     model = policy.scorer.model
-    state = full_state(model, dtype, keep=setup.world.is_main)
+    state = full_state(model, dtype, keep=setup.world.is_main, trained_only=setup.trains_adapters)
 
     def write(target: Path) -> None:
-        save_folder(model, state, dtype, setup.tokenizer, target)
+        if setup.trains_adapters:
+            adapters.save(model, state, setup.tokenizer, target)
+        else:
+            save_folder(model, state, dtype, setup.tokenizer, target)
         if card is not None:
             (target / "README.md").write_text(card, encoding="utf-8")
 

@@ -26,7 +26,7 @@ from dpo.estimate import (
     traffic,
     waiting,
 )
-from dpo.model import load
+from dpo.model import adapters, load
 from dpo.model.head import CHUNK_ROWS
 from dpo.model.shape import Shape, shape_of
 from dpo.policy import CHECKPOINTING_FROM, reference_dtype
@@ -108,25 +108,26 @@ def prepare_for(command: Command) -> Setup:
         precision: Any = "bf16" if GPUS[hardware.gpu].has_bf16 else "fp16"
         config = replace(config, train=replace(config.train, precision=precision))
     # Only the device's kind is looked at: nothing is put on it.
-    return prepare(config, World(0, hardware.ranks, 0, torch.device("cuda")), command.deepspeed_json)
+    there = World(0, hardware.ranks, 0, torch.device("cuda"))
+    return prepare(config, there, command.deepspeed_json, for_elsewhere=True)
 
 
 def machine_of(setup: Setup) -> Machine:
     """Sizes of the policy and how the run would hold it."""
     model, reference = setup.config.model, setup.config.reference
     assert model.policy is not None
-    config = load.load_config(model.policy, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    base, revision = adapters.base_of(model.policy, model.revision)
+    config = load.load_config(base, revision=revision, trust_remote_code=model.trust_remote_code)
     shape = shape_of(config, setup.dtype, trust_remote_code=model.trust_remote_code)
-    stage, cached = deepspeed_engine.zero_stage(setup.engine_config), reference.mode == "cached"
-    none = not setup.config.needs_reference
-    dtype, _ = reference_dtype(reference.dtype, setup.dtype, setup.world.device, sharded=stage == 3, cached=cached)
+    stage, mode = deepspeed_engine.zero_stage(setup.engine_config), setup.reference_mode
+    dtype, _ = reference_dtype(reference.dtype, setup.dtype, setup.world.device, sharded=stage == 3, mode=mode)
     wanted = model.gradient_checkpointing
     return Machine(
         shape=shape,
         stage=stage,
         half=setup.precision != "fp32",
-        reference_bytes=0 if none or cached else dtype.itemsize,
-        copied_bytes=0 if none or cached and dtype == setup.dtype else dtype.itemsize,
+        reference_bytes=dtype.itemsize if mode == "online" else 0,
+        copied_bytes=dtype.itemsize if mode == "online" or (mode == "cached" and dtype != setup.dtype) else 0,
         recompute=shape.parameters > CHECKPOINTING_FROM if wanted == "auto" else wanted,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from dpo.config import Config
 from dpo.data.planner import Layout
 from dpo.errors import UserError
-from dpo.model import load
+from dpo.model import adapters, load
 from dpo.model.check import settle, use_layout
 from dpo.model.forward import Scorer, pair_logps
 from dpo.model.reference import Reference, from_scores, nothing, online, online_with_tokens
@@ -25,6 +26,8 @@ from dpo.sample import greedy_answers
 from dpo.setup import Setup
 from dpo.types import PackedBatch, PairLogps
 
+Frozen = tuple[Scorer, Callable[[PackedBatch], Tensor]]
+"""A reference and what scores a batch with it: the scorer itself, or the engine that shards it."""
 CHECKPOINTING_FROM = 2e9
 """Parameters above which activations are recomputed on a GPU by default."""
 
@@ -64,6 +67,7 @@ class FrozenReference:
         train, validation: reference(batch) -> PairLogps of the pairs of each data set, without gradient.
         dtype: In which it scores.
         scorer: Backbone and head; None where there is none, or once a cached reference has no more need of it.
+        view: view(): the block within which the scorer is the reference, where it is the policy's own.
         answers: To the sample prompts; they never change.
     """
 
@@ -71,37 +75,44 @@ class FrozenReference:
     validation: Reference
     dtype: torch.dtype
     scorer: Scorer | None
+    view: Callable[[], AbstractContextManager[None]] = nullcontext
     answers: list[str] | None = None
 
     def answer(self, setup: Setup) -> list[str]:
         """Greedy answers to the sample prompts, made once; collective."""
         if self.answers is None:
             assert self.scorer is not None
-            self.answers = greedy_answers(
-                self.scorer,
-                setup.tokenizer,
-                setup.sample_prompts(),
-                setup.config.log.sample_tokens,
-                setup.world.device,
-            )
+            tokens, device = setup.config.log.sample_tokens, setup.world.device
+            with self.view():
+                self.answers = greedy_answers(self.scorer, setup.tokenizer, setup.sample_prompts(), tokens, device)
         return self.answers
 
 
-def _load(setup: Setup, path: str, dtype: torch.dtype, engine_config: dict[str, Any]) -> Any:
+def _load(setup: Setup, path: str, dtype: torch.dtype, engine_config: dict[str, Any], *, policy: bool = False) -> Any:
+    """A model with the adapter that `path` may name; the policy's frozen weights in 4 bits where that is asked for."""
     model = setup.config.model
     sharded = deepspeed_engine.zero_stage(engine_config) == 3
-    revision = model.revision if path == model.policy else None
+    base, revision = adapters.base_of(path, model.revision if path == model.policy else None)
     # Before anybody waits for the others in a collective of the device: a download may take long.
-    together(lambda: load.fetch_weights(path, revision=revision))
+    together(lambda: load.fetch_weights(base, revision=revision))
     loaded = together(
         lambda: load.load_model(
-            path, dtype=dtype, seed=setup.config.train.seed, trust_remote_code=model.trust_remote_code,
+            base, dtype=dtype, seed=setup.config.train.seed, trust_remote_code=model.trust_remote_code,
             revision=revision, zero3_config=engine_config if sharded else None,
+            four_bit_on=setup.world.device if policy and model.load_in_4bit else None,
         )
     )
     if len(setup.tokenizer) > loaded.get_input_embeddings().num_embeddings:
         raise UserError("the tokenizer has more tokens than the policy; use the policy's own tokenizer")
+    if adapters.is_adapter(path):
+        together(lambda: adapters.take_up(loaded, path))
     return loaded
+
+
+def _add_adapter(setup: Setup, path: str, model: Any) -> None:
+    """A new adapter in a policy that has none."""
+    seed, settings = setup.config.train.seed, setup.config.model
+    together(lambda: adapters.add(model, settings.lora, seed=seed, base=path, revision=settings.revision))
 
 
 def _longest_sequence(setup: Setup) -> int:
@@ -123,22 +134,16 @@ def start_policy(setup: Setup, path: str, model: Any = None, *, for_sft: bool = 
         UserError: If the model cannot be loaded or scored faithfully.
     """
     config, world = setup.config, setup.world
-    model = _load(setup, path, setup.dtype, setup.engine_config) if model is None else model
+    model = _load(setup, path, setup.dtype, setup.engine_config, policy=True) if model is None else model
+    if setup.trains_adapters and not adapters.attached(model):
+        _add_adapter(setup, path, model)
     notes: list[str] = []
     if _checkpointing(config, model, world.device):
         load.checkpoint_activations(model)
         notes.append("activations: recomputed in backward (model.gradient_checkpointing)")
     scorer = Scorer(model, with_certainty=config.loss.wpo and not for_sft)
     engine = deepspeed_engine.start_training(scorer, setup.engine_config, config.optim)
-    by_length = setup.train_pairs.lengths.sum(axis=1).argsort()
-    middle = [setup.train_pairs[int(i)] for i in by_length[len(by_length) // 2 :][:2]]
-    layout, given_up = together(
-        lambda: settle(
-            scorer, config.train.layout, middle, _longest_sequence(setup), world.device, config.model.attention
-        )
-    )
-    if len(set(gather((layout, scorer.own_head, scorer.attention)))) > 1:
-        raise UserError(f"train.layout {config.train.layout}: the ranks disagree whether it is exact; use padded")
+    layout, given_up = _settled(setup, scorer, config.train.layout)
     loss = config.loss
     if scorer.own_head and not for_sft and (loss.wpo or "tdpo" in loss.names):
         option = "loss.wpo" if loss.wpo else "loss.name tdpo"
@@ -149,16 +154,29 @@ def start_policy(setup: Setup, path: str, model: Any = None, *, for_sft: bool = 
     notes += given_up
     attention = "one causal call per row" if layout == "padded" else f"{scorer.attention} per segment"
     size = f"{_count(model) / 1e6:.1f}M parameters in {setup.precision}"
+    if setup.trains_adapters:
+        size += f", {_count(model, trained=True) / 1e6:.3g}M of them trained (LoRA)"
     notes.append(f"layout: {layout}; attention: {attention}; {size}")
     return Policy(engine, scorer, layout, attention, notes)
+
+
+def _settled(setup: Setup, scorer: Scorer, wanted: Layout) -> tuple[Layout, list[str]]:
+    """See `check.settle`; the same on every rank."""
+    by_length = setup.train_pairs.lengths.sum(axis=1).argsort()
+    middle = [setup.train_pairs[int(i)] for i in by_length[len(by_length) // 2 :][:2]]
+    longest, kernel, device = _longest_sequence(setup), setup.config.model.attention, setup.world.device
+    layout, given_up = together(lambda: settle(scorer, wanted, middle, longest, device, kernel))
+    if len(set(gather((layout, scorer.own_head, scorer.attention)))) > 1:
+        raise UserError(f"train.layout {wanted}: the ranks disagree whether it is exact; use padded")
+    return layout, given_up
 
 
 def start_models(setup: Setup, path: str, say: Callable[[str], None]) -> tuple[Policy, FrozenReference]:
     """Start the policy and the reference that is frozen beside it; collective.
 
-    Under ZeRO 1 and 2 the reference is a plain copy of the loaded policy, under ZeRO-3 a second sharded engine. A
-    cached reference of the policy's own dtype needs neither: before the first step the policy is the reference. A loss
-    that needs no reference has none.
+    Under ZeRO 1 and 2 the reference is a plain copy of the loaded policy, under ZeRO-3 a second sharded engine. Two
+    kinds need no second model: the base beneath adapters, and a cached reference of the policy's own dtype, since
+    before the first step the policy is the reference. A loss that needs no reference has none.
 
     Args:
         setup: The run.
@@ -169,37 +187,65 @@ def start_models(setup: Setup, path: str, say: Callable[[str], None]) -> tuple[P
     Raises:
         UserError: If the model cannot be loaded or scored faithfully, or a cache is of something else.
     """
-    world, wanted = setup.world, setup.config.reference
+    wanted, mode = setup.config.reference, setup.reference_mode
     sharded = deepspeed_engine.zero_stage(setup.engine_config) == 3
-    cached = wanted.mode == "cached"
-    dtype, reason = reference_dtype(wanted.dtype, setup.dtype, world.device, sharded=sharded, cached=cached)
-    if sharded and dtype == torch.float16 and world.device.type == "cpu":
+    dtype, reason = reference_dtype(wanted.dtype, setup.dtype, setup.world.device, sharded=sharded, mode=mode)
+    if sharded and dtype == torch.float16 and setup.world.device.type == "cpu":
         raise UserError("reference.dtype is fp16 under ZeRO-3 on a CPU, where DeepSpeed refuses it; use bf16 or fp32")
-    model = _load(setup, path, setup.dtype, setup.engine_config)
-    if not setup.config.needs_reference:
+    model = _load(setup, path, setup.dtype, setup.engine_config, policy=True)
+    if mode == "none":
         return _without_reference(setup, start_policy(setup, path, model), say)
-    scorer: Scorer | None = None
-    score: Callable[[PackedBatch], Tensor] | None = None
-    if not (cached and dtype == setup.dtype):
-        if sharded:
-            frozen = deepspeed_engine.frozen_config(setup.engine_config, dtype)
-            scorer = Scorer(_load(setup, path, dtype, frozen))
-            score = deepspeed_engine.start_frozen(scorer, frozen)
-        else:
-            # Moved first: the copy of a large model would else pass through every rank's host memory.
-            score = scorer = Scorer(load.frozen_copy(model.to(world.device), dtype))
+    own: Frozen | None = None
+    if mode == "online" or (mode == "cached" and (dtype != setup.dtype or wanted.path)):
+        own = _start_reference(setup, path, model, dtype, sharded=sharded)
+    if mode == "adapter" and adapters.is_adapter(path):
+        together(lambda: adapters.take_up(model, path, adapters.REFERENCE))
     policy = start_policy(setup, path, model)
-    policy.notes.insert(0, f"reference: {wanted.mode}, {str(dtype).removeprefix('torch.')} ({reason})")
-    if scorer is None or score is None:
-        scorer, score = policy.scorer, policy.score
-    else:
-        use_layout(scorer, policy.layout, policy.scorer.own_head, policy.scorer.attention)
+    kind = f"{wanted.path}, {mode}" if wanted.path else mode
+    policy.notes.insert(0, f"reference: {kind}, {str(dtype).removeprefix('torch.')} ({reason})")
+    scorer, score = own or (policy.scorer, policy.score)
+    if own is not None:
+        _set_layout(setup, scorer, policy)
     for note in policy.notes:
         say(note)
-    if not cached:
-        answer = online_with_tokens(scorer) if "tdpo" in setup.config.loss.names else online(score)
+    if mode == "cached":
+        return policy, _cached_reference(setup, policy, scorer, score, dtype, say)
+    answer = online_with_tokens(scorer) if "tdpo" in setup.config.loss.names else online(score)
+    if mode != "adapter":
         return policy, FrozenReference(answer, answer, dtype, scorer)
-    return policy, _cached_reference(setup, policy, scorer, score, dtype, say)
+    view = adapters.reference_view(model)
+
+    def without_adapter(batch: PackedBatch) -> PairLogps:
+        with view():
+            return answer(batch)
+
+    return policy, FrozenReference(without_adapter, without_adapter, dtype, scorer, view)
+
+
+def _start_reference(setup: Setup, path: str, model: Any, dtype: torch.dtype, *, sharded: bool) -> Frozen:
+    """A reference with weights of its own: those of reference.path, or of the policy as it starts."""
+    other = setup.config.reference.path
+    if sharded:
+        frozen = deepspeed_engine.frozen_config(setup.engine_config, dtype)
+        scorer = Scorer(_load(setup, other or path, dtype, frozen))
+        return scorer, deepspeed_engine.start_frozen(scorer, frozen)
+    if other is None:
+        # Moved first: the copy of a large model would else pass through every rank's host memory.
+        scorer = Scorer(load.frozen_copy(model.to(setup.world.device), dtype))
+    else:
+        loaded = _load(setup, other, dtype, setup.engine_config)
+        scorer = Scorer(loaded.requires_grad_(False).to(setup.world.device))
+    return scorer, scorer
+
+
+def _set_layout(setup: Setup, scorer: Scorer, policy: Policy) -> None:
+    """Make a reference score batches as the policy does; another model is asked whether that is exact for it."""
+    if setup.config.reference.path is None:
+        use_layout(scorer, policy.layout, policy.scorer.own_head, policy.scorer.attention)
+        return
+    layout, given_up = _settled(setup, scorer, policy.layout)
+    if layout != policy.layout:
+        raise UserError(f"reference.path {setup.config.reference.path}: {given_up[0]}; use --train.layout {layout}")
 
 
 def _without_reference(setup: Setup, policy: Policy, say: Callable[[str], None]) -> tuple[Policy, FrozenReference]:
@@ -242,22 +288,24 @@ def _cached_reference(
 
 
 def reference_dtype(
-    wanted: str, policy_dtype: torch.dtype, device: torch.device, *, sharded: bool, cached: bool
+    wanted: str, policy_dtype: torch.dtype, device: torch.device, *, sharded: bool, mode: str
 ) -> tuple[torch.dtype, str]:
     """The reference's dtype and why."""
     if wanted not in ("auto", "policy"):
         return deepspeed_engine.DTYPES[wanted], "reference.dtype"
-    if wanted == "policy" or sharded or cached:
-        why = " under ZeRO-3" if sharded else ": the policy scores before its first step" if cached else ""
+    if mode == "adapter":
+        return policy_dtype, "the frozen weights beneath the adapters: no second copy"
+    if wanted == "policy" or sharded or mode == "cached":
+        why = " under ZeRO-3" if sharded else ": the policy scores before its first step" if mode == "cached" else ""
         return policy_dtype, f"the policy's dtype{why}"
     if device.type == "cuda":
         return torch.float16, "half the memory, and log-probs closer than bf16"
     return policy_dtype, "the policy's dtype: half precision products are slow on a CPU"
 
 
-def _count(model: torch.nn.Module) -> int:
+def _count(model: torch.nn.Module, *, trained: bool = False) -> int:
     counts: Callable[[Any], int] = lambda p: getattr(p, "ds_numel", p.numel())  # noqa: E731
-    return sum(counts(p) for p in model.parameters())
+    return sum(counts(p) for p in model.parameters() if p.requires_grad or not trained)
 
 
 def _checkpointing(config: Config, model: torch.nn.Module, device: torch.device) -> bool:

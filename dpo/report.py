@@ -61,13 +61,16 @@ def closing_rows(lines: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def model_card(config: dict[str, Any], lines: list[dict[str, Any]], versions: dict[str, str]) -> str:
+def model_card(
+    config: dict[str, Any], lines: list[dict[str, Any]], versions: dict[str, str], *, adapter: bool = False
+) -> str:
     """README.md of final/: what was trained from what, how, and what came out.
 
     Args:
         config: Resolved settings; they hold no secrets, those live in the environment.
         lines: Of metrics.jsonl.
         versions: Of the libraries.
+        adapter: Whether the folder holds a LoRA adapter, to be loaded by peft, and no whole weights.
     Returns:
         Markdown with the hub's metadata block.
     """
@@ -75,7 +78,8 @@ def model_card(config: dict[str, Any], lines: list[dict[str, Any]], versions: di
 
     policy, train = str(config["model"]["policy"]), config["data"]["train"]
     data = train if isinstance(train, str) else "`, `".join(source["path"] for source in train)
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["dpo"]}
+    library = "peft" if adapter else "transformers"
+    front: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": ["dpo"]}
     is_hub_id = not policy.startswith((".", "/", "~", "builtin:")) and policy.count("/") <= 1
     if is_hub_id and not Path(policy).exists():
         front["base_model"] = policy
@@ -83,10 +87,11 @@ def model_card(config: dict[str, Any], lines: list[dict[str, Any]], versions: di
     table = "\n".join(
         ["| " + " | ".join(rows[0]) + " |", "| --- | ---: | ---: |"] + ["| " + " | ".join(r) + " |" for r in rows[1:]]
     )
+    what = ", as a LoRA adapter for the same weights," if adapter else ""
     sft = f" after {config['train']['sft_epochs']} SFT epoch(s)" if config["train"]["sft_epochs"] else ""
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {Path(policy).name} trained with DPO\n\n"
-        f"`{policy}` trained{sft} on the preferences of `{data}` by Direct Preference Optimization"
+        f"`{policy}` trained{what}{sft} on the preferences of `{data}` by Direct Preference Optimization"
         f" (Rafailov et al. 2023, arXiv:2305.18290).\n\n{table}\n\n"
         f"Accuracy: share of pairs whose chosen completion gained more log-probability over the reference than the"
         f" rejected one; a tie counts one half.\n\n"

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from dpo import roles
 from dpo.config import Config, check_world_size
 from dpo.data.loader import Loader, with_fixed_rows
 from dpo.data.mixture import Mixture
 from dpo.data.planner import Epochs, Layout
 from dpo.data.tokenize import read_chat_template
 from dpo.errors import UserError
-from dpo.model import load
+from dpo.model import adapters, load
 from dpo.objective.tokens import weigher
 from dpo.run_data import Pairs, RunData, prepare_data
 from dpo.runtime import engine as deepspeed_engine
@@ -68,6 +69,16 @@ class Setup:
     def dtype(self) -> torch.dtype:
         """Dtype of the policy."""
         return deepspeed_engine.DTYPES[self.precision]
+
+    @property
+    def trains_adapters(self) -> bool:
+        """Whether low-rank adapters are trained and all other weights stay as they are."""
+        return roles.trains_adapters(self.config)
+
+    @property
+    def reference_mode(self) -> str:
+        """online, cached, adapter or none: reference.mode resolved."""
+        return roles.reference_mode(self.config)
 
     @property
     def epochs(self) -> Epochs:
@@ -146,6 +157,31 @@ def _longest(config: Config, model_config: Any) -> int:
     return wanted
 
 
+def model_and_tokenizer(config: Config) -> tuple[Any, Any]:
+    """The policy's config and its tokenizer, as a run reads them.
+
+    Raises:
+        UserError: If there are none, or they do not fit each other.
+    """
+    model, trust = config.model, config.model.trust_remote_code
+    assert model.policy is not None
+    base, revision = adapters.base_of(model.policy, model.revision)
+    model_config = load.load_config(base, revision=revision, trust_remote_code=trust)
+    own = model.tokenizer is None
+    tokenizer = load.load_tokenizer(
+        model.tokenizer or adapters.tokenizer_of(model.policy), revision=revision if own else None,
+        trust_remote_code=trust,
+    )
+    if model.chat_template is not None:
+        tokenizer.chat_template = read_chat_template(model.chat_template)  # final/ takes it along
+    vocabulary = model_config.get_text_config().vocab_size
+    if len(tokenizer) > vocabulary:
+        raise UserError(
+            f"model.tokenizer has {len(tokenizer)} tokens, the policy {vocabulary}; use the policy's own tokenizer"
+        )
+    return model_config, tokenizer
+
+
 def prepare(config: Config, world: World, deepspeed_json: str | None, *, for_elsewhere: bool = False) -> Setup:
     """Validate the whole run and tokenise its data; collective.
 
@@ -175,21 +211,11 @@ def prepare(config: Config, world: World, deepspeed_json: str | None, *, for_els
         )
         if "tdpo" in config.loss.names and deepspeed_engine.zero_stage(engine_config) == 3:
             raise UserError("loss.name tdpo needs whole weights of the reference, ZeRO-3 shards them; use stage 1 or 2")
-        model, trust = config.model, config.model.trust_remote_code
-        assert model.policy is not None
-        model_config = load.load_config(model.policy, revision=model.revision, trust_remote_code=trust)
+        zero = engine_config.get("zero_optimization", {})
+        roles.check_roles(config, zero, world.device, for_elsewhere=for_elsewhere)
+        model_config, tokenizer = model_and_tokenizer(config)
         longest = _longest(config, model_config)
-        own = model.tokenizer is None
-        tokenizer = load.load_tokenizer(
-            model.tokenizer or model.policy, revision=model.revision if own else None, trust_remote_code=trust
-        )
-        if model.chat_template is not None:
-            tokenizer.chat_template = read_chat_template(model.chat_template)  # final/ takes it along
-        vocabulary = model_config.get_text_config().vocab_size
-        if len(tokenizer) > vocabulary:
-            raise UserError(
-                f"model.tokenizer has {len(tokenizer)} tokens, the policy {vocabulary}; use the policy's own tokenizer"
-            )
+        roles.check_reference_path(config, tokenizer, longest)
         data = prepare_data(config, tokenizer, longest)
         return Setup(
             config=config, world=world, engine_config=engine_config, precision=precision, tokenizer=tokenizer,

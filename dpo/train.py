@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from dpo.data.loader import whole_pass
 from dpo.evaluate import ValidationShare, evaluate
 from dpo.export import final_dtype, write_weights
 from dpo.finish import closing, take_samples
+from dpo.model import adapters
 from dpo.model.load import fetch_weights
 from dpo.model.reference import remembered
 from dpo.objective.objective import Objective
@@ -37,6 +39,7 @@ from dpo.setup import Setup, prepare
 from dpo.sft import run_sft
 from dpo.start import check_start
 from dpo.step import Meter, take_step
+from dpo.sync import move_reference, restore_reference, save_reference
 
 
 def _due(step: int, every: int | str, steps_per_epoch: int, total: int) -> bool:
@@ -58,16 +61,16 @@ def train(command: Command) -> None:
     checkpoint.check_run(config, world)
     setup = prepare(config, world, command.deepspeed_json, for_elsewhere=command.prepare_only)
     if command.prepare_only:
-        distributed.main_first(world, lambda: fetch_weights(config.model.policy or "", revision=config.model.revision))
+        _fetch(setup)
         show_plan(setup, command)
         return
     sft_is_done = distributed.only_main(world, lambda: (setup.run / "reference").is_dir())
     start = str(setup.run / "reference") if config.train.sft_epochs else config.model.policy
     assert start is not None
     if command.dry_run:
-        # Online, whatever the mode: a look at the plan should not score the whole data set.
-        online = replace(config, reference=replace(config.reference, mode="online"))
-        setup = replace(setup, config=online)
+        # Not cached: a look at the plan should not score the whole data set.
+        if setup.reference_mode == "cached":
+            setup = replace(setup, config=replace(config, reference=replace(config.reference, mode="online")))
         policy, reference = start_models(setup, config.model.policy or start, lambda note: None)
         show_plan(setup, command, policy, reference)
         return
@@ -90,12 +93,26 @@ def train(command: Command) -> None:
         _keep(setup, lambda line: False)
         run_sft(setup, tracker)
     policy, reference = start_models(setup, start, tracker.say)
-    state = _resume(setup, policy, folder, tracker)
+    state = _resume(setup, policy, reference, folder, tracker)
     state = _train_dpo(setup, policy, reference, state, tracker)
-    card = model_card(to_dict(config), read_lines(setup.run), checkpoint.versions()) if world.is_main else None
+    card = _card(setup) if world.is_main else None
     write_weights(setup, policy, setup.run / "final", final_dtype(setup), card)
     closing(setup, tracker, time.perf_counter() - began)
     tracker.close()
+
+
+def _fetch(setup: Setup) -> None:
+    """Download the weights of policy and reference."""
+    model, other = setup.config.model, setup.config.reference.path
+    for path, own in ((model.policy or "", model.revision), (other or "", None)):
+        if path:
+            base, revision = adapters.base_of(path, own)
+            distributed.main_first(setup.world, partial(fetch_weights, base, revision=revision))
+
+
+def _card(setup: Setup) -> str:
+    lines, versions = read_lines(setup.run), checkpoint.versions()
+    return model_card(to_dict(setup.config), lines, versions, adapter=setup.trains_adapters)
 
 
 def _greeting(command: Command) -> list[str]:
@@ -118,10 +135,14 @@ def _keep(setup: Setup, keep: Callable[[dict[str, Any]], bool]) -> None:
     distributed.only_main(setup.world, lambda: keep_lines(setup.run, keep))
 
 
-def _resume(setup: Setup, policy: Policy, folder: Path | None, tracker: Tracker) -> TrainState:
-    """Bring the engine to a checkpoint, if there is one, and metrics.jsonl to the same step."""
+def _resume(
+    setup: Setup, policy: Policy, reference: FrozenReference, folder: Path | None, tracker: Tracker
+) -> TrainState:
+    """Bring engine, a reference that moves, and metrics.jsonl to a checkpoint, if there is one."""
     state = checkpoint.load(policy.engine, folder, setup.world) if folder is not None else TrainState()
     if folder is not None:
+        if setup.config.reference.sync_steps is not None:
+            restore_reference(reference, folder)
         tracker.say(f"continuing from {folder} after step {state.step}")
     _keep(setup, lambda line: "sft_step" in line or (folder is not None and line["step"] <= state.step))
     return state
@@ -132,6 +153,7 @@ def _train_dpo(
 ) -> TrainState:
     """The DPO stage from `state` to the last step."""
     config, world, total = setup.config, setup.world, setup.total_steps
+    sync_steps = config.reference.sync_steps
     loss = Objective(config.loss, state.running)
     loader = setup.loader(setup.train_pairs, policy.layout)
     per_epoch = setup.epochs.steps_per_epoch
@@ -162,6 +184,9 @@ def _train_dpo(
         )
         take_step(setup, policy, reference, loss, work, lr, meter)
         step = work.step + 1
+        if sync_steps is not None and step % sync_steps == 0:
+            move_reference(reference, policy, config.reference.sync_alpha)
+            known_reference = remembered(reference.validation)
         state = TrainState(step, state.num_tokens + work.num_tokens, running=loss.running)
         if step % config.log.every == 0 or step == total:
             values = meter.line(world.device) | {"learning_rate": lr, "num_tokens": state.num_tokens}
@@ -177,7 +202,8 @@ def _train_dpo(
             take_samples(setup, policy, reference, step)
         if _due(step, config.train.save_every, per_epoch, total):
             whole = replace(state, unlogged=meter.carried())
-            checkpoint.save(policy.engine, setup.run, whole, world, config.train.keep_checkpoints)
+            more = None if sync_steps is None else partial(save_reference, reference, world)
+            checkpoint.save(policy.engine, setup.run, whole, world, config.train.keep_checkpoints, more)
     return state
 
 

@@ -117,12 +117,19 @@ def test_help_lists_every_section_and_key_with_the_dataclass_defaults(
     text = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0
     config = parse(GIVEN).config
-    for section in dataclasses.fields(Config):
-        for field in dataclasses.fields(getattr(config, section.name)):
-            entry = text.rpartition(f"--{section.name}.{field.name} ")[2].partition(" --")[0]
-            default = getattr(type(getattr(config, section.name))(), field.name)
-            assert f"default: {'null' if default is None else default})" in entry, (section.name, field.name, entry)
+
+    def check(section: Any, prefix: str) -> None:
+        for field in dataclasses.fields(section):
+            default = getattr(type(section)(), field.name)
+            if dataclasses.is_dataclass(default):
+                check(default, f"{prefix}{field.name}.")
+                continue
+            entry = text.rpartition(f"--{prefix}{field.name} ")[2].partition(" --")[0]
+            assert f"default: {'null' if default is None else default})" in entry, (prefix, field.name, entry)
             assert len(entry.partition("(type")[0].split()) > 1, f"{field.name} has no help"
+
+    for section in dataclasses.fields(Config):
+        check(getattr(config, section.name), f"{section.name}.")
 
 
 # --- what is wrong, and what to do -----------------------------------------------------------------------------------

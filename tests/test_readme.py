@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import yaml
 
+from dpo.__main__ import VERBS
 from dpo.commandline import Command, parse
 from dpo.config import to_dict
 from dpo.data.formats import convert, detect_format
@@ -88,7 +89,13 @@ def _parsed(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> Command:
 
 def _known_settings() -> set[str]:
     config = parse(["--model.policy", "gpt2", "--data.train", "rows.jsonl"]).config
-    return {f"{section}.{key}" for section, keys in to_dict(config).items() for key in keys}
+
+    def names(values: dict[str, Any], prefix: str) -> set[str]:
+        nested = {key: value for key, value in values.items() if value and isinstance(value, dict)}
+        own = {prefix + key for key in values if key not in nested}
+        return own.union(*(names(value, f"{prefix}{key}.") for key, value in nested.items()))
+
+    return names(to_dict(config), "")
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -107,6 +114,9 @@ def test_every_command_is_one_that_exists(words, monkeypatch):
     elif words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     else:
+        if words[:3] == ["python", "-m", "dpo"]:
+            assert words[3] in VERBS, f"python -m dpo has no verb {words[3]}"
+            return
         known = (["python3", "-m", "venv"], [".", ".venv/bin/activate"], ["pip", "install", "-r"])
         assert words[:3] in known, f"no test knows the command {words}"
 
@@ -222,8 +232,9 @@ def test_the_rows_shown_are_read_in_the_format_they_stand_for():
 def test_every_setting_that_is_named_exists(document):
     text = document.read_text(encoding="utf-8")
     known = _known_settings()
-    flags = set(re.findall(r"--([a-z]+\.[a-z_]+)", text))
-    quoted = set(re.findall(rf"`((?:{'|'.join(SECTIONS)})\.[a-z_]+)`", text))
+    known |= {name.rpartition(".")[0] for name in known}  # sections, those within sections among them
+    flags = set(re.findall(r"--([a-z]+(?:\.[a-z0-9_]+)+)", text))
+    quoted = set(re.findall(rf"`((?:{'|'.join(SECTIONS)})(?:\.[a-z0-9_]+)+)`", text))
     assert flags | quoted <= known, f"unknown settings: {sorted((flags | quoted) - known)}"
 
 
@@ -289,7 +300,7 @@ def test_the_settings_page_is_up_to_date():
     page = runpy.run_path(str(ROOT / "docs" / "config_table.py"))["render"]()
     written = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
     assert written == page, "run: python -m docs.config_table > docs/settings.md"
-    assert _known_settings() == set(re.findall(r"^\| `([a-z]+\.[a-z_]+)`", page, re.MULTILINE))
+    assert _known_settings() == set(re.findall(r"^\| `([a-z]+\.[a-z0-9_.]+)`", page, re.MULTILINE))
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
@@ -313,11 +324,14 @@ def test_a_recipe_is_what_the_run_gets(recipe):
     got = to_dict(parse(["--recipe", str(recipe)]).config)
     for section, values in wanted.items():
         for key, value in values.items():
-            # YAML 1.1 reads 5e-6 as text; the run must not.
-            expected = float(value) if isinstance(got[section][key], float) else value
-            assert got[section][key] == expected, f"{section}.{key}"
+            nested = value.items() if isinstance(value, dict) else [(key, value)]
+            found = got[section][key] if isinstance(value, dict) else got[section]
+            for name, given in nested:
+                # YAML 1.1 reads 5e-6 as text; the run must not.
+                expected = float(given) if isinstance(found[name], float) else given
+                assert found[name] == expected, f"{section}.{key}"
 
 
-def test_the_recipes_are_the_four_that_the_readme_names():
+def test_the_recipes_are_those_that_the_readme_names():
     named = set(re.findall(r"recipes/(\w+\.yaml)", README))
     assert named == {recipe.name for recipe in RECIPES}

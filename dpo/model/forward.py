@@ -39,6 +39,7 @@ class Scorer(nn.Module):
         self.own_head = False
         self.native_attention = model.config._attn_implementation
         self.attention = "sdpa"
+        self.register_state_dict_post_hook(_without_frozen)
 
     def forward(self, batch: PackedBatch, frozen: FrozenTokens | None = None, certain: bool = False) -> Tensor:
         """Score a batch.
@@ -110,6 +111,14 @@ def sums_by_sequence(of_tokens: Tensor, batch: PackedBatch) -> Tensor:
         # Still a function of every weight: ZeRO-3 runs every module's hooks on every rank, in backward too.
         return of_tokens.sum()[None][:0]
     return of_tokens.new_zeros(batch.num_sequences).index_add(0, batch.sequence_ids, of_tokens)
+
+
+def _without_frozen(scorer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Leave weights that never learn out of a checkpoint, under all their names: DeepSpeed knows one name a weight, and
+    an output embedding has up to three."""
+    for name, parameter in scorer.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            state.pop(prefix + name, None)
 
 
 def pair_logps(

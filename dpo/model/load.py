@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.activations import NewGELUActivation
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -102,6 +108,7 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     zero3_config: dict[str, Any] | None = None,
+    four_bit_on: torch.device | None = None,
 ) -> Any:
     """A causal language model on the CPU, in eval mode.
 
@@ -112,6 +119,7 @@ def load_model(
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Run code that comes with the model.
         zero3_config: DeepSpeed config with stage 3: the weights arrive partitioned, no rank holds the whole model.
+        four_bit_on: GPU on which the weights of all linear layers but the head are to be held in 4 bits.
     Returns:
         The transformers model; its dropout never acts.
     Raises:
@@ -122,9 +130,10 @@ def load_model(
         return cast_parameters(example.build_model(seed), dtype).eval()
     # transformers keeps only a weak reference to this object and shards while it lives.
     sharded = HfDeepSpeedConfig(zero3_config) if zero3_config is not None else None
+    quantized = {} if four_bit_on is None else _four_bits(dtype, four_bit_on)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code
+            path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code, **quantized
         )
     except (OSError, ValueError, KeyError) as error:
         raise _explain("model.policy", path, error) from None
@@ -133,6 +142,14 @@ def load_model(
     if model.get_output_embeddings() is None:
         raise UserError(f"model.policy {path}: {type(model).__name__} has no output embedding; use a causal LM")
     return model.eval()
+
+
+def _four_bits(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """4-bit NormalFloat, its scales quantised again; products in `dtype` (QLoRA, arXiv:2305.14314)."""
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def fuse_gelu(model: Any) -> None:

@@ -143,7 +143,9 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(p.parent for p in (run / "checkpoints").glob("step-*/state.json"))
 
 
-def save(engine: Any, run: Path, state: TrainState, world: World, keep: int) -> Path:
+def save(
+    engine: Any, run: Path, state: TrainState, world: World, keep: int, more: Callable[[Path], None] | None = None
+) -> Path:
     """Write a checkpoint; collective.
 
     Args:
@@ -152,6 +154,7 @@ def save(engine: Any, run: Path, state: TrainState, world: World, keep: int) -> 
         state: Where the run stands.
         world: This rank.
         keep: Newest checkpoints to keep; older ones are deleted.
+        more: Writes into the folder what else the run needs; called on every rank.
     Returns:
         The checkpoint's folder.
     """
@@ -160,7 +163,12 @@ def save(engine: Any, run: Path, state: TrainState, world: World, keep: int) -> 
     only_main(world, lambda: shutil.rmtree(partial, ignore_errors=True))
     # DeepSpeed's universal checkpoint format, which other world sizes read, wants this mark under ZeRO-2.
     mark = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
-    engine.save_checkpoint(str(parent), tag=partial.name, client_state=mark, save_latest=False)
+    engine.save_checkpoint(
+        str(parent), tag=partial.name, client_state=mark, save_latest=False,
+        exclude_frozen_parameters=_holds_frozen(engine),
+    )
+    if more is not None:
+        more(partial)
 
     def finish() -> None:
         fits = {"world_size": world.world_size, "zero_stage": engine.zero_optimization_stage()}
@@ -172,6 +180,11 @@ def save(engine: Any, run: Path, state: TrainState, world: World, keep: int) -> 
 
     only_main(world, finish)
     return parent / name
+
+
+def _holds_frozen(engine: Any) -> bool:
+    """Whether an engine holds weights that never change, which a checkpoint leaves out: those beneath adapters."""
+    return any(not p.requires_grad for p in engine.module.parameters())
 
 
 def newest(run: Path, resume: str, world: World, *, stage: int, total_steps: int) -> Path | None:
@@ -237,7 +250,9 @@ def load(engine: Any, folder: Path, world: World) -> TrainState:
                 shutil.rmtree(later)
         return json.loads((folder / "state.json").read_text(encoding="utf-8"))
 
-    loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    loaded, _ = engine.load_checkpoint(
+        str(folder.parent), tag=folder.name, load_module_strict=not _holds_frozen(engine)
+    )
     if loaded is None:
         raise UserError(f"checkpoint {folder} holds no engine state; delete the folder to use the one before")
     values = only_main(world, state)

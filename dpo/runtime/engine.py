@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: its config, its start, one optimizer step; the only importer of deepspeed.
+"""The DeepSpeed engine: its config, its start, one optimizer step.
 
 DeepSpeed owns memory and communication. Batch size, accumulation, clipping and precision have their owner in the
 recipe: a JSON that sets one of them to another value is refused, "auto" means that the recipe decides.
@@ -165,9 +165,13 @@ def start_training(module: nn.Module, config: dict[str, Any], optim: OptimConfig
         The DeepSpeed engine.
     """
     _quiet()
-    optimizer = torch.optim.AdamW(
-        _parameter_groups(module, optim.weight_decay), lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True
-    )
+    groups = _parameter_groups(module, optim.weight_decay)
+    if optim.name == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        optimizer: Any = AdamW8bit(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     return engine
 
@@ -261,19 +265,22 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def full_state(model: nn.Module, dtype: torch.dtype, keep: bool) -> dict[str, Tensor]:
+def full_state(model: nn.Module, dtype: torch.dtype, keep: bool, *, trained_only: bool = False) -> dict[str, Tensor]:
     """Whole weights of a model, gathered one at a time; collective under ZeRO-3.
 
     Args:
         model: The transformers model, within an engine or not.
         dtype: Of the copies of floating-point weights.
         keep: Whether this rank keeps them; the others only take part.
+        trained_only: Leave out what is frozen, and buffers.
     Returns:
         Name -> tensor on the CPU, empty unless `keep`. Tied weights share one tensor.
     """
     copies: dict[int, Tensor] = {}
     result: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if trained_only and not tensor.requires_grad:
+            continue
         with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
             if keep:
                 if id(tensor) not in copies:

@@ -198,7 +198,9 @@ def test_without_a_file_the_stage_is_2() -> None:
 @pytest.mark.parametrize("file", OURS, ids=lambda file: file.name)
 def test_our_own_files_hold_memory_and_communication_alone(file: Path) -> None:
     content = read_json(str(file))
-    assert content.keys() == {"zero_optimization"} and zero_stage(built(content)) == int(file.stem[-1])
+    stage = int(file.stem.removesuffix("_offload")[-1])
+    assert content.keys() == {"zero_optimization"} and zero_stage(built(content)) == stage
+    assert ("offload_optimizer" in content["zero_optimization"]) is file.stem.endswith("_offload")
 
 
 # --- and it runs -----------------------------------------------------------------------------------------------------

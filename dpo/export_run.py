@@ -1,0 +1,131 @@
+"""python -m dpo export RUN: the weights of a run as a folder to hand on.
+
+From final/, or from a checkpoint of a run that is not finished; an adapter as it is, or merged into its base. What is
+written is plain Hugging Face form (safetensors under the base's names, tokenizer, generation config), as transformers,
+peft, vLLM and llama.cpp's converter read it. Everything happens on the CPU of one process.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo import roles
+from dpo.commandline import parse
+from dpo.config import Config, to_dict
+from dpo.errors import UserError
+from dpo.export import dtype_of
+from dpo.model import adapters, load
+from dpo.report import model_card
+from dpo.runtime import checkpoint
+from dpo.runtime.distributed import World
+from dpo.runtime.engine import full_state
+from dpo.runtime.tracking import read_lines
+from dpo.runtime.weights import checkpoint_weights
+from dpo.setup import model_and_tokenizer
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to export, and where to."""
+
+    run: str
+    """Run directory."""
+    to: str | None = None
+    """Folder to write; default: RUN/export, or RUN/merged, with the checkpoint's name behind it if one is given."""
+    merge: bool = False
+    """Add the adapter of a LoRA run to the weights beneath it: one plain model."""
+    checkpoint: int | None = None
+    """Optimizer step of the checkpoint to take; default: final/."""
+
+
+def export_run(options: Options) -> Path:
+    """Write the weights of a run as a folder.
+
+    Args:
+        options: As given on the command line.
+    Returns:
+        The folder.
+    Raises:
+        UserError: If there is no such run, checkpoint or final/, nothing to merge, or the folder exists.
+    """
+    run = Path(options.run)
+    settings = run / "config.yaml"
+    if not settings.is_file():
+        raise UserError(f"{run} is no run directory: it has no config.yaml")
+    config = parse(["--recipe", str(settings)]).config
+    adapted = roles.trains_adapters(config)
+    if options.merge and not adapted:
+        raise UserError(f"--merge true: {run} trained all weights and has no adapter to merge; leave it out")
+    source = _source(run, options.checkpoint)
+    ending = "" if options.checkpoint is None else f"-{source.name}"
+    target = Path(options.to or run / (("merged" if options.merge else "export") + ending))
+    if target.exists():
+        raise UserError(f"--to {target} exists already; name another folder, or remove it")
+
+    def write(folder: Path) -> None:
+        if options.checkpoint is None and not options.merge:
+            shutil.copytree(source, folder, dirs_exist_ok=True)
+            return
+        _write(config, source, folder, merge=options.merge, adapted=adapted)
+        is_adapter = adapted and not options.merge
+        card = model_card(to_dict(config), read_lines(run), checkpoint.versions(), adapter=is_adapter)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+    checkpoint.publish(target, write, World(0, 1, 0, torch.device("cpu")))
+    return target
+
+
+def _source(run: Path, step: int | None) -> Path:
+    """The folder that holds the weights: final/, or a checkpoint."""
+    if step is not None:
+        folder = run / "checkpoints" / checkpoint.step_folder(step)
+        there = [c.name for c in checkpoint.checkpoints(run)]
+        if folder.name not in there:
+            steps = ", ".join(str(int(name.removeprefix("step-"))) for name in there) or "none"
+            raise UserError(f"--checkpoint {step}: {run} has no such checkpoint; it has {steps}")
+        return folder
+    if not (run / "final").is_dir():
+        raise UserError(f"{run} has no final/ yet; name a checkpoint by --checkpoint STEP, or let the run finish")
+    return run / "final"
+
+
+def _write(config: Config, source: Path, folder: Path, *, merge: bool, adapted: bool) -> None:
+    model_config, tokenizer = model_and_tokenizer(config)
+    dtype = dtype_of(config, load.starting_dtype(model_config))
+    model = _model(config, source, adapted=adapted)
+    if adapted and not merge:
+        state = full_state(model, dtype, keep=True, trained_only=True)
+        adapters.save(model, state, tokenizer, folder)
+        return
+    if merge:
+        adapters.merge(model)
+    load.save_folder(model, full_state(model, dtype, keep=True), dtype, tokenizer, folder)
+
+
+def _model(config: Config, source: Path, *, adapted: bool) -> Any:
+    """The policy with the weights of final/ or of a checkpoint, in fp32, lest a merge be rounded more than once."""
+    settings = config.model
+    assert settings.policy is not None
+    base, revision = adapters.base_of(settings.policy, settings.revision)
+    model = load.load_model(
+        base, dtype=torch.float32, seed=config.train.seed, revision=revision,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    if source.name == "final":
+        adapters.take_up(model, str(source))
+        return model
+    if adapters.is_adapter(settings.policy):
+        adapters.take_up(model, settings.policy)
+    elif adapted:
+        adapters.add(model, settings.lora, seed=config.train.seed, base=base, revision=revision)
+    state = checkpoint_weights(source)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad or not adapted:
+                parameter.copy_(state[f"model.{name}"])
+    return model

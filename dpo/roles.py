@@ -1,0 +1,124 @@
+"""Which weights a run trains and what its reference is, told from the settings alone; what cannot work is refused."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from dpo.config import Config, LoraConfig
+from dpo.errors import UserError
+from dpo.model import adapters, load
+
+
+def trains_adapters(config: Config) -> bool:
+    """Whether a run trains low-rank adapters: new ones, or those of the folder that model.policy names."""
+    return config.model.lora.r > 0 or adapters.is_adapter(config.model.policy or "")
+
+
+def reference_mode(config: Config) -> str:
+    """reference.mode, where auto is adapter if adapters are trained and no other model is the reference; none where the
+    loss needs no reference."""
+    wanted = config.reference
+    if not config.needs_reference:
+        return "none"
+    if wanted.mode != "auto":
+        return wanted.mode
+    return "adapter" if trains_adapters(config) and wanted.path is None else "online"
+
+
+def check_roles(config: Config, zero: dict[str, Any], device: torch.device, *, for_elsewhere: bool) -> None:
+    """Refuse settings that contradict one another, or that this machine cannot do.
+
+    Args:
+        config: Settings.
+        zero: Section zero_optimization of the DeepSpeed JSON.
+        device: Of this rank.
+        for_elsewhere: The run will be on another machine: this one's device and packages do not matter.
+    Raises:
+        UserError: Naming the first.
+    """
+    model, reference, mode = config.model, config.reference, reference_mode(config)
+    adapted = trains_adapters(config)
+    if adapters.is_adapter(model.policy or "") and model.lora != LoraConfig():
+        raise UserError(
+            f"model.lora.r is {model.lora.r} and model.policy {model.policy} is an adapter already; leave model.lora"
+            f" out to train it on, or name its base"
+        )
+    if adapted and not for_elsewhere:
+        adapters.check_installed()
+    if mode == "adapter" and not adapted:
+        raise UserError("reference.mode is adapter and no adapters are trained; set model.lora.r, or use online")
+    if mode == "adapter" and reference.dtype not in ("auto", "policy"):
+        raise UserError(f"reference.dtype is {reference.dtype}, but with adapters it is the policy's own; use policy")
+    dora = model.lora.dora or adapters.settings_of(model.policy or "").get("use_dora")
+    if dora and zero.get("stage") == 3:
+        raise UserError("DoRA under ZeRO-3: peft needs the norms of whole weights, which are sharded; use zero2.json")
+    if reference.sync_steps is not None and adapted:
+        raise UserError(
+            "reference.sync_steps with adapters: a mean of two adapters' factors is not the mean of their products;"
+            " leave it out, or train all weights (model.lora.r 0)"
+        )
+    if reference.sync_steps is not None and reference.path is not None:
+        raise UserError(
+            f"reference.sync_steps with reference.path {reference.path}: only the policy's own start can follow it;"
+            f" leave one out"
+        )
+    if model.load_in_4bit:
+        _check_four_bits(config, mode, adapted, zero)
+        _needs_gpu("model.load_in_4bit is true", "false", device, for_elsewhere)
+    if config.optim.name == "adamw_8bit":
+        if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+            raise UserError("optim.name is adamw_8bit with offload_optimizer, whose steps run on the CPU; use adamw")
+        _needs_gpu("optim.name is adamw_8bit", "adamw", device, for_elsewhere)
+
+
+def _check_four_bits(config: Config, mode: str, adapted: bool, zero: dict[str, Any]) -> None:
+    if not adapted:
+        raise UserError("model.load_in_4bit is true and no adapters are trained: 4 bits cannot learn; set model.lora.r")
+    if mode != "adapter" and config.reference.path is None:
+        raise UserError(f"model.load_in_4bit is true with reference.mode {mode}, a second copy; use adapter")
+    if zero.get("stage") == 3:
+        raise UserError("model.load_in_4bit is true under ZeRO-3, which cannot shard 4-bit weights; use zero2.json")
+
+
+def _needs_gpu(what: str, instead: str, device: torch.device, for_elsewhere: bool) -> None:
+    if for_elsewhere:
+        return
+    if device.type != "cuda":
+        raise UserError(f"{what}, which needs a GPU, and this is a CPU; use {instead}")
+    if find_spec("bitsandbytes") is None:
+        raise UserError(f"{what}, which needs bitsandbytes; pip install bitsandbytes, or use {instead}")
+
+
+def check_reference_path(config: Config, tokenizer: Any, longest: int) -> None:
+    """Refuse another model as reference that cannot read the policy's token ids.
+
+    Args:
+        config: With reference.path or without.
+        tokenizer: Of the policy.
+        longest: Longest prompt + completion in tokens.
+    Raises:
+        UserError: If the reference's tokenizer is another, or its vocabulary or context too small.
+    """
+    path, trust = config.reference.path, config.model.trust_remote_code
+    if path is None:
+        return
+    ours = tokenizer.get_vocab()
+    theirs = load.load_tokenizer(adapters.tokenizer_of(path), trust_remote_code=trust).get_vocab()
+    if ours != theirs:
+        token = next((t for t in ours if theirs.get(t) != ours[t]), None) or next(t for t in theirs if t not in ours)
+        raise UserError(
+            f"reference.path {path} has another tokenizer than the policy: {token!r} is {theirs.get(token)} there and"
+            f" {ours.get(token)} here; name a model with the policy's tokenizer"
+        )
+    base, revision = adapters.base_of(path)
+    other = load.load_config(base, revision=revision, trust_remote_code=trust)
+    context, vocabulary = load.context_length(other), other.get_text_config().vocab_size
+    if context is not None and context < longest:
+        raise UserError(
+            f"reference.path {path} reads {context} tokens, pairs have up to {longest}; lower data.max_length"
+        )
+    if vocabulary < len(tokenizer):
+        raise UserError(f"reference.path {path} has {vocabulary} tokens, the policy's tokenizer {len(tokenizer)}")
