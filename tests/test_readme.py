@@ -113,6 +113,8 @@ def test_every_command_is_one_that_exists(words, monkeypatch):
         assert command.deepspeed_json and json.loads((ROOT / command.deepspeed_json).read_text())
     elif words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif words[:3] == ["python", "-m", "dpo"]:
+        assert words[3] in VERBS
     else:
         if words[:3] == ["python", "-m", "dpo"]:
             assert words[3] in VERBS, f"python -m dpo has no verb {words[3]}"
