@@ -8,7 +8,7 @@ WORKERS ?= 0
 PYTEST_ARGS ?=
 
 # What some tests need from Debian: command:package.
-DEBIAN_TOOLS = slurmctld:slurm-wlm munged:munge shellcheck:shellcheck
+DEBIAN_TOOLS = slurmctld:slurm-wlm munged:munge shellcheck:shellcheck chromium:chromium
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 

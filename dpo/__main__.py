@@ -3,13 +3,18 @@
     python -m dpo audit DATA [--validation DATA] [--tokenizer NAME] [--json FILE]
     python -m dpo plan --config ds_configs/zero2.json [--recipe recipes/NAME.yaml] [--section.key VALUE ...] --ranks N
     python -m dpo export RUN [--to FOLDER] [--merge true] [--checkpoint STEP]
+    python -m dpo sample RUN [--prompt TEXT ...] [--judge heuristic]
+    python -m dpo report RUN [RUN ...] [--output FILE]
 
 Exit code 2 and one line for whatever the user can mend, as train_dpo.py.
 """
 
 from __future__ import annotations
 
+import argparse
 import difflib
+import itertools
+import json
 import sys
 
 from dpo.commandline import Verb, parse, parse_options
@@ -38,11 +43,38 @@ def _export(argv: list[str]) -> None:
     print(export_run(options))
 
 
+def _report(argv: list[str]) -> None:
+    # The parser reads a list from one argument; run directories are given as words.
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    rest = argv[len(words) :]
+    from dpo.report import page
+
+    print(page.report(parse_options([json.dumps(words), *rest] if words else rest, "report", REPORT, page.Options)))
+
+
+def _sample(argv: list[str]) -> None:
+    # Taken out word for word: the parser would read a prompt such as "1" or "[x]" as YAML.
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    own.add_argument("--prompt", action="append", default=[])
+    try:
+        known, rest = own.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"--prompt: {error.message}") from None
+    from dpo import ask
+
+    given = ["--prompt", json.dumps(known.prompt)] if known.prompt else []
+    ask.sample(parse_options([*rest, *given], "sample", SAMPLE, ask.Options))
+
+
 VERBS = {
     "audit": (_audit, "what a preference data set is like, and how far trivial rules get"),
     "plan": (_plan, "what a run would do and need on GPUs that need not be here"),
     "export": (_export, "the weights of a run, or of one of its checkpoints, as a folder; adapters merged if asked"),
+    "sample": (_sample, "answers of a run's reference and policy to your prompts, and a win rate"),
+    "report": (_report, "report.html of a run, or of several beside each other"),
 }
+SAMPLE = "Answer prompts by the reference and the policy of a finished run, side by side; --judge adds a win rate."
+REPORT = "Write report.html of a run directory, of a crashed run too, or compare several runs in one page."
 
 
 def _usage() -> str:

@@ -10,16 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from dpo.context import contexts_of, look_ahead
 from dpo.model.reference import Reference
 from dpo.objective.metrics import averages, sums
 from dpo.objective.objective import Objective
 from dpo.policy import Policy
+from dpo.report.pairs import COLUMNS
 from dpo.runtime import distributed
 from dpo.runtime.distributed import World
-from dpo.types import PackedBatch
+from dpo.types import LossOutput, PackedBatch, PairLogps
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,7 @@ class ValidationShare:
 @torch.no_grad()
 def evaluate(
     policy: Policy, reference: Reference, sets: Mapping[str, ValidationShare], loss: Objective, world: World
-) -> dict[str, float]:
+) -> tuple[dict[str, float], np.ndarray]:
     """Metrics of the validation pairs; collective.
 
     Args:
@@ -48,17 +51,39 @@ def evaluate(
         loss: The objective.
         world: This rank.
     Returns:
-        Means over all pairs under TRL's names with the prefix `eval_`, and over those of named sets, `eval_NAME_`.
+        Means over all pairs under TRL's names with the prefix `eval_`, and over those of named sets, `eval_NAME_`; and
+        what each pair got: (n, len(COLUMNS)) fp64, by pair id, of all ranks on every rank.
     """
     totals = torch.zeros(len(sets), 8, dtype=torch.float64, device=world.device)
+    parts = [torch.zeros(0, len(COLUMNS), dtype=torch.float64, device=world.device)]
     for place, share in enumerate(sets.values()):
         scored = look_ahead(policy, reference, share.batches, world.device)
         contexts = contexts_of(loss, share.batches, scored, share.chosen_length, world, is_step=False)
-        for (policy_logps, reference_logps), context in zip(scored, contexts, strict=True):
-            totals[place] += sums(loss(policy_logps, reference_logps, context), policy_logps)
+        for batch, (policy_logps, reference_logps), context in zip(share.batches, scored, contexts, strict=True):
+            output = loss(policy_logps, reference_logps, context)
+            totals[place] += sums(output, policy_logps)
+            parts.append(_by_pair(batch, output, policy_logps, reference_logps))
     totals = distributed.sum_over_ranks(totals)
     found = {f"eval_{key}": value for key, value in averages(totals.sum(dim=0)).items()}
     for name, own in zip(sets, totals, strict=True):
         if name:
             found |= {f"eval_{name}_{key}": value for key, value in averages(own).items()}
-    return found
+    pairs = np.concatenate(distributed.gather(torch.cat(parts).cpu().numpy()))
+    return found, pairs[np.argsort(pairs[:, 0])]
+
+
+def _by_pair(batch: PackedBatch, output: LossOutput, policy: PairLogps, reference: PairLogps) -> Tensor:
+    """(P, len(COLUMNS)) fp64 on the device, in the order of COLUMNS."""
+    columns = (
+        torch.tensor(batch.pair_ids, dtype=torch.float64, device=policy.chosen.device),
+        output.losses,
+        output.chosen_rewards,
+        output.rejected_rewards,
+        policy.chosen,
+        policy.rejected,
+        reference.chosen,
+        reference.rejected,
+        policy.chosen_lengths,
+        policy.rejected_lengths,
+    )
+    return torch.stack([column.double() for column in columns], dim=1)

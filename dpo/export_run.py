@@ -20,7 +20,7 @@ from dpo.config import Config, to_dict
 from dpo.errors import UserError
 from dpo.export import dtype_of
 from dpo.model import adapters, load
-from dpo.report import model_card
+from dpo.report.card import model_card
 from dpo.runtime import checkpoint
 from dpo.runtime.distributed import World
 from dpo.runtime.engine import full_state

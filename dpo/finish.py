@@ -1,44 +1,119 @@
-"""The end of a run: samples, plot, closing table."""
+"""What a run leaves on its way and at its end: samples, pairs, report, plot, closing table."""
 
 from __future__ import annotations
 
 import json
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpo.config import to_dict
 from dpo.data import example
+from dpo.data.mixture import Mixture
 from dpo.policy import FrozenReference, Policy
-from dpo.report import closing_rows, plot
-from dpo.runtime.checkpoint import write_whole
+from dpo.report.card import closing_rows, model_card
+from dpo.report.figures import plot
+from dpo.report.page import Refresher, write_or_say
+from dpo.report.pairs import PairTable, read_pairs, write_pairs
+from dpo.report.panels import calibration, displacement
+from dpo.runtime.checkpoint import versions
 from dpo.runtime.distributed import only_main
+from dpo.runtime.engine import zero_stage
+from dpo.runtime.files import read_records, write_whole
 from dpo.runtime.tracking import Tracker, read_lines
-from dpo.sample import greedy_answers, world_rewards, write_samples
+from dpo.sample import Decoding, answer_logps, answers_to, world_rewards, write_samples
 from dpo.setup import Setup
+from dpo.types import PackedBatch
 
 
-def take_samples(setup: Setup, policy: Policy, reference: FrozenReference, step: int) -> None:
-    """Answer the sample prompts by both models; collective.
+def take_samples(setup: Setup, policy: Policy, reference: FrozenReference, step: int, tracker: Tracker) -> None:
+    """Answer the sample prompts by both models, and record how far the policy has gone; collective.
 
     Args:
         setup: The run.
         policy: The policy as it stands.
         reference: The frozen reference.
         step: Optimizer steps done.
+        tracker: For `samples/kl` and the lengths of the answers.
     """
-    tokens, device = setup.config.log.sample_tokens, setup.world.device
+    device, decoding = setup.world.device, Decoding(setup.config.log.sample_tokens)
     before = reference.answer(setup)
-    after = greedy_answers(policy.scorer, setup.tokenizer, setup.sample_prompts(), tokens, device)
+    after = answers_to(setup.sample_prompts(), policy.scorer, setup.tokenizer, decoding, device)
+    kl = None
+    if reference.scorer is not None:  # else its scores are cached, and it cannot be asked about new answers
+        own = answer_logps(policy.score, after, before, policy.layout, device)
+        base = answer_logps(lambda batch: _scores(reference, batch), after, before, policy.layout, device)
+        kl = float((own - base)[:, 0].mean())
+    lengths = {
+        f"samples/{name}_tokens": float(np.mean([len(answer.ids) for answer in answers]))
+        for name, answers in (("policy", after), ("reference", before))
+    }
+    tracker.record({"step": step, "epoch": step / setup.epochs.steps_per_epoch, "samples/kl": kl} | lengths)
     decode = setup.tokenizer.decode
     rows = [
         {
             "prompt": decode(pair.prompt_ids.tolist()),
-            "reference": old,
-            "policy": new,
+            "reference": old.text,
+            "policy": new.text,
             "chosen": decode(pair.chosen_ids.tolist(), skip_special_tokens=True),
         }
         for pair, old, new in zip(setup.sample_pairs(), before, after, strict=True)
     ]
     only_main(setup.world, lambda: write_samples(setup.run, step, rows))
+
+
+def _scores(reference: FrozenReference, batch: PackedBatch) -> Tensor:
+    """(S,) log-probs of a batch under the reference."""
+    logps = reference.train(batch)
+    return torch.cat((logps.chosen, logps.rejected))
+
+
+def keep_evaluation(setup: Setup, step: int, pairs: np.ndarray, report: Refresher) -> None:
+    """Write down what an evaluation said of every pair, and refresh the report, on rank 0.
+
+    Args:
+        setup: The run.
+        step: Optimizer steps done.
+        pairs: As `evaluate` gives them.
+        report: Knows when it is time for a new page.
+    """
+    data = setup.validation_pairs
+    if not setup.world.is_main or data is None:
+        return
+
+    def text(pair_id: int) -> dict[str, Any]:
+        row = data.texts(pair_id)
+        origin = data.origin(pair_id) if isinstance(data, Mixture) else f"row {row.row}"
+        return {"origin": origin, "prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
+
+    write_pairs(setup.run, PairTable(step, pairs), text)
+    if step > 0:
+        report.refresh()
+
+
+def card_of(setup: Setup) -> str | None:
+    """README.md of final/, on rank 0."""
+    if not setup.world.is_main:
+        return None
+    lines, world = read_lines(setup.run), setup.world
+    validation = "none" if setup.validation_pairs is None else f"{len(setup.validation_pairs):,} pairs"
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+    facts = {
+        "training data": f"{len(setup.train_pairs):,} pairs",
+        "validation data": validation,
+        "optimizer steps": f"{setup.total_steps:,} of {setup.config.train.global_batch_size:,} pairs",
+        "tokens": f"{next((line['num_tokens'] for line in reversed(lines) if 'loss' in line), 0):,}",
+        "hardware": f"{world.world_size} x {device}, ZeRO-{zero_stage(setup.engine_config)}, {setup.precision}",
+    }
+    if (pairs := read_pairs(setup.run)) is not None and len(pairs[1].values):
+        found = displacement(*pairs)
+        facts["chosen log-prob fell"] = f"in {found.chosen_fell:.1%} of the validation pairs"
+        facts["calibration error"] = f"{calibration(pairs[1].margins).error:.3f}"
+    return model_card(to_dict(setup.config), lines, versions(), facts, adapter=setup.trains_adapters)
 
 
 def closing(setup: Setup, tracker: Tracker, seconds: float) -> None:
@@ -70,12 +145,13 @@ def _closing(setup: Setup, tracker: Tracker, seconds: float) -> None:
     rows.append(["time", "", f"{seconds / 60:.1f} min"])
     tracker.table("DPO: before and after", rows)
     answers = f", answers {run}/samples.jsonl" if samples else ""
-    tracker.say(f"weights {run}/final, curves {run}/training_metrics.png{answers}")
     total = setup.total_steps
     write_whole(run / "finished.json", json.dumps({"step": total, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}))
+    write_or_say(run, tracker.say)
+    tracker.say(f"weights {run}/final, report {run}/report.html, curves {run}/training_metrics.png{answers}")
 
 
 def _last_samples(run: Path) -> list[dict[str, str]]:
     path = run / "samples.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    rows = read_records(path)[0]
     return [row for row in rows if row["step"] == rows[-1]["step"]]

@@ -22,7 +22,7 @@ from dpo.reference_cache import cached_scores, manifest_of
 from dpo.run_data import Pairs
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import gather, together
-from dpo.sample import greedy_answers
+from dpo.sample import Answer, Decoding, answers_to
 from dpo.setup import Setup
 from dpo.types import PackedBatch, PairLogps
 
@@ -76,15 +76,16 @@ class FrozenReference:
     dtype: torch.dtype
     scorer: Scorer | None
     view: Callable[[], AbstractContextManager[None]] = nullcontext
-    answers: list[str] | None = None
+    answers: list[Answer] | None = None
 
-    def answer(self, setup: Setup) -> list[str]:
+    def answer(self, setup: Setup) -> list[Answer]:
         """Greedy answers to the sample prompts, made once; collective."""
         if self.answers is None:
             assert self.scorer is not None
-            tokens, device = setup.config.log.sample_tokens, setup.world.device
+            decoding = Decoding(setup.config.log.sample_tokens)
+            prompts, device = setup.sample_prompts(), setup.world.device
             with self.view():
-                self.answers = greedy_answers(self.scorer, setup.tokenizer, setup.sample_prompts(), tokens, device)
+                self.answers = answers_to(prompts, self.scorer, setup.tokenizer, decoding, device)
         return self.answers
 
 

@@ -25,8 +25,8 @@ from dpo.data.loader import Loader
 from dpo.errors import UserError
 from dpo.model.check import TOLERANCE
 from dpo.model.forward import pair_logps
-from dpo.runtime.checkpoint import write_whole
 from dpo.runtime.distributed import World, only_main, sum_over_ranks
+from dpo.runtime.files import write_whole
 from dpo.types import PackedBatch, PairDataset
 
 VERSION = 1

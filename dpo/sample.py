@@ -1,22 +1,31 @@
-"""Answers of the reference and of the policy to the same prompts, side by side."""
+"""Answers of the reference and of the policy to the same prompts, side by side, and how likely both find them."""
 
 from __future__ import annotations
 
 import json
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from dpo.data import example
-from dpo.model.forward import Scorer
+from dpo.data.batch import collate
+from dpo.data.planner import Layout, plan_batch
+from dpo.model.forward import Scorer, pair_logps
 from dpo.model.load import context_length
-from dpo.runtime.checkpoint import write_whole
 from dpo.runtime.engine import is_sharded
+from dpo.runtime.files import read_records, write_whole
+from dpo.types import PackedBatch, TokenizedPair
+
+SCORED_TOKENS = 4096
+"""Tokens of a forward pass that scores answers."""
 
 
 @contextmanager
@@ -33,42 +42,124 @@ def _generating(scorer: Scorer) -> Iterator[None]:
             module.training = True
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are drawn.
+
+    Attributes:
+        max_tokens: Longest answer; at most half of the model's context.
+        temperature: 0 is greedy; 1 draws from the model as it is.
+        top_p: Only the likeliest tokens that hold this share together are drawn from; 1: all.
+        seed: Of the draws.
+        batch_size: Prompts answered at once.
+    """
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    batch_size: int = 32
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to a prompt.
+
+    Attributes:
+        text: Without special tokens.
+        prompt_ids: (p,) int32: the prompt as the model saw it.
+        ids: (c,) int32, c >= 1, the end token included where the model gave one.
+    """
+
+    text: str
+    prompt_ids: np.ndarray
+    ids: np.ndarray
+
+
 @torch.no_grad()
-def greedy_answers(
-    scorer: Scorer, tokenizer: Any, prompts: Sequence[Sequence[int]], max_tokens: int, device: torch.device
-) -> list[str]:
-    """Greedy completions of token-id prompts, in batches padded on the left.
+def answers_to(
+    prompts: Sequence[Sequence[int]], scorer: Scorer, tokenizer: Any, decoding: Decoding, device: torch.device
+) -> list[Answer]:
+    """Complete token-id prompts, in batches padded on the left.
 
     Args:
+        prompts: Token ids, as in training; what does not fit the model's context beside the answer loses its start.
         scorer: Around the model; collective under ZeRO-3, where every rank gives the same prompts.
         tokenizer: Of the model.
-        prompts: Token ids, as in training; what does not fit the model's context beside the answer loses its start.
-        max_tokens: Longest answer; at most half of the context.
+        decoding: How.
         device: Of the model.
     Returns:
-        One text per prompt, without special tokens.
+        One answer per prompt. The random state outside is left as it was.
     """
     context = context_length(scorer.model.config)
+    max_tokens = decoding.max_tokens
     if context is not None:
         max_tokens = min(max_tokens, context // 2)
         prompts = [_last_tokens(prompt, context - max_tokens, tokenizer.bos_token_id) for prompt in prompts]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    answers: list[str] = []
-    for start in range(0, len(prompts), 32):
-        chunk = prompts[start : start + 32]
-        width = max(len(p) for p in chunk)
-        ids = torch.full((len(chunk), width), pad, dtype=torch.int64, device=device)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(chunk):
-            ids[row, width - len(prompt) :] = torch.as_tensor(list(prompt), device=device)
-            mask[row, width - len(prompt) :] = 1
-        with _generating(scorer):
+    how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if decoding.temperature > 0:
+        how = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
+    ends = scorer.model.generation_config.eos_token_id
+    ends = torch.as_tensor([] if ends is None else ends, device=device).reshape(-1)
+    answers: list[Answer] = []
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), _generating(scorer):
+        torch.manual_seed(decoding.seed)
+        for start in range(0, len(prompts), decoding.batch_size):
+            chunk = prompts[start : start + decoding.batch_size]
+            ids, mask = _padded_left(chunk, pad, device)
             made = scorer.model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False, pad_token_id=pad,
-                temperature=None, top_p=None, top_k=None, synced_gpus=is_sharded(scorer),
-            )
-        answers += tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
+                input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, pad_token_id=pad,
+                synced_gpus=is_sharded(scorer), **how,
+            )[:, ids.shape[1] :]
+            texts = tokenizer.batch_decode(made, skip_special_tokens=True)
+            for text, prompt, row in zip(texts, chunk, made, strict=True):
+                ended = torch.isin(row, ends).nonzero()
+                kept = row[: int(ended[0]) + 1] if len(ended) else row
+                answers.append(Answer(text, np.array(prompt, dtype=np.int32), kept.cpu().numpy().astype(np.int32)))
     return answers
+
+
+def _padded_left(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and mask, (prompts, longest) int64 each."""
+    width = max(len(p) for p in prompts)
+    ids = torch.full((len(prompts), width), pad, dtype=torch.int64, device=device)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.as_tensor(list(prompt), device=device)
+        mask[row, width - len(prompt) :] = 1
+    return ids, mask
+
+
+@torch.no_grad()
+def answer_logps(
+    score: Callable[[PackedBatch], Tensor],
+    of_policy: Sequence[Answer],
+    of_reference: Sequence[Answer],
+    layout: Layout,
+    device: torch.device,
+) -> np.ndarray:
+    """Log-probs under one model of the answers of both.
+
+    Args:
+        score: A Scorer, or an engine around one; collective under ZeRO-3.
+        of_policy, of_reference: Answers to the same prompts.
+        layout: One that is exact for the model.
+        device: Of the model.
+    Returns:
+        (n, 2) fp64: summed log-probs of the policy's and of the reference's answers, nats.
+    """
+    pairs = [
+        TokenizedPair(index, new.prompt_ids, new.ids, old.ids)
+        for index, (new, old) in enumerate(zip(of_policy, of_reference, strict=True))
+    ]
+    lengths = np.array([[len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)] for p in pairs])
+    (plan,) = plan_batch(range(len(pairs)), lengths, world_size=1, token_budget=SCORED_TOKENS, layout=layout)
+    found = np.zeros((len(pairs), 2))
+    for ids in plan:
+        logps = pair_logps(score, collate([pairs[i] for i in ids], layout).to(device))
+        found[ids] = torch.stack((logps.chosen, logps.rejected), dim=1).double().cpu().numpy()
+    return found
 
 
 def _last_tokens(prompt: Sequence[int], room: int, bos: int | None) -> Sequence[int]:
@@ -87,10 +178,9 @@ def write_samples(run: Path, step: int, rows: Sequence[dict[str, str]]) -> None:
         rows: prompt, reference, policy, and the data's chosen answer.
     """
     path = run / "samples.jsonl"
-    old = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in old if json.loads(line)["step"] < step]
-    lines = kept + [json.dumps({"step": step} | row, ensure_ascii=False) for row in rows]
-    write_whole(path, "".join(line + "\n" for line in lines))
+    kept = [row for row in read_records(path)[0] if row["step"] < step]
+    lines = kept + [{"step": step} | row for row in rows]
+    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def world_rewards(rows: Sequence[dict[str, str]]) -> dict[str, float]:

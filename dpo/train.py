@@ -22,19 +22,19 @@ from dpo.config import to_dict
 from dpo.data.loader import whole_pass
 from dpo.evaluate import ValidationShare, evaluate
 from dpo.export import final_dtype, write_weights
-from dpo.finish import closing, take_samples
+from dpo.finish import card_of, closing, keep_evaluation, take_samples
 from dpo.model import adapters
 from dpo.model.load import fetch_weights
 from dpo.model.reference import remembered
 from dpo.objective.objective import Objective
 from dpo.plan import show_plan
 from dpo.policy import FrozenReference, Policy, start_models
-from dpo.report import model_card
+from dpo.report.page import Refresher
 from dpo.runtime import checkpoint, distributed
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.checkpoint import TrainState
 from dpo.runtime.schedule import learning_rate
-from dpo.runtime.tracking import Recorder, Silent, Tracker, keep_lines, read_lines
+from dpo.runtime.tracking import Recorder, Silent, Tracker, keep_lines
 from dpo.setup import Setup, prepare
 from dpo.sft import run_sft
 from dpo.start import check_start
@@ -95,8 +95,7 @@ def train(command: Command) -> None:
     policy, reference = start_models(setup, start, tracker.say)
     state = _resume(setup, policy, reference, folder, tracker)
     state = _train_dpo(setup, policy, reference, state, tracker)
-    card = _card(setup) if world.is_main else None
-    write_weights(setup, policy, setup.run / "final", final_dtype(setup), card)
+    write_weights(setup, policy, setup.run / "final", final_dtype(setup), card_of(setup))
     closing(setup, tracker, time.perf_counter() - began)
     tracker.close()
 
@@ -108,11 +107,6 @@ def _fetch(setup: Setup) -> None:
         if path:
             base, revision = adapters.base_of(path, own)
             distributed.main_first(setup.world, partial(fetch_weights, base, revision=revision))
-
-
-def _card(setup: Setup) -> str:
-    lines, versions = read_lines(setup.run), checkpoint.versions()
-    return model_card(to_dict(setup.config), lines, versions, adapter=setup.trains_adapters)
 
 
 def _greeting(command: Command) -> list[str]:
@@ -165,12 +159,14 @@ def _train_dpo(
             for name, ids in setup.data.validation_sets().items()
         }
     known_reference = remembered(reference.validation)
+    report = Refresher(setup.run, tracker.say)
 
     def evaluate_after(step: int) -> None:
         if validation:
-            metrics = evaluate(policy, known_reference, validation, loss, world)
+            metrics, pairs = evaluate(policy, known_reference, validation, loss, world)
             tracker.record({"step": step, "epoch": step / per_epoch} | metrics)
             tracker.say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if "logps" not in k))
+            keep_evaluation(setup, step, pairs, report)
 
     if state.step == 0:
         check_start(setup, policy, reference, loss, loader[0], tracker)
@@ -199,7 +195,7 @@ def _train_dpo(
         if _due(step, config.train.eval_every, per_epoch, total):
             evaluate_after(step)
         if config.log.samples and _due(step, _sample_every(config.log.sample_every, total), per_epoch, total):
-            take_samples(setup, policy, reference, step)
+            take_samples(setup, policy, reference, step, tracker)
         if _due(step, config.train.save_every, per_epoch, total):
             whole = replace(state, unlogged=meter.carried())
             more = None if sync_steps is None else partial(save_reference, reference, world)

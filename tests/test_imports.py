@@ -15,13 +15,15 @@ ORDER = [
     "data.loader", "data.heuristics", "data.audit",
     "model.example", "model.adapters", "model.load", "model.shape", "model.attention_sdpa", "model.attention_varlen",
     "model.attention_flex", "model.attention", "model.head", "model.vocabulary", "model.forward", "model.check",
-    "model.reference",
+    "model.reference", "model.reward",
     "objective.divergences", "objective.losses", "objective.reference_free", "objective.coupled", "objective.tokens",
     "objective.objective", "objective.metrics",
+    "runtime.files",
     "runtime.distributed", "runtime.schedule", "runtime.deepspeed_json", "runtime.engine", "runtime.weights",
     "runtime.checkpoint", "runtime.tracking",
+    "report.pairs", "report.content", "report.figures", "report.charts", "report.panels", "report.card", "report.page",
     "reference_cache", "sample", "estimate", "run_data", "roles", "setup", "audit", "policy", "sync", "context",
-    "start", "step", "export", "sft", "evaluate", "forecast", "plan", "report", "export_run", "finish", "train",
+    "start", "step", "export", "sft", "evaluate", "forecast", "plan", "judge", "ask", "export_run", "finish", "train",
     "__main__",
 ]  # fmt: skip
 OWNERS = {
@@ -30,7 +32,9 @@ OWNERS = {
     "torch.distributed": {"runtime.distributed"},
     "transformers": {m for m in ORDER if m.startswith("model.")},
     "peft": {"model.adapters"},
-    "matplotlib": {"report"},
+    "matplotlib": {"report.figures"},
+    "jinja2": {"report.page"},
+    "openai": {"judge"},
     "jsonargparse": {"commandline"},
 }
 

@@ -96,7 +96,7 @@ def test_two_ranks_and_a_cached_reference_have_the_numbers_of_one(whole, tmp_pat
     for expected, line in zip(read_lines(whole), found.lines, strict=True):
         assert expected.keys() == line.keys()
         for name, value in expected.items():
-            if not name.startswith("perf/"):
+            if not name.startswith(("perf/", "samples/")):  # a cached reference is not there to score answers
                 assert line[name] == pytest.approx(value, rel=1e-3, abs=2e-5), name
     # Four steps are one epoch of 24 pairs, 7 + 7 + 7 + 3: a quarter of them from the first source of 12.
     steps = [[i for rank in found.seen for ids in rank["pairs"][step] for i in ids] for step in range(4)]

@@ -25,6 +25,7 @@ import yaml
 from dpo.config import Config, to_dict
 from dpo.errors import UserError
 from dpo.runtime.distributed import World, only_main
+from dpo.runtime.files import write_whole
 
 MAY_CHANGE = (
     "train.epochs", "train.max_steps", "train.eval_every", "train.save_every", "train.keep_checkpoints",
@@ -124,13 +125,6 @@ def _has_begun(run: Path) -> bool:
     """Whether there is anything in a run directory that other settings would spoil."""
     metrics = run / "metrics.jsonl"
     return bool(checkpoints(run)) or (run / "reference").exists() or (metrics.exists() and metrics.stat().st_size > 0)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)
 
 
 def step_folder(step: int) -> str:

@@ -5,10 +5,8 @@ Only rank 0 has a tracker; the others get `Silent`, so the loop never asks who i
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +15,8 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from dpo.runtime.files import read_records, write_whole
 
 
 class Tracker(Protocol):
@@ -182,19 +182,10 @@ def keep_lines(run: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
         keep: Decides for a line's values; a torn last line is dropped.
     """
     path = run / "metrics.jsonl"
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            if keep(json.loads(line)):
-                kept.append(line + "\n")
-    new = path.with_suffix(".jsonl.new")
-    new.write_text("".join(kept), encoding="utf-8")
-    os.replace(new, path)
+    if path.exists():
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in read_lines(run) if keep(line)))
 
 
 def read_lines(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; none if there is no file."""
-    path = run / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    """The whole lines of metrics.jsonl; none if there is no file."""
+    return read_records(run / "metrics.jsonl")[0]

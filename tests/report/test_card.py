@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from markdown_it import MarkdownIt
 
 from dpo.config import Config, DataConfig, ModelConfig, TrainConfig, to_dict
-from dpo.report import closing_rows, model_card, plot
+from dpo.report.card import closing_rows, code, model_card
+from dpo.report.figures import plot
+from tests.report.runs import HOSTILE
 
 VERSIONS = {"python": "3.11.2", "torch": "2.13.0"}
 
@@ -103,6 +107,47 @@ def test_the_card_says_from_what_how_and_what_came_out() -> None:
     settings = yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])
     assert settings["loss"]["beta"] == 0.1 and settings["train"]["sft_epochs"] == 2
     assert "SFT" not in card_of("gpt2")[1].split("<details>")[0]
+
+
+class Elements(HTMLParser):
+    """Names of the elements of a page, and its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.names |= {tag, *(name for name, _ in attrs)}
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_no_text_of_the_user_is_markup_in_the_card() -> None:
+    name = HOSTILE.replace("/", "")
+    model = ModelConfig(policy=f"/models/{name}", chat_template=f"```\n{HOSTILE}\n````\n<script>1</script>")
+    config = Config(model=model, data=DataConfig(train=HOSTILE), train=TrainConfig())
+    card = model_card(to_dict(config), WITH_VALIDATION, VERSIONS, {"training data": HOSTILE})
+    found = Elements(MarkdownIt("commonmark", {"html": True}).enable("table").render(card.split("---\n", 2)[2]))
+    harmless = {"h1", "h2", "p", "table", "thead", "tbody", "tr", "th", "td", "style", "code", "class", "pre"}
+    assert found.names <= harmless | {"details", "summary"}
+    assert found.text.count("<script>window.broken = 1</script>") >= 3  # policy, data, facts: shown as they are
+    assert name.replace("\u2028", " ")[:60] in " ".join(found.text.split())
+
+
+def test_the_facts_are_in_the_card() -> None:
+    config = to_dict(Config(model=ModelConfig(policy="gpt2"), data=DataConfig(train="d")))
+    card = model_card(config, WITH_VALIDATION, VERSIONS, {"training data": "44 pairs", "hardware": "8 x H100"})
+    assert "| training data | `44 pairs` |\n| hardware | `8 x H100` |" in card
+    assert "loss `sigmoid`, beta 0.1" in card
+
+
+@pytest.mark.parametrize(("text", "shown"), [("a", "`a`"), ("a`b", "``a`b``"), ("`a", "`` `a ``"), ("a\n b", "`a b`")])
+def test_code_is_code_whatever_it_holds(text: str, shown: str) -> None:
+    assert code(text) == shown
+    assert "<code>" in MarkdownIt().render(code(text))
 
 
 def test_the_card_holds_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:

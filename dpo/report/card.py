@@ -1,0 +1,103 @@
+"""The closing table of a run, and the model card of its final folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MAIN = (("loss", "loss"), ("rewards/margins", "reward margin"), ("rewards/accuracies", "accuracy"))
+
+
+def closing_rows(lines: list[dict[str, Any]]) -> list[list[str]]:
+    """Validation before and after, or training at first and last step where there was no validation.
+
+    Args:
+        lines: Of metrics.jsonl.
+    Returns:
+        Rows of a table, heading first.
+    """
+    prefix = "eval_" if any("eval_loss" in line for line in lines) else ""
+    found = [line for line in lines if f"{prefix}loss" in line]
+    kind = "validation" if prefix else "training"
+    rows = [[kind, "before" if prefix else "first step", "after" if prefix else "last step"]]
+    for name, title in MAIN[::-1]:
+        values = [found[0].get(prefix + name), found[-1].get(prefix + name)] if found else [None, None]
+        rows.append([title, *("-" if v is None else f"{v:.4f}" for v in values)])
+    return rows
+
+
+def model_card(
+    config: dict[str, Any],
+    lines: list[dict[str, Any]],
+    versions: dict[str, str],
+    facts: dict[str, str] | None = None,
+    *,
+    adapter: bool = False,
+) -> str:
+    """README.md of final/: what was trained from what, how, and what came out.
+
+    Args:
+        config: Resolved settings; they hold no secrets, those live in the environment.
+        lines: Of metrics.jsonl.
+        versions: Of the libraries.
+        facts: What else is known of data, training and hardware, for a table.
+        adapter: Whether the folder holds a LoRA adapter, to be loaded by peft, and no whole weights.
+    Returns:
+        Markdown with the hub's metadata block; text of the user's stands in code alone, so it is never markup.
+    """
+    policy, train = str(config["model"]["policy"]), config["data"]["train"]
+    data = ", ".join(code(path) for path in ([train] if isinstance(train, str) else [s["path"] for s in train]))
+    library = "peft" if adapter else "transformers"
+    front: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": ["dpo"]}
+    is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", policy) and not policy.startswith(".")
+    if is_hub_id and not Path(policy).exists():
+        front["base_model"] = policy
+    what = ", as a LoRA adapter for the same weights," if adapter else ""
+    sft = f" after {config['train']['sft_epochs']} SFT epoch(s)" if config["train"]["sft_epochs"] else ""
+    loss = config["loss"]
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        f"# {_escaped(Path(policy).name)} trained with DPO",
+        f"{code(policy)} trained{what}{sft} on the preferences of {data} by Direct Preference Optimization"
+        f" (Rafailov et al. 2023, arXiv:2305.18290), loss {code(str(loss['name']))}, beta {loss['beta']}.",
+        "## Metrics",
+        _table(closing_rows(lines)),
+        "Accuracy: share of pairs whose chosen completion gained more log-probability over the reference than the"
+        " rejected one; a tie counts one half. It says how often the change goes the right way, not how good answers"
+        " are; nothing here was tested for safety.",
+        "## Data and training",
+        _table([["", ""], *([name, code(value)] for name, value in (facts or {}).items())]) if facts else "",
+        f"<details><summary>Settings</summary>\n\n{_block(yaml.safe_dump(config, sort_keys=False))}\n\n</details>",
+        f"Made with {', '.join(f'{k} {v}' for k, v in versions.items())}.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _table(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "| --- |" + " ---: |" * (len(rows[0]) - 1), *lines[1:]])
+
+
+def _longest_run(text: str) -> int:
+    return max((len(run) for run in re.findall("`+", text)), default=0)
+
+
+def code(text: str) -> str:
+    """A text as inline code of Markdown, which no renderer takes for markup; line breaks become spaces."""
+    text = " ".join(text.split()) or " "
+    fence = "`" * (_longest_run(text) + 1)
+    space = " " if text[0] == "`" or text[-1] == "`" else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def _block(text: str) -> str:
+    fence = "`" * max(3, _longest_run(text) + 1)
+    return f"{fence}yaml\n{text}{fence}"
+
+
+def _escaped(text: str) -> str:
+    """A text outside code: no markup of Markdown or HTML."""
+    return re.sub(r"([\\`*_{}\[\]()#+!|~$<>&])", lambda found: f"&#{ord(found[1])};", " ".join(text.split()))

@@ -1,0 +1,51 @@
+"""Files of a run directory: written whole or not at all, and read although the last line may be torn."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from dpo.errors import UserError
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part.
+
+    Args:
+        path: Replaced if it is there.
+        content: Text, written as UTF-8, or bytes.
+    """
+    new = path.with_name(path.name + ".new")
+    new.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(new, path)
+
+
+def read_records(path: Path) -> tuple[list[dict[str, Any]], bool]:
+    """Read a file of one JSON object a line.
+
+    Args:
+        path: May be missing. Lines end with a line feed and nothing else: U+2028 may stand within a text.
+    Returns:
+        The objects, and whether the last line is torn, as a killed process leaves it.
+    Raises:
+        UserError: A line before the last is no JSON object.
+    """
+    if not path.exists():
+        return [], False
+    records: list[dict[str, Any]] = []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:  # UnicodeDecodeError among them
+            if number == len(lines):
+                return records, True
+            record = None
+        if not isinstance(record, dict):
+            raise UserError(f"{path}: line {number} is no JSON object; mend or delete it")
+        records.append(record)
+    return records, False

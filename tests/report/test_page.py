@@ -1,0 +1,225 @@
+"""report.html in a real Chromium: it runs nothing of the data, fits a phone, follows light and dark, stays small."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo.__main__ import main
+from dpo.errors import UserError
+from dpo.report.page import Refresher, write_report
+from tests.report.runs import HOSTILE, make_run
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Debian's Chromium, driven by Playwright."""
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.skip("needs Debian's chromium; `make test` installs it as root on Debian")
+    api = pytest.importorskip("playwright.sync_api", reason="in requirements-dev.txt")
+    with api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        yield started
+        started.close()
+
+
+Open = Callable[..., Any]
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Open]:
+    """open_page(file, **context options) -> page; `page.asked` holds the addresses it asked for."""
+    contexts = []
+
+    def opened(path: Path, **options: Any) -> Any:
+        contexts.append(browser.new_context(**options))
+        page = contexts[-1].new_page()
+        page.asked = []
+        page.on("request", lambda request: page.asked.append(request.url))
+        page.goto(path.as_uri(), wait_until="load")
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of 2,000 steps with 2,000 validation pairs."""
+    run = make_run(tmp_path_factory.mktemp("long") / "long_run", text="An answer of some words. " * 40)
+    write_report([run], run / "report.html")
+    return run
+
+
+@pytest.fixture(scope="module")
+def hostile_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose every text is an attack, the audit's and the settings' too."""
+    run = make_run(tmp_path_factory.mktemp("hostile") / "hostile", steps=20, pairs=60, samples=3, text=HOSTILE)
+    audit = {"findings": [{"name": HOSTILE, "count": 3, "examples": [HOSTILE, {HOSTILE: HOSTILE}]}], HOSTILE: [HOSTILE]}
+    (run / "audit.json").write_text(json.dumps(audit))
+    lines = (run / "metrics.jsonl").read_text() + json.dumps({"step": 20, HOSTILE: 1.0, "eval_" + HOSTILE: 2.0}) + "\n"
+    (run / "metrics.jsonl").write_text(lines)
+    write_report([run], run / "report.html")
+    return run
+
+
+BROKEN = "() => window.broken === undefined ? 'whole' : 'broken'"
+
+
+def test_no_script_of_the_data_runs_even_where_the_page_forbids_none(
+    hostile_run: Path, tmp_path: Path, open_page: Open
+) -> None:
+    other = make_run(tmp_path / HOSTILE.replace("/", "")[:100], steps=20, pairs=60, samples=3, text=HOSTILE)
+    write_report([hostile_run, other], tmp_path / "both.html")
+    for path in (hostile_run / "report.html", tmp_path / "both.html"):
+        page = open_page(path, bypass_csp=True)
+        page.evaluate("() => document.querySelectorAll('details').forEach(d => { d.open = true })")
+        page.wait_for_timeout(200)
+        assert page.evaluate(BROKEN) == "whole"
+        assert page.evaluate("() => document.querySelectorAll('script, img, iframe, a[href^=java]').length") == 0
+        assert "<script>window.broken = 1</script>" in page.evaluate("() => document.body.textContent")
+        assert page.asked == [path.as_uri()]
+    # The same text unescaped is noticed, so that the test can fail.
+    control = tmp_path / "control.html"
+    control.write_text(f"<!doctype html><body>{HOSTILE}")
+    assert open_page(control).evaluate(BROKEN) == "broken"
+
+
+def test_the_page_forbids_scripts_and_network_by_itself(hostile_run: Path, tmp_path: Path, open_page: Open) -> None:
+    text = (hostile_run / "report.html").read_text()
+    spoilt = tmp_path / "spoilt.html"
+    spoilt.write_text(text.replace("</body>", "<script>window.broken = 1</script><img src='http://127.0.0.1:9/'></body>"))
+    page = open_page(spoilt)
+    assert page.evaluate(BROKEN) == "whole"
+
+
+def test_a_report_of_2000_steps_is_small_and_quick(long_run: Path, tmp_path: Path, open_page: Open) -> None:
+    started = time.perf_counter()
+    write_report([long_run], tmp_path / "again.html")
+    written = time.perf_counter() - started
+    assert (long_run / "report.html").stat().st_size < 5_000_000
+    started = time.perf_counter()
+    page = open_page(long_run / "report.html")
+    opened = time.perf_counter() - started
+    assert page.asked == [(long_run / "report.html").as_uri()]
+    # 1.2 s and 0.4 s on two quiet cores; the bounds are for machines that do other things as well.
+    assert written < 60 and opened < 20
+    assert page.evaluate("() => document.querySelectorAll('svg').length") >= 10
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_a_phone_in_light_and_dark(
+    scheme: str, hostile_run: Path, long_run: Path, open_page: Open
+) -> None:
+    for run in (long_run, hostile_run):
+        page = open_page(run / "report.html", viewport={"width": 390, "height": 844}, color_scheme=scheme)
+        page.evaluate("() => document.querySelectorAll('details').forEach(d => { d.open = true })")
+        assert page.evaluate("() => document.documentElement.scrollWidth") <= 390
+    background = page.evaluate("() => getComputedStyle(document.body).backgroundColor")
+    brightness = sum(int(part) for part in background.strip("rgb()").split(",")) / 3
+    assert (brightness > 200) is (scheme == "light") and (brightness < 60) is (scheme == "dark")
+    ink = page.evaluate("() => getComputedStyle(document.querySelector('svg text')).fill")
+    assert (sum(int(part) for part in ink.strip("rgb()").split(",")) / 3 > 150) is (scheme == "dark")
+
+
+def test_the_panels_say_what_the_pairs_say(long_run: Path, open_page: Open) -> None:
+    text = open_page(long_run / "report.html").evaluate("() => document.body.innerText")
+    for heading in ("Displacement", "Length", "Calibration", "Most wrong margins", "Answers of reference and policy"):
+        assert heading in text
+    assert "Of 2,000 validation pairs, 83.5% have a chosen answer" in text and "Likelihood displacement." in text
+    assert "Length bias." not in text and "24 of 64" in text
+
+
+def test_a_crashed_run_is_reported_and_called_so(tmp_path: Path, open_page: Open, capsys: Any) -> None:
+    run = make_run(tmp_path / "crashed", steps=50, pairs=30, finished=False)
+    with open(run / "metrics.jsonl", "a") as metrics:
+        metrics.write('{"step": 51, "lo')
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out == f"{run}/report.html\n"
+    text = open_page(run / "report.html").evaluate("() => document.body.innerText")
+    assert "This run has not finished" in text and "its last whole line is of step 50" in text
+    assert "The last line of metrics.jsonl is torn" in text and "There is no final/" in text
+
+
+def test_what_is_left_of_a_run_killed_at_its_start_is_reported(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("")
+    assert main(["report", str(run)]) == 0
+    text = (run / "report.html").read_text()
+    assert "it has recorded nothing" in text and "config.yaml is missing" in text
+    assert "Nothing has been recorded yet." in text
+
+
+def test_several_runs_are_compared_in_one_page(tmp_path: Path, monkeypatch: Any, open_page: Open) -> None:
+    runs = [make_run(tmp_path / name, steps=steps, pairs=30, samples=2) for name, steps in (("a", 20), ("b", 30))]
+    text = (runs[1] / "config.yaml").read_text()
+    (runs[1] / "config.yaml").write_text(text.replace("beta: 0.1", "beta: 0.25"))
+    (runs[1] / "finished.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", "a", "b"]) == 0
+    page = open_page(tmp_path / "report.html", viewport={"width": 390, "height": 844})
+    shown = page.evaluate("() => document.body.innerText")
+    assert "loss.beta\t0.1\t0.25" in shown and "train.output_dir" not in shown
+    assert "state\tfinished\tunfinished" in shown and "steps\t20\t30" in shown
+    assert "b: This run has not finished" in shown and "Answers to the same prompts" in shown
+    assert page.evaluate("() => document.documentElement.scrollWidth") <= 390
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["report"], "runs"),
+        (["report", "nowhere"], "nowhere is no run directory: it has neither config.yaml nor metrics.jsonl"),
+        (["report", "run", "--output", "no/such/x.html"], "no/such/x.html cannot be written: No such file"),
+        (["report", "spoilt"], "spoilt/metrics.jsonl: line 1 is no JSON object; mend or delete it"),
+        (["report", "run", "--outptu", "x"], "unknown key outptu; did you mean output?"),
+    ],
+)
+def test_mistakes_are_one_line(argv: list[str], line: str, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    make_run(tmp_path / "run", steps=2, pairs=2, samples=1)
+    (tmp_path / "spoilt").mkdir()
+    (tmp_path / "spoilt/metrics.jsonl").write_text('nonsense\n{"step": 1}\n')
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and line in error
+
+
+def test_the_report_needs_neither_torch_nor_deepspeed(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=2, pairs=2, samples=1)
+    code = f"import sys; from dpo.__main__ import main; main(['report', {str(run)!r}]); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_a_running_run_refreshes_its_page_for_a_fiftieth_of_its_time(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=2, pairs=2, samples=1, finished=False)
+    now = [0.0]
+    refresher = Refresher(run, pytest.fail, clock=lambda: now[0])
+    assert not refresher.refresh() and not (run / "report.html").exists()
+    now[0] = 151.0
+    refresher.clock = iter([151.0, 155.0, 300.0, 360.0, 361.0]).__next__  # the page took 4 s
+    assert refresher.refresh()
+    assert ">running<" in (run / "report.html").read_text() and "no final" not in (run / "report.html").read_text()
+    assert not refresher.refresh()  # 145 s later: 4 s would be more than a fiftieth
+    assert refresher.refresh()  # 205 s later
+
+
+def test_a_page_that_cannot_be_written_stops_no_run(tmp_path: Path) -> None:
+    said: list[str] = []
+    refresher = Refresher(tmp_path / "gone", said.append, share=1e9)
+    assert refresher.refresh()
+    assert len(said) == 1 and said[0].startswith("report.html could not be written: UserError: ")
+    with pytest.raises(UserError):
+        write_report([tmp_path / "gone"], tmp_path / "x.html")

@@ -1,0 +1,192 @@
+"""python -m dpo sample, and all that a run leaves of a data set full of markup."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import train_dpo
+from dpo.__main__ import main
+from dpo.ask import DEFAULT_PROMPTS
+from dpo.data.boundary import encode_prompt
+from dpo.model.head import logps_of_logits
+from dpo.runtime.files import read_records
+from dpo.runtime.tracking import read_lines
+from tests import tiny
+from tests.data.tiny_tokenizers import tokenizer_of
+from tests.report.runs import HOSTILE
+
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "sampling.md"
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SFT and DPO on conversations whose every text is an attack; evaluated, sampled, finished."""
+    folder = tmp_path_factory.mktemp("ask")
+    tokenizer = tokenizer_of("byte")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder / "policy")
+    # The random start of the other tests, with a context for the attack.
+    tiny.saved(folder / "policy", "llama", vocab_size=len(tokenizer), max_position_embeddings=1024)
+    for name, count in (("train", 8), ("validation", 4)):
+        rows = [
+            {
+                "prompt": user(f"{i} {HOSTILE}"),
+                "chosen": [{"role": "assistant", "content": f"yes {i} {HOSTILE}"}],
+                "rejected": [{"role": "assistant", "content": f"no {i} {HOSTILE}"}],
+            }
+            for i in range(count)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code = train_dpo.main([
+        "--config", "ds_configs/zero2.json", "--model.policy", str(folder / "policy"),
+        "--data.train", str(folder / "train.jsonl"), "--data.validation", str(folder / "validation.jsonl"),
+        "--data.cache_dir", str(folder / "cache"), "--data.max_length", "1024", "--train.sft_epochs", "1",
+        "--train.max_steps", "2", "--train.global_batch_size", "4", "--train.epochs", "2", "--optim.lr", "2e-3",
+        "--optim.warmup_steps", "0", "--train.output_dir", str(folder / "run"), "--log.samples", "3",
+        "--log.sample_tokens", "12", "--train.precision", "fp32",
+    ])  # fmt: skip
+    assert code == 0
+    return folder / "run"
+
+
+def load(path: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+
+
+def answered(model: Any, prompt: list[int], most: int) -> list[int]:
+    """A greedy answer, token by token."""
+    ids = list(prompt)
+    with torch.no_grad():
+        while len(ids) - len(prompt) < most:
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] == model.generation_config.eos_token_id:
+                break
+    return ids[len(prompt) :]
+
+
+def logratio(models: list[Any], prompt: list[int], answer: list[int]) -> float:
+    found = []
+    with torch.no_grad():
+        for model in models:
+            logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+            found.append(float(logps_of_logits(logits, torch.tensor(answer)).sum()))
+    return found[1] - found[0]
+
+
+def test_the_kl_of_a_run_is_the_mean_log_ratio_of_its_greedy_answers(run: Path) -> None:
+    models = [load(run / "reference"), load(run / "final")]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run / "final")
+    prompts = [encode_prompt(tokenizer, user(f"{i} {HOSTILE}")) for i in range(3)]
+    answers = [answered(models[1], prompt, 12) for prompt in prompts]
+    expected = sum(logratio(models, p, a) for p, a in zip(prompts, answers, strict=True)) / 3
+    (line,) = [line for line in read_lines(run) if "samples/kl" in line]
+    assert line["step"] == 2 and line["samples/kl"] == pytest.approx(expected, abs=2e-3) and abs(expected) > 0.05
+    assert line["samples/policy_tokens"] == sum(map(len, answers)) / 3
+
+
+def test_nothing_that_the_run_wrote_lets_markup_through(run: Path) -> None:
+    page = (run / "report.html").read_text()
+    assert "<script>" not in page and "<img" not in page
+    assert page.count("&lt;script&gt;window.broken") >= 3  # the prompts of the samples
+    rows, torn = read_records(run / "samples.jsonl")
+    assert len(rows) == 3 and not torn and all(HOSTILE in row["prompt"] and HOSTILE in row["chosen"] for row in rows)
+    worst, _ = read_records(run / "worst_pairs.jsonl")
+    assert all(HOSTILE in row["prompt"][0]["content"] for row in worst)
+    card = (run / "final/README.md").read_text()
+    assert "| training data | `8 pairs` |" in card and "| validation data | `4 pairs` |" in card
+    assert "1 x CPU, ZeRO-2, fp32" in card and "chosen log-prob fell" in card and "transformers 5" in card
+
+
+def test_answers_on_request_are_those_of_both_folders_under_the_training_template(
+    run: Path, tmp_path: Path, capsys: Any
+) -> None:
+    argv = ["sample", str(run), "--prompt", "1", "--prompt", "[x", "--validation", "2", "--max_tokens", "7"]
+    assert main([*argv, "--judge", "heuristic", "--output", str(tmp_path / "out.jsonl"), "--batch_size", "3"]) == 0
+    rows, _ = read_records(tmp_path / "out.jsonl")
+    texts = ["1", "[x", f"0 {HOSTILE}", f"1 {HOSTILE}"]
+    assert [row["prompt"] for row in rows] == ["1", "[x", user(texts[2]), user(texts[3])]
+    models = [load(run / "reference"), load(run / "final")]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run / "final")
+    for text, row in zip(texts, rows, strict=True):
+        rendered = f"<|user|>{text}{tokenizer.eos_token}<|assistant|>"
+        prompt = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        ids = [answered(model, prompt, 7) for model in models]
+        expected = [tokenizer.decode(i, skip_special_tokens=True) for i in ids]
+        assert [row["reference"], row["policy"]] == expected
+        assert row["logratio"] == pytest.approx(logratio(models, prompt, ids[1]), abs=2e-3)
+        assert row["verdict"] in (0.0, 0.5, 1.0)
+    said = capsys.readouterr().out
+    assert "mean log-ratio of the policy's answers (greedy; a KL estimate only at temperature 1)" in said
+    assert re.search(r"heuristic: win rate \d+\.\d% \(95% interval .* won, .* tied, .* lost\); at equal length", said)
+    assert said.count("policy:    ") == 4
+
+
+def test_every_command_of_the_docs_runs(run: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/mine").symlink_to(run)
+    (tmp_path / "prompts.txt").write_text("How are you?\n\nWhat is 2 + 2?\n")
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": user("Hello")}) + "\n" + '{"prompt": "Hi"}\n')
+    monkeypatch.chdir(tmp_path)
+    text = DOCS.read_text(encoding="utf-8")
+    found = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    commands = [shlex.split(line) for block in found for line in block.replace("\\\n", " ").splitlines()]
+    local = [words for words in commands if words[0] == "python" and "--judge" not in words]
+    assert len(local) == 4
+    counts = []
+    for words in local:
+        assert main([*words[3:], "--max_tokens", "3", "--output", "out.jsonl"]) == 0
+        counts.append(len(read_records(tmp_path / "out.jsonl")[0]))
+    assert counts == [len(DEFAULT_PROMPTS) + 4, 2, 2, 4]
+    assert "KL(policy, reference), estimated on 2 drawn answers" in capsys.readouterr().out
+    judged = [words for words in commands if "--judge" in words]
+    assert {words[words.index("--judge") + 1].split(":")[0] for words in judged} == {"heuristic", "reward", "openai"}
+
+
+def test_the_default_prompts_hold_the_one_that_everybody_asks() -> None:
+    assert "What are the main differences between Python and C++?" in DEFAULT_PROMPTS
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["nowhere"], "nowhere is no run directory: it has no config.yaml; give the folder of a run"),
+        (["unfinished"], "unfinished has no final/: the run has not finished"),
+        (["RUN", "--file", "no.txt"], "--file no.txt: cannot be read: No such file or directory"),
+        (["RUN", "--file", "no.jsonl"], "--file no.jsonl: cannot be read: No such file or directory"),
+        (["RUN", "--file", "empty.txt"], "--file empty.txt: holds no prompt"),
+        (["RUN", "--file", "bad.jsonl"], "--file bad.jsonl: every line must be an object with a field prompt"),
+        (["RUN", "--judge", "me"], "--judge is me; use heuristic, reward:FOLDER or openai:MODEL"),
+        (["RUN", "--temperature", "-1"], "--temperature is -1.0; use 0 or more"),
+        (["RUN", "--top_p", "0"], "--top_p is 0.0; use a number above 0, at most 1"),
+        (["RUN", "--max_tokens", "0"], "--max_tokens is 0; use at least 1"),
+        (["RUN", "--prompt"], "--prompt: expected one argument"),
+        ([], "run"),
+    ],
+)
+def test_mistakes_are_one_line(
+    argv: list[str], line: str, run: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished/config.yaml").write_text("train: {}\n")
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "bad.jsonl").write_text('{"question": "x"}\n')
+    monkeypatch.chdir(tmp_path)
+    assert main(["sample", *(str(run) if word == "RUN" else word for word in argv)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and line in error, error
