@@ -321,6 +321,9 @@ class LossConfig:
     """How much beta_dpo's beta follows the batch; 0 is sigmoid."""
     beta_dpo_momentum: float = 0.9
     """Of beta_dpo's running mean, in [0, 1)."""
+    router_aux_coef: float | None = None
+    """Weight of the load-balancing loss of a mixture of experts, taken on every micro-batch; 0 for none. Default: that
+    of the model's config, if it sets output_router_logits."""
 
     def __post_init__(self) -> None:
         _require(bool(self.names), "loss.name is an empty list; name a loss, sigmoid is DPO")
@@ -344,6 +347,10 @@ class LossConfig:
         for key in ("f_alpha", "dpop_lambda", "simpo_gamma", "cpo_alpha", "tdpo_alpha", "beta_dpo_alpha"):
             value = getattr(self, key)
             _require(value >= 0 and math.isfinite(value), f"loss.{key} is {value}; use a number of at least 0")
+        _require(
+            self.router_aux_coef is None or (self.router_aux_coef >= 0 and math.isfinite(self.router_aux_coef)),
+            f"loss.router_aux_coef is {self.router_aux_coef}; use a number of at least 0, 0.001 to 0.02 is usual",
+        )
         self._check_combination()
 
     def _check_combination(self) -> None:
@@ -352,7 +359,8 @@ class LossConfig:
             len(weights) == len(self.names) and all(w > 0 and math.isfinite(w) for w in weights),
             f"loss.weights is {list(weights)}; use a positive number for each of {', '.join(self.names)}",
         )
-        own = [f for f in dataclasses.fields(self) if f.name not in ("name", "weights", "beta", "f_alpha")]
+        of_all = ("name", "weights", "beta", "f_alpha", "router_aux_coef")
+        own = [f for f in dataclasses.fields(self) if f.name not in of_all]
         given = {f.name: getattr(self, f.name) for f in own if getattr(self, f.name) != f.default}
         wrong = complaint(self.names, given)
         _require(wrong is None, wrong or "")

@@ -14,7 +14,7 @@ from torch import Tensor
 from dpo.config import Config
 from dpo.data.planner import Layout
 from dpo.errors import UserError
-from dpo.model import adapters, load
+from dpo.model import adapters, load, router
 from dpo.model.check import settle, use_layout
 from dpo.model.forward import Scorer, pair_logps
 from dpo.model.reference import Reference, from_scores, nothing, online, online_with_tokens
@@ -42,6 +42,7 @@ class Policy:
         layout: The one that is exact for this model.
         attention: How it attends.
         notes: Lines for the log.
+        router_coefficient: Weight of the load-balancing loss of a mixture of experts; 0 for none.
     """
 
     engine: Any
@@ -49,6 +50,14 @@ class Policy:
     layout: Layout
     attention: str
     notes: list[str]
+    router_coefficient: float = 0.0
+
+    def router_loss(self, share: float) -> Tensor | float:
+        """The weighted load-balancing loss of the last forward pass, for a micro-batch of a share of the step."""
+        if not self.router_coefficient:
+            return 0.0
+        assert self.scorer.router_loss is not None
+        return self.router_coefficient * share * self.scorer.router_loss
 
     def score(self, batch: PackedBatch, *terms: Any) -> Tensor:
         """Log-probs of a batch through the engine; see `Scorer.forward`."""
@@ -144,7 +153,17 @@ def start_policy(setup: Setup, path: str, model: Any = None, *, for_sft: bool = 
         notes.append("activations: recomputed in backward (model.gradient_checkpointing)")
     scorer = Scorer(model, with_certainty=config.loss.wpo and not for_sft)
     engine = deepspeed_engine.start_training(scorer, setup.engine_config, config.optim)
-    layout, given_up = _settled(setup, scorer, config.train.layout)
+    coefficient = together(lambda: router.coefficient(model, config.loss.router_aux_coef))
+    wanted: Layout = "packed" if coefficient else config.train.layout
+    layout, given_up = _settled(setup, scorer, wanted)
+    if coefficient:
+        notes.append(
+            f"router: load-balancing loss x {coefficient:g} on every micro-batch; layout packed, where every token of a"
+            f" sequence counts once (loss.router_aux_coef)"
+        )
+        if layout != "packed":
+            raise UserError(f"loss.router_aux_coef is {coefficient:g} and {given_up[0]}; set it to 0")
+        scorer.balance = router.balance_of(model)
     loss = config.loss
     if scorer.own_head and not for_sft and (loss.wpo or "tdpo" in loss.names):
         option = "loss.wpo" if loss.wpo else "loss.name tdpo"
@@ -158,7 +177,7 @@ def start_policy(setup: Setup, path: str, model: Any = None, *, for_sft: bool = 
     if setup.trains_adapters:
         size += f", {_count(model, trained=True) / 1e6:.3g}M of them trained (LoRA)"
     notes.append(f"layout: {layout}; attention: {attention}; {size}")
-    return Policy(engine, scorer, layout, attention, notes)
+    return Policy(engine, scorer, layout, attention, notes, coefficient)
 
 
 def _settled(setup: Setup, scorer: Scorer, wanted: Layout) -> tuple[Layout, list[str]]:

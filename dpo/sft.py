@@ -54,7 +54,8 @@ def _train(setup: Setup, policy: Policy, tracker: Tracker) -> None:
         )
         for index, batch in enumerate(work.batches):
             nll = -policy.score(batch.to(world.device)).sum()
-            loss = nll * world.world_size / work.num_target_tokens
+            scale = world.world_size / work.num_target_tokens
+            loss = nll * scale + policy.router_loss(len(batch.target_ids) * scale)
             deepspeed_engine.backward(policy.engine, loss, index == len(work.batches) - 1)
             sums[0] += nll.detach()
         sums[1] += work.num_target_tokens / world.world_size

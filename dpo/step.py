@@ -109,7 +109,8 @@ def take_step(
         reference_logps = reference.train(on_device) if known is None else known[index][1]
         policy_logps = policy.logps(on_device, reference_logps)
         output = loss(policy_logps, reference_logps, context)
-        scaled = output.losses.sum() * world.world_size / work.num_pairs
+        scale = world.world_size / work.num_pairs
+        scaled = output.losses.sum() * scale + policy.router_loss(len(batch.pair_ids) * scale)
         deepspeed_engine.backward(policy.engine, scaled, index == len(work.batches) - 1)
         meter.totals[:8] += sums(output, policy_logps)
         losses.append(output.losses.detach())

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -17,8 +18,11 @@ from safetensors.torch import load_file
 import dpo.__main__
 import dpo.train
 import train_dpo
+from dpo.data.batch import collate
 from dpo.model import adapters
+from dpo.model.forward import Scorer, own_logits_logps
 from dpo.runtime.tracking import read_lines
+from dpo.types import TokenizedPair
 from tests import tiny
 from tests.data.tiny_tokenizers import plain_rows, tokenizer_of, written
 
@@ -391,3 +395,77 @@ def test_adapters_that_cannot_be_continued_are_refused(change, line, lora, tmp_p
 def test_an_adapter_takes_no_second_one(lora, tmp_path, capsys):
     assert train_dpo.main(arguments(tmp_path, lora[0] / "run" / "final", *LORA)) == 2
     assert "is an adapter already; leave model.lora out to train it on" in capsys.readouterr().err
+
+
+# --- another model as reference --------------------------------------------------------------------------------------
+
+
+def other_model(folder: Path, tokenizer_kind: str = "byte", family: str = "qwen2", **changes: Any) -> Path:
+    """Another architecture with other weights."""
+    tokenizer = tokenizer_of(tokenizer_kind)
+    tokenizer.save_pretrained(folder)
+    return tiny.saved(folder, family, seed=5, vocab_size=len(tokenizer), **changes)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [[], ["--reference.mode", "cached"], LORA, ["--config", "ds_configs/zero3.json"]],
+    ids=["online", "cached", "lora", "zero3"],
+)
+def test_another_model_as_reference_scores_with_its_own_weights(flags, tiny_policy, tmp_path, monkeypatch, capsys):
+    other = other_model(tmp_path / "other")
+    argv = arguments(tmp_path, tiny_policy, "--reference.path", str(other), "--train.max_steps", "1", *flags)
+    seen = seen_run(argv, monkeypatch)
+    pairs = [TokenizedPair(i, *ids) for i, ids in enumerate(token_ids(plain_rows(12)))]
+    found = seen["reference"].train(collate(pairs[:4], seen["policy"].layout))
+    model = transformers.AutoModelForCausalLM.from_pretrained(other).eval()
+    truth = torch.stack([own_logits_logps(Scorer(model), pair, torch.device("cpu")) for pair in pairs[:4]])
+    torch.testing.assert_close(found.chosen, truth[:, 0], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found.rejected, truth[:, 1], rtol=1e-5, atol=1e-4)
+    first = next(line["loss"] for line in seen["lines"] if "loss" in line)
+    assert abs(first - 0.693147) > 0.01  # shown, and nobody stops the run
+    assert "policy and reference differ by" in capsys.readouterr().err
+
+
+def token_ids(rows: list[dict[str, str]]) -> list[tuple[Any, Any, Any]]:
+    """Prompt, chosen and rejected ids as a run makes them of plain text."""
+    tokenizer = tokenizer_of("byte")
+    end = np.array([tokenizer.eos_token_id], dtype=np.int32)
+
+    def ids(text: str) -> Any:
+        return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+
+    return [
+        (ids(row["prompt"]), *(np.concatenate([ids(row[side]), end]) for side in ("chosen", "rejected")))
+        for row in rows
+    ]
+
+
+def test_references_that_cannot_read_the_policys_tokens_are_refused(tiny_policy, tmp_path, capsys):
+    cases = {
+        "has another tokenizer than the policy": other_model(tmp_path / "tokens", "bpe"),
+        "reads 64 tokens, pairs have up to 128; lower data.max_length": other_model(
+            tmp_path / "short", max_position_embeddings=64
+        ),
+    }
+    for line, folder in cases.items():
+        assert train_dpo.main(arguments(tmp_path, tiny_policy, "--reference.path", str(folder))) == 2
+        assert line in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--reference.path", "x", "--reference.mode", "adapter"], "reference.path is x with reference.mode adapter"),
+        (["--reference.path", "x", "--loss.name", "simpo"], "reference.path is set with loss.name simpo, which needs no"),
+        (["--reference.sync_steps", "2", "--reference.path", "x"], "only the policy's own start can follow it"),
+        (["--reference.sync_steps", "2", "--reference.mode", "cached"], "whose reference cannot move; use online"),
+        (["--reference.sync_steps", "0"], "reference.sync_steps is 0; use a whole number of at least 1"),
+        (["--reference.sync_alpha", "1.5"], "reference.sync_alpha is 1.5; use a number in (0, 1]"),
+    ],
+)
+def test_references_that_cannot_be_are_refused(flags, line, tiny_policy, tmp_path, capsys):
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, *flags)) == 2
+    assert line in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo.model.head import CHUNK_ROWS, Head, logps_of_logits
+from dpo.model.router import Balance
 from dpo.model.vocabulary import Certainty, token_kls
 from dpo.types import FrozenTokens, PackedBatch, PairLogps, TokenizedPair
 
@@ -29,6 +30,8 @@ class Scorer(nn.Module):
         native_attention: Name of the model's own attention implementation.
         certainty: Says how sure the policy is of every token, for loss.wpo; else None.
         attention: Kernel of packed rows, a name in attention.BACKENDS.
+        balance: The load-balancing loss of a mixture of experts, where it is to be trained on; see router.py.
+        router_loss: Its value for the last batch that was scored with gradient, in a layout without padding.
     """
 
     def __init__(self, model: Any, chunk_rows: int = CHUNK_ROWS, *, with_certainty: bool = False) -> None:
@@ -39,6 +42,8 @@ class Scorer(nn.Module):
         self.own_head = False
         self.native_attention = model.config._attn_implementation
         self.attention = "sdpa"
+        self.balance: Balance | None = None
+        self.router_loss: Tensor | None = None
         self.register_state_dict_post_hook(_without_frozen)
 
     def forward(self, batch: PackedBatch, frozen: FrozenTokens | None = None, certain: bool = False) -> Tensor:
@@ -77,8 +82,13 @@ class Scorer(nn.Module):
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """(N, H): the hidden states that predict the completion tokens."""
-        backbone = self.model.base_model
-        hidden = backbone(**self._inputs(batch)).last_hidden_state  # (rows, T / rows, H)
+        backbone, inputs = self.model.base_model, self._inputs(batch)
+        if self.balance is not None and torch.is_grad_enabled():
+            output = backbone(**inputs, output_router_logits=True)
+            self.router_loss = self.balance(output.router_logits)
+        else:
+            output = backbone(**inputs)
+        hidden = output.last_hidden_state  # (rows, T / rows, H)
         return hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.score_index)
 
     def _token_logps(self, batch: PackedBatch) -> Tensor:
