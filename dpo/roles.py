@@ -100,18 +100,19 @@ def check_reference_path(config: Config, tokenizer: Any, longest: int) -> None:
         tokenizer: Of the policy.
         longest: Longest prompt + completion in tokens.
     Raises:
-        UserError: If the reference's tokenizer is another, or its vocabulary or context too small.
+        UserError: If a token of the policy has another id in the reference's tokenizer (tokens that only the reference
+            has never occur), or the reference's vocabulary or context is too small.
     """
     path, trust = config.reference.path, config.model.trust_remote_code
     if path is None:
         return
     ours = tokenizer.get_vocab()
     theirs = load.load_tokenizer(adapters.tokenizer_of(path), trust_remote_code=trust).get_vocab()
-    if ours != theirs:
-        token = next((t for t in ours if theirs.get(t) != ours[t]), None) or next(t for t in theirs if t not in ours)
+    wrong = next((token for token in ours if theirs.get(token) != ours[token]), None)
+    if wrong is not None:
         raise UserError(
-            f"reference.path {path} has another tokenizer than the policy: {token!r} is {theirs.get(token)} there and"
-            f" {ours.get(token)} here; name a model with the policy's tokenizer"
+            f"reference.path {path} has another tokenizer than the policy: {wrong!r} is {theirs.get(wrong)} there and"
+            f" {ours[wrong]} here; name a model with the policy's tokenizer"
         )
     base, revision = adapters.base_of(path)
     other = load.load_config(base, revision=revision, trust_remote_code=trust)

@@ -443,9 +443,9 @@ def token_ids(rows: list[dict[str, str]]) -> list[tuple[Any, Any, Any]]:
 
 def test_references_that_cannot_read_the_policys_tokens_are_refused(tiny_policy, tmp_path, capsys):
     cases = {
-        "has another tokenizer than the policy": other_model(tmp_path / "tokens", "bpe"),
+        "has another tokenizer than the policy": other_model(tmp_path / "tokens", "pieces"),
         "reads 64 tokens, pairs have up to 128; lower data.max_length": other_model(
-            tmp_path / "short", max_position_embeddings=64
+            tmp_path / "short", max_position_embeddings=64, family="llama"
         ),
     }
     for line, folder in cases.items():
@@ -458,7 +458,7 @@ def test_references_that_cannot_read_the_policys_tokens_are_refused(tiny_policy,
     ("flags", "line"),
     [
         (["--reference.path", "x", "--reference.mode", "adapter"], "reference.path is x with reference.mode adapter"),
-        (["--reference.path", "x", "--loss.name", "simpo"], "reference.path is set with loss.name simpo, which needs no"),
+        (["--reference.path", "x", "--loss.name", "simpo"], "reference.path is set with loss.name simpo, which needs"),
         (["--reference.sync_steps", "2", "--reference.path", "x"], "only the policy's own start can follow it"),
         (["--reference.sync_steps", "2", "--reference.mode", "cached"], "whose reference cannot move; use online"),
         (["--reference.sync_steps", "0"], "reference.sync_steps is 0; use a whole number of at least 1"),

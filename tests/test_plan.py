@@ -385,7 +385,7 @@ def test_a_thousand_ranks_are_planned_without_weights_gpu_or_process_group(
         (["plan", "--ranks", "128"], "plan: train.global_batch_size is 64 pairs for 128 ranks"),
         (["plan", "--config", "none.json"], "plan: --config none.json: no such file"),
         (["plann"], ": unknown verb plann; did you mean plan?"),
-        (["fly"], ": unknown verb fly; use plan"),
+        (["fly"], ": unknown verb fly; use audit, plan"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(

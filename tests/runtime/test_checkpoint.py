@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -139,8 +140,13 @@ def test_every_setting_that_may_not_change_is_refused(run: Path) -> None:
     path = run / "config.yaml"
     whole = yaml.safe_load(path.read_text())
     for key in keys:
-        section, name = key.split(".")
-        path.write_text(yaml.safe_dump(whole | {section: whole[section] | {name: "other"}}))
+        section, *between, name = key.split(".")
+        changed = copy.deepcopy(whole)
+        inner = changed[section]
+        for part in between:
+            inner = inner[part]
+        inner[name] = "other"
+        path.write_text(yaml.safe_dump(changed))
         assert f": {key} was 'other', now " in refusal(config_of(run))
 
 
@@ -175,12 +181,17 @@ def test_a_finished_run_says_what_to_raise_until_there_are_more_steps(run: Path)
 class FakeEngine:
     """Writes and reads a folder as DeepSpeed does."""
 
-    def save_checkpoint(self, parent: str, tag: str, client_state: dict[str, Any], save_latest: bool) -> None:
-        assert save_latest is False and client_state["universal_checkpoint_info"]
+    module = torch.nn.Linear(1, 1)
+
+    def save_checkpoint(
+        self, parent: str, tag: str, client_state: dict[str, Any], save_latest: bool, exclude_frozen_parameters: bool
+    ) -> None:
+        assert save_latest is False and client_state["universal_checkpoint_info"] and not exclude_frozen_parameters
         (Path(parent) / tag).mkdir(parents=True)
         (Path(parent) / tag / "weights").write_text(tag)
 
-    def load_checkpoint(self, parent: str, tag: str) -> tuple[str | None, dict[str, Any]]:
+    def load_checkpoint(self, parent: str, tag: str, load_module_strict: bool) -> tuple[str | None, dict[str, Any]]:
+        assert load_module_strict
         weights = Path(parent) / tag / "weights"
         return (weights.read_text() if weights.exists() else None), {}
 
