@@ -14,6 +14,7 @@ from torch import Tensor
 from dpo.config import Config
 from dpo.data.planner import Layout
 from dpo.errors import UserError
+from dpo.load_models import add_adapter, load_weights
 from dpo.model import adapters, load, router
 from dpo.model.check import settle, use_layout
 from dpo.model.forward import Scorer, pair_logps
@@ -98,33 +99,6 @@ class FrozenReference:
         return self.answers
 
 
-def _load(setup: Setup, path: str, dtype: torch.dtype, engine_config: dict[str, Any], *, policy: bool = False) -> Any:
-    """A model with the adapter that `path` may name; the policy's frozen weights in 4 bits where that is asked for."""
-    model = setup.config.model
-    sharded = deepspeed_engine.zero_stage(engine_config) == 3
-    base, revision = adapters.base_of(path, model.revision if path == model.policy else None)
-    # Before anybody waits for the others in a collective of the device: a download may take long.
-    together(lambda: load.fetch_weights(base, revision=revision))
-    loaded = together(
-        lambda: load.load_model(
-            base, dtype=dtype, seed=setup.config.train.seed, trust_remote_code=model.trust_remote_code,
-            revision=revision, zero3_config=engine_config if sharded else None,
-            four_bit_on=setup.world.device if policy and model.load_in_4bit else None,
-        )
-    )
-    if len(setup.tokenizer) > loaded.get_input_embeddings().num_embeddings:
-        raise UserError("the tokenizer has more tokens than the policy; use the policy's own tokenizer")
-    if adapters.is_adapter(path):
-        together(lambda: adapters.take_up(loaded, path))
-    return loaded
-
-
-def _add_adapter(setup: Setup, path: str, model: Any) -> None:
-    """A new adapter in a policy that has none."""
-    seed, settings = setup.config.train.seed, setup.config.model
-    together(lambda: adapters.add(model, settings.lora, seed=seed, base=path, revision=settings.revision))
-
-
 def _longest_sequence(setup: Setup) -> int:
     sets = [pairs for pairs in (setup.train_pairs, setup.validation_pairs) if pairs is not None]
     return max(int((pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(axis=1)).max()) for pairs in sets)
@@ -144,9 +118,9 @@ def start_policy(setup: Setup, path: str, model: Any = None, *, for_sft: bool = 
         UserError: If the model cannot be loaded or scored faithfully.
     """
     config, world = setup.config, setup.world
-    model = _load(setup, path, setup.dtype, setup.engine_config, policy=True) if model is None else model
+    model = load_weights(setup, path, setup.dtype, setup.engine_config, policy=True) if model is None else model
     if setup.trains_adapters and not adapters.attached(model):
-        _add_adapter(setup, path, model)
+        add_adapter(setup, path, model)
     notes: list[str] = []
     if _checkpointing(config, model, world.device):
         load.checkpoint_activations(model)
@@ -212,7 +186,7 @@ def start_models(setup: Setup, path: str, say: Callable[[str], None]) -> tuple[P
     dtype, reason = reference_dtype(wanted.dtype, setup.dtype, setup.world.device, sharded=sharded, mode=mode)
     if sharded and dtype == torch.float16 and setup.world.device.type == "cpu":
         raise UserError("reference.dtype is fp16 under ZeRO-3 on a CPU, where DeepSpeed refuses it; use bf16 or fp32")
-    model = _load(setup, path, setup.dtype, setup.engine_config, policy=True)
+    model = load_weights(setup, path, setup.dtype, setup.engine_config, policy=True)
     if mode == "none":
         return _without_reference(setup, start_policy(setup, path, model), say)
     own: Frozen | None = None
@@ -247,13 +221,13 @@ def _start_reference(setup: Setup, path: str, model: Any, dtype: torch.dtype, *,
     other = setup.config.reference.path
     if sharded:
         frozen = deepspeed_engine.frozen_config(setup.engine_config, dtype)
-        scorer = Scorer(_load(setup, other or path, dtype, frozen))
+        scorer = Scorer(load_weights(setup, other or path, dtype, frozen))
         return scorer, deepspeed_engine.start_frozen(scorer, frozen)
     if other is None:
         # Moved first: the copy of a large model would else pass through every rank's host memory.
         scorer = Scorer(load.frozen_copy(model.to(setup.world.device), dtype))
     else:
-        loaded = _load(setup, other, dtype, setup.engine_config)
+        loaded = load_weights(setup, other, dtype, setup.engine_config)
         scorer = Scorer(loaded.requires_grad_(False).to(setup.world.device))
     return scorer, scorer
 

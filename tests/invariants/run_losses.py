@@ -89,7 +89,7 @@ def run(case: dict[str, Any], world: World, pairs: tiny.Pairs) -> dict[str, Any]
 if __name__ == "__main__":
     here = distributed.start()
     model = tiny.model("llama", dtype=torch.float32)
-    dpo.policy._load = lambda *_: copy.deepcopy(model)  # type: ignore[assignment]
+    dpo.policy.load_weights = lambda *_, **__: copy.deepcopy(model)  # type: ignore[assignment]
     data = tiny.Pairs(tiny.pairs(PAIRS_A_STEP * 2, longest=9))
     results = {name: run(case, here, data) for name, case in json.loads(Path(sys.argv[1]).read_text()).items()}
     if here.is_main:
