@@ -190,6 +190,7 @@ def computed_flops(
     attention_width: int,
     recompute: bool,
     reference: bool,
+    look_ahead: bool = False,
 ) -> float:
     """Operations that a layout really spends: with its padding and second prompts, recomputation and the reference.
 
@@ -200,13 +201,15 @@ def computed_flops(
         body, head, attention_width: As for `useful_flops`.
         recompute: Whether activations are computed again in backward.
         reference: Whether a reference scores every batch.
+        look_ahead: Whether the policy scores it once more, without gradient, for a loss that couples pairs.
     Returns:
         Multiplications and additions. A forward pass counts once, a backward pass twice.
     """
     products = int(attention_products(lengths, layout).sum())
     forward = 2.0 * body * tokens + 4.0 * attention_width * products
     head_forward = 2.0 * head * int(lengths[:, 1:].sum())
-    return forward * (3 + recompute + reference) + head_forward * (3 + reference)
+    scored = 3 + reference + look_ahead
+    return forward * (scored + recompute) + head_forward * scored
 
 
 def micro_batch_tokens(plan: Plan, lengths: np.ndarray, layout: Layout) -> np.ndarray:

@@ -29,6 +29,7 @@ from dpo.estimate import (
 from dpo.model import adapters, load
 from dpo.model.head import CHUNK_ROWS
 from dpo.model.shape import Shape, shape_of
+from dpo.objective.catalog import couples_pairs
 from dpo.policy import CHECKPOINTING_FROM, reference_dtype
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import World
@@ -158,7 +159,7 @@ def schedule_of(setup: Setup, machine: Machine) -> Schedule:
             spent = computed_flops(
                 lengths[ids], layout, tokens=int(tokens.sum()), body=shape.body, head=shape.hidden * shape.vocabulary,
                 attention_width=shape.attention_width, recompute=machine.recompute,
-                reference=machine.reference_bytes > 0,
+                reference=machine.reference_bytes > 0, look_ahead=couples_pairs(setup.config.loss.names),
             )
             shapes.append((tokens.shape[1], imbalance(tokens), waiting(tokens), spent))
         computed, real = computed + int(tokens.sum()), real + int(packed[ids].sum())

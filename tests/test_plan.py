@@ -230,6 +230,7 @@ def test_a_pair_of_hh_costs_gpt2_what_is_known() -> None:
     assert computed(recompute=False, reference=False) == pytest.approx(useful_flops(HH, **GPT2))
     assert computed(recompute=False, reference=True) == pytest.approx(254e9, rel=0.02)
     assert computed(recompute=True, reference=False) == pytest.approx(243e9, rel=0.02)
+    assert computed(recompute=False, reference=False, look_ahead=True) == computed(recompute=False, reference=True)
 
 
 def sent(stage: int, world_size: int = 8, micro_steps: float = 1, reference_width: int = 2) -> dict[str, float]:

@@ -85,6 +85,11 @@ def needs_reference(names: Sequence[LossName], reference_free: bool) -> bool:
     return not reference_free and any(LOSSES[name].needs_reference for name in names)
 
 
+def couples_pairs(names: Sequence[LossName]) -> bool:
+    """Whether the global batch must be scored before the first backward pass."""
+    return any(LOSSES[name].couples for name in names)
+
+
 def complaint(names: Sequence[LossName], given: dict[str, Any]) -> str | None:
     """What is wrong with a combination of losses and options.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dpo.config import LossConfig
 from dpo.objective import coupled, divergences, losses, reference_free
-from dpo.objective.catalog import LOSSES, LossName, needs_reference
+from dpo.objective.catalog import LOSSES, LossName, couples_pairs, needs_reference
 from dpo.types import Context, LossOutput, PairLogps
 
 
@@ -103,14 +103,9 @@ class Objective:
         return needs_reference(self.config.names, self.config.reference_free)
 
     @property
-    def needs_kls(self) -> bool:
-        """Whether next-token distributions of policy and reference are compared."""
-        return "tdpo" in self.config.names
-
-    @property
     def couples(self) -> bool:
         """Whether the global batch must be scored before the first backward pass."""
-        return any(LOSSES[name].couples for name in self.config.names)
+        return couples_pairs(self.config.names)
 
     def __call__(self, policy: PairLogps, reference: PairLogps, context: Context) -> LossOutput:
         """The losses of some pairs.

@@ -49,6 +49,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ld_alpha_ipo": ({"loss_type": ["ipo"], "ld_alpha": 0.4}, {"name": "ipo", "ld_alpha": 0.4}),
     "wpo": ({"loss_type": ["sigmoid"], "use_weighting": True}, {"wpo": True}),
 }  # fmt: skip
+CHOSEN, REJECTED = [-0.2, -1.5, -4.0], [-0.9, -0.3, -6.0]  # log-probs per token
 # 2e-4 for squared and exponential losses, whose gradients grow with the log-ratios.
 LOOSER = {"ipo", "sppo_hard", "discopop", "forward_kl", "js", "alpha", "ld_alpha_ipo"}
 
@@ -65,6 +66,7 @@ def trl(tiny_policy: Path, pairs: tiny.Pairs, tmp_path_factory: pytest.TempPathF
     """What TRL gives, all variants in one process."""
     folder = tmp_path_factory.mktemp("trl_objectives")
     job = {
+        "logps": {"chosen": CHOSEN, "rejected": REJECTED},
         "policy": str(tiny_policy), "output_dir": str(folder / "out"), "beta": BETA, "lr": run_losses.LR,
         "batch_size": run_losses.PAIRS_A_STEP, "steps": STEPS, "sizes": SIZES,
         "pad_token": AutoTokenizer.from_pretrained(tiny_policy).convert_ids_to_tokens(0),
@@ -81,7 +83,7 @@ def trl(tiny_policy: Path, pairs: tiny.Pairs, tmp_path_factory: pytest.TempPathF
         env=environment, capture_output=True, text=True, timeout=600, check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return {name: torch.load(folder / f"{name}.pt") for name in VARIANTS}
+    return {name: torch.load(folder / f"{name}.pt") for name in (*VARIANTS, "reference_free")}
 
 
 def ours_on(policy: Scorer, reference: Scorer, objective: Objective, pairs: list[Any]) -> torch.Tensor:
@@ -114,6 +116,19 @@ def test_value_and_gradient_equal_those_of_trls_compute_loss(trl, tiny_policy, p
     distance = sum(float((mine[name] - g).square().sum()) for name, g in their_gradients.items()) ** 0.5
     norm = sum(float(g.square().sum()) for g in their_gradients.values()) ** 0.5
     assert norm > 0 and distance <= 1e-5 * norm
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("cpo", {"cpo_alpha": 0.0, "label_smoothing": 0.1}), ("simpo", {"simpo_gamma": 0.7}), ("orpo", {})],
+)
+def test_losses_without_a_reference_equal_those_of_trls_cpo_and_orpo_trainers(trl, name, options):
+    ones = torch.ones(3)
+    policy = PairLogps(torch.tensor(CHOSEN), torch.tensor(REJECTED), ones, ones)
+    nothing_known = PairLogps(torch.zeros(3), torch.zeros(3), ones, ones)
+    losses = Objective(LossConfig(name=name, beta=BETA, **options))(policy, nothing_known, Context(1.0)).losses
+    nll = -policy.chosen if name == "orpo" else 0.0
+    torch.testing.assert_close(losses, nll + trl["reference_free"][name], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

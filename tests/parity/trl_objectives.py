@@ -4,7 +4,8 @@
 
 JOB.json: policy, steps, batch_size, lr, beta, pairs (token ids), variants (name -> settings of DPOConfig).
 FOLDER/NAME.pt: the loss and gradient norm of every step; the weights after them; and for batches of several sizes the
-value and gradients of `DPOTrainer._compute_loss` at these weights.
+value and gradients of `DPOTrainer._compute_loss` at these weights. FOLDER/reference_free.pt: what the loss functions of
+TRL's CPOTrainer and ORPOTrainer say of the log-probs per token in JOB.json.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig
+from trl.experimental.cpo import CPOTrainer
+from trl.experimental.orpo import ORPOTrainer
 from trl_run import Recorded
 
 
@@ -52,7 +56,19 @@ def run(job: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def reference_free(logps: dict[str, list[float]], beta: float) -> dict[str, torch.Tensor]:
+    """Preference terms of TRL's trainers without a reference."""
+    chosen, rejected = torch.tensor(logps["chosen"]), torch.tensor(logps["rejected"])
+    device = SimpleNamespace(device=torch.device("cpu"))
+    plain = {"alpha": 0.0, "beta": beta, "label_smoothing": 0.1, "simpo_gamma": 0.7, "accelerator": device}
+    cpo = CPOTrainer.cpo_loss(SimpleNamespace(loss_type="sigmoid", **plain), chosen, rejected)[0]
+    simpo = SimpleNamespace(loss_type="simpo", **plain | {"label_smoothing": 0.0})
+    orpo = ORPOTrainer.odds_ratio_loss(SimpleNamespace(**plain), chosen, rejected)[0]
+    return {"cpo": cpo, "simpo": CPOTrainer.cpo_loss(simpo, chosen, rejected)[0], "orpo": -orpo}
+
+
 if __name__ == "__main__":
     what = json.loads(Path(sys.argv[1]).read_text())
     for variant, chosen in what["variants"].items():
         torch.save(run(what, chosen), Path(sys.argv[2]) / f"{variant}.pt")
+    torch.save(reference_free(what["logps"], what["beta"]), Path(sys.argv[2]) / "reference_free.pt")

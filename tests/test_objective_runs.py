@@ -1,0 +1,146 @@
+"""Whole runs under other losses than DPO: no reference, caches, resumes, refusals, dishonest starts."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dpo.plan
+import dpo.policy
+import train_dpo
+from dpo.commandline import parse
+from dpo.errors import UserError
+from dpo.runtime import distributed
+from dpo.runtime.tracking import read_lines
+from tests import tiny
+from tests.invariants import run_losses
+
+
+def arguments(folder: Path, policy: object, name: str, *more: str) -> list[str]:
+    """A short run on the built-in data in which the loss moves."""
+    return [
+        "--config", "ds_configs/zero2.json", "--model.policy", str(policy), "--data.train", "builtin:world",
+        "--data.train_limit", "8", "--data.validation_limit", "4", "--data.cache_dir", str(folder / "cache"),
+        "--train.global_batch_size", "4", "--train.max_steps", "4", "--train.epochs", "2", "--train.save_every", "2",
+        "--train.output_dir", str(folder / name), "--log.samples", "1", "--log.sample_tokens", "2",
+        "--optim.lr", "3e-3", "--optim.schedule", "constant", "--optim.warmup_steps", "0", *more,
+    ]  # fmt: skip
+
+
+def losses_of(folder: Path) -> list[float]:
+    return [line.get("loss", line.get("eval_loss")) for line in read_lines(folder)]
+
+
+def test_a_run_without_a_reference_answers_its_samples_by_the_policy_as_it_started(tiny_policy, tmp_path, capsys):
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, "simpo", "--loss.name", "simpo", "--loss.beta", "2")) == 0
+    said = capsys.readouterr().err
+    assert "reference: none (the loss needs none)" in said and "no reference to compare with" in said
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, "dpo")) == 0
+    answers = [json.loads((tmp_path / n / "samples.jsonl").read_text())["reference"] for n in ("simpo", "dpo")]
+    assert answers[0] == answers[1]
+    card = (tmp_path / "simpo" / "final" / "README.md").read_text()
+    assert "by the objective `simpo`" in card and "over the reference" not in card
+    assert "Direct Preference Optimization" in (tmp_path / "dpo" / "final" / "README.md").read_text()
+    losses = losses_of(tmp_path / "simpo")
+    assert losses[-1] < losses[0] - 0.01
+
+
+@pytest.mark.parametrize("name", ["beta_dpo", "sampo"])
+def test_a_continued_run_takes_up_what_the_loss_carries_from_step_to_step(tiny_policy, tmp_path, name):
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, "whole", "--loss.name", name)) == 0
+    for steps in ("2", "4"):
+        again = arguments(tmp_path, tiny_policy, "broken", "--loss.name", name, "--train.max_steps", steps)
+        assert train_dpo.main(again) == 0
+    whole, broken = (
+        {line["step"]: line["loss"] for line in read_lines(tmp_path / run) if "loss" in line}
+        for run in ("whole", "broken")
+    )
+    assert broken == whole and len(whole) == 4
+    assert abs(whole[4] - whole[1]) > 0.01
+
+
+def test_cached_scores_of_weighted_tokens_equal_those_of_an_online_reference(tiny_policy, tmp_path):
+    flags = {"online": ["--loss.ld_alpha", "0.3"], "cached": ["--loss.ld_alpha", "0.3"], "whole": []}
+    for name, more in flags.items():
+        mode = "online" if name == "online" else "cached"
+        assert train_dpo.main(arguments(tmp_path, tiny_policy, name, "--reference.mode", mode, *more)) == 0
+    online, cached, whole = (losses_of(tmp_path / name) for name in flags)
+    assert cached == pytest.approx(online, abs=1e-5)
+    assert abs(whole[-1] - cached[-1]) > 1e-4
+    assert len(list((tmp_path / "cache" / "reference").iterdir())) == 4  # training and validation, with and without
+
+
+@pytest.mark.parametrize(("name", "reference_bytes"), [("aot", 4), ("simpo", 0)])
+def test_a_dry_run_tries_a_loss_that_couples_pairs_and_one_without_a_reference(
+    tiny_policy, tmp_path, capsys, monkeypatch, name, reference_bytes
+):
+    seen, memory = [], dpo.plan.memory
+
+    def counted(*args: Any, **kwargs: Any) -> dict[str, float]:
+        seen.append(kwargs["reference_bytes"])
+        return memory(*args, **kwargs)
+
+    monkeypatch.setattr(dpo.plan, "memory", counted)
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, "plan", "--loss.name", name, "--dry_run")) == 0
+    assert "costliest micro-batch" in capsys.readouterr().out
+    assert seen == [reference_bytes]
+
+
+def test_tdpo_is_refused_under_zero_3_before_anything_is_written(tiny_policy, tmp_path, capsys):
+    flags = ["--loss.name", "tdpo", "--config", "ds_configs/zero3.json"]
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, "run", *flags)) == 2
+    assert "loss.name tdpo needs whole weights of the reference, ZeRO-3 shards them" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags", [["--loss.name", "tdpo"], ["--loss.wpo", "true"]])
+def test_a_head_that_is_no_matrix_product_is_refused_where_whole_distributions_are_needed(
+    tiny_policy, tmp_path, capsys, flags
+):
+    policy = tiny.saved(tmp_path / "cohere", "cohere", tokenizer=tiny_policy, vocab_size=300)
+    assert train_dpo.main(arguments(tmp_path, policy, "run", *flags)) == 2
+    assert "is for models whose logits are a matrix product" in capsys.readouterr().err
+
+
+def test_a_list_of_losses_is_read_from_a_recipe(tmp_path):
+    recipe = tmp_path / "rpo.yaml"
+    recipe.write_text(
+        "model: {policy: 'builtin:tiny'}\ndata: {train: 'builtin:world'}\n"
+        "loss: {name: [sigmoid, sft], weights: [1, 0.5]}\n"
+    )
+    loss = parse(["--recipe", str(recipe)]).config.loss
+    assert loss.names == ("sigmoid", "sft") and loss.weights_of_names == (1.0, 0.5)
+    assert parse(["--recipe", str(recipe), "--loss.name", "simpo", "--loss.weights", "null"]).config.loss.names == (
+        "simpo",
+    )
+
+
+MOVED: dict[str, dict[str, Any]] = {
+    "sigmoid": {}, "rpo": {"name": ("sigmoid", "sft")}, "wpo": {"wpo": True}, "aot": {"name": "aot"},
+    "tdpo": {"name": "tdpo"}, "sampo": {"name": "sampo"}, "apo_zero": {"name": "apo_zero"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MOVED)
+def test_a_policy_that_is_not_its_reference_is_stopped_under_every_kind_of_loss(monkeypatch, case):
+    model = tiny.model("llama", dtype=torch.float32)
+    copies = dpo.policy.load.frozen_copy
+
+    def moved(*args: Any) -> Any:
+        copied = copies(*args)
+        with torch.no_grad():
+            copied.lm_head.weight.mul_(1.05)
+        return copied
+
+    monkeypatch.setattr(dpo.policy, "_load", lambda *_: copy.deepcopy(model))
+    monkeypatch.setattr(dpo.policy.load, "frozen_copy", moved)
+    pairs = tiny.Pairs(tiny.pairs(run_losses.PAIRS_A_STEP, longest=9))
+    with pytest.raises(UserError, match="the start is not honest: loss"):
+        run_losses.run(
+            {"loss": MOVED[case], "layout": "shared", "micro_batches": 3}, distributed.start(), pairs
+        )
