@@ -44,7 +44,7 @@ def test_a_run_without_a_reference_answers_its_samples_by_the_policy_as_it_start
     answers = [json.loads((tmp_path / n / "samples.jsonl").read_text())["reference"] for n in ("simpo", "dpo")]
     assert answers[0] == answers[1]
     card = (tmp_path / "simpo" / "final" / "README.md").read_text()
-    assert "by the objective `simpo`" in card and "over the reference" not in card
+    assert "under the objective `simpo`" in card and "over the reference" not in card
     assert "Direct Preference Optimization" in (tmp_path / "dpo" / "final" / "README.md").read_text()
     losses = losses_of(tmp_path / "simpo")
     assert losses[-1] < losses[0] - 0.01
@@ -137,7 +137,7 @@ def test_a_policy_that_is_not_its_reference_is_stopped_under_every_kind_of_loss(
             copied.lm_head.weight.mul_(1.05)
         return copied
 
-    monkeypatch.setattr(dpo.policy, "_load", lambda *_: copy.deepcopy(model))
+    monkeypatch.setattr(dpo.policy, "_load", lambda *_, **__: copy.deepcopy(model))
     monkeypatch.setattr(dpo.policy.load, "frozen_copy", moved)
     pairs = tiny.Pairs(tiny.pairs(run_losses.PAIRS_A_STEP, longest=9))
     with pytest.raises(UserError, match="the start is not honest: loss"):

@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from dpo.objective.catalog import needs_reference
+
 MAIN = (("loss", "loss"), ("rewards/margins", "reward margin"), ("rewards/accuracies", "accuracy"))
 
 
@@ -58,15 +60,21 @@ def model_card(
     what = ", as a LoRA adapter for the same weights," if adapter else ""
     sft = f" after {config['train']['sft_epochs']} SFT epoch(s)" if config["train"]["sft_epochs"] else ""
     loss = config["loss"]
+    names: list[Any] = [loss["name"]] if isinstance(loss["name"], str) else loss["name"]
+    method = "by Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290), loss"
+    if names != ["sigmoid"]:
+        method = "under the objective"
+    gained = "gained more log-probability over the reference"
+    if not needs_reference(names, loss.get("reference_free", False)):
+        gained = "has the higher reward (beta times its log-probability, per token for simpo and orpo)"
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {_escaped(Path(policy).name)} trained with DPO",
-        f"{code(policy)} trained{what}{sft} on the preferences of {data} by Direct Preference Optimization"
-        f" (Rafailov et al. 2023, arXiv:2305.18290), loss {code(str(loss['name']))}, beta {loss['beta']}.",
+        f"{code(policy)} trained{what}{sft} on the preferences of {data} {method} {code(' + '.join(names))},"
+        f" beta {loss['beta']}.",
         "## Metrics",
         _table(closing_rows(lines)),
-        "Accuracy: share of pairs whose chosen completion gained more log-probability over the reference than the"
-        " rejected one; a tie counts one half. It says how often the change goes the right way, not how good answers"
+        f"Accuracy: share of pairs whose chosen completion {gained} than the rejected one; a tie counts one half. It says how often the change goes the right way, not how good answers"
         " are; nothing here was tested for safety.",
         "## Data and training",
         _table([["", ""], *([name, code(value)] for name, value in (facts or {}).items())]) if facts else "",
