@@ -33,7 +33,8 @@ def arguments(folder: Path, policy: object, name: str, *more: str) -> list[str]:
 
 
 def losses_of(folder: Path) -> list[float]:
-    return [line.get("loss", line.get("eval_loss")) for line in read_lines(folder)]
+    """Of training and evaluation, in the order of the lines."""
+    return [line[name] for line in read_lines(folder) for name in ("loss", "eval_loss") if name in line]
 
 
 def test_a_run_without_a_reference_answers_its_samples_by_the_policy_as_it_started(tiny_policy, tmp_path, capsys):

@@ -74,8 +74,9 @@ def model_card(
         f" beta {loss['beta']}.",
         "## Metrics",
         _table(closing_rows(lines)),
-        f"Accuracy: share of pairs whose chosen completion {gained} than the rejected one; a tie counts one half. It says how often the change goes the right way, not how good answers"
-        " are; nothing here was tested for safety.",
+        f"Accuracy: share of pairs whose chosen completion {gained} than the rejected one; a tie counts one half."
+        " It says how often the change goes the right way, not how good answers are; nothing here was tested for"
+        " safety.",
         "## Data and training",
         _table([["", ""], *([name, code(value)] for name, value in (facts or {}).items())]) if facts else "",
         f"<details><summary>Settings</summary>\n\n{_block(yaml.safe_dump(config, sort_keys=False))}\n\n</details>",

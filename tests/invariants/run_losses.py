@@ -82,7 +82,7 @@ def run(case: dict[str, Any], world: World, pairs: tiny.Pairs) -> dict[str, Any]
         take_step(setup, policy, reference, loss, work, LR, meter)
         lines.append(meter.line(world.device))
     share = ValidationShare(whole_pass(loader, range(len(pairs))), float(pairs.lengths[:, 1].mean()))
-    found = evaluate(policy, reference.validation, {"": share}, loss, world)
+    found, _ = evaluate(policy, reference.validation, {"": share}, loss, world)
     return {"lines": lines, "evaluation": found, "said": said.lines, "has_reference": reference.scorer is not None}
 
 
