@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,13 +138,6 @@ def start_policy(setup: Setup, path: str, model: Any = None, *, for_sft: bool = 
         if layout != "packed":
             raise UserError(f"loss.router_aux_coef is {coefficient:g} and {given_up[0]}; set it to 0")
         scorer.balance = router.balance_of(model)
-    loss = config.loss
-    if scorer.own_head and not for_sft and (loss.wpo or "tdpo" in loss.names):
-        option = "loss.wpo" if loss.wpo else "loss.name tdpo"
-        raise UserError(
-            f"{option} is for models whose logits are a matrix product; the head of {config.model.policy} does more, so"
-            f" leave it out"
-        )
     notes += given_up
     attention = "one causal call per row" if layout == "padded" else f"{scorer.attention} per segment"
     size = f"{_count(model) / 1e6:.1f}M parameters in {setup.precision}"
@@ -188,7 +181,9 @@ def start_models(setup: Setup, path: str, say: Callable[[str], None]) -> tuple[P
         raise UserError("reference.dtype is fp16 under ZeRO-3 on a CPU, where DeepSpeed refuses it; use bf16 or fp32")
     model = load_weights(setup, path, setup.dtype, setup.engine_config, policy=True)
     if mode == "none":
-        return _without_reference(setup, start_policy(setup, path, model), say)
+        policy = start_policy(setup, path, model)
+        _check_distributions(setup, [policy.scorer])
+        return _without_reference(setup, policy, say)
     own: Frozen | None = None
     if mode == "online" or (mode == "cached" and (dtype != setup.dtype or wanted.path)):
         own = _start_reference(setup, path, model, dtype, sharded=sharded)
@@ -200,6 +195,7 @@ def start_models(setup: Setup, path: str, say: Callable[[str], None]) -> tuple[P
     scorer, score = own or (policy.scorer, policy.score)
     if own is not None:
         _set_layout(setup, scorer, policy)
+    _check_distributions(setup, [policy.scorer, scorer])
     for note in policy.notes:
         say(note)
     if mode == "cached":
@@ -240,6 +236,22 @@ def _set_layout(setup: Setup, scorer: Scorer, policy: Policy) -> None:
     layout, given_up = _settled(setup, scorer, policy.layout)
     if layout != policy.layout:
         raise UserError(f"reference.path {setup.config.reference.path}: {given_up[0]}; use --train.layout {layout}")
+
+
+def _check_distributions(setup: Setup, scorers: Sequence[Scorer]) -> None:
+    """Refuse losses of whole next-token distributions where these are not to be had."""
+    loss = setup.config.loss
+    if not loss.wpo and "tdpo" not in loss.names:
+        return
+    option = "loss.wpo" if loss.wpo else "loss.name tdpo"
+    if any(scorer.own_head for scorer in scorers):
+        raise UserError(f"{option} is for models whose logits are a matrix product; this head does more, leave it out")
+    vocabularies = [len(scorer.head.weight) for scorer in scorers]
+    if not loss.wpo and len(set(vocabularies)) > 1:
+        raise UserError(
+            f"loss.name tdpo compares whole next-token distributions: reference.path {setup.config.reference.path} has"
+            f" {vocabularies[1]} tokens, the policy {vocabularies[0]}; use a reference with the policy's tokens"
+        )
 
 
 def _without_reference(setup: Setup, policy: Policy, say: Callable[[str], None]) -> tuple[Policy, FrozenReference]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import dpo.plan
 import dpo.policy
@@ -108,6 +109,15 @@ def test_a_head_that_is_no_matrix_product_is_refused_where_whole_distributions_a
     assert "is for models whose logits are a matrix product" in capsys.readouterr().err
 
 
+def test_a_reference_with_other_tokens_is_refused_where_distributions_are_compared(tiny_policy, tmp_path, capsys):
+    vocabulary = transformers.AutoConfig.from_pretrained(tiny_policy).vocab_size
+    other = tiny.saved(tmp_path / "other", "llama", tokenizer=tiny_policy, vocab_size=vocabulary + 3)
+    flags = ["--loss.name", "tdpo", "--reference.path", str(other)]
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, "run", *flags)) == 2
+    expected = f"{other} has {vocabulary + 3} tokens, the policy {vocabulary}; use a reference with the policy's tokens"
+    assert expected in capsys.readouterr().err
+
+
 def test_a_list_of_losses_is_read_from_a_recipe(tmp_path):
     recipe = tmp_path / "rpo.yaml"
     recipe.write_text(
@@ -138,7 +148,7 @@ def test_a_policy_that_is_not_its_reference_is_stopped_under_every_kind_of_loss(
             copied.lm_head.weight.mul_(1.05)
         return copied
 
-    monkeypatch.setattr(dpo.policy, "_load", lambda *_, **__: copy.deepcopy(model))
+    monkeypatch.setattr(dpo.policy, "load_weights", lambda *_, **__: copy.deepcopy(model))
     monkeypatch.setattr(dpo.policy.load, "frozen_copy", moved)
     pairs = tiny.Pairs(tiny.pairs(run_losses.PAIRS_A_STEP, longest=9))
     with pytest.raises(UserError, match="the start is not honest: loss"):
