@@ -98,6 +98,12 @@ class ModelConfig:
     """Kernel behind packed and prefix-shared attention. auto: the fastest that passes its self-test, sdpa on a CPU."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in backward: less memory, about a quarter more time. auto: on a GPU, above 2e9 weights."""
+    loss_in_forward: Literal["auto"] | bool = "auto"
+    """Take the loss's gradient while a tile of logits is there: no logits kept, none computed twice. auto: on a GPU."""
+    vocabulary_multiple: int = 1
+    """Compute logits over a vocabulary padded to a multiple of this; 64 aligns an odd one for tensor cores."""
+    compile: bool = False
+    """Compile the transformer blocks (torch.compile) at one static shape; not under ZeRO-3."""
     chat_template: str | None = None
     """Chat template (text or file) for conversations, in place of the tokenizer's own."""
     trust_remote_code: bool = False
@@ -106,6 +112,10 @@ class ModelConfig:
     """Hold the frozen weights under adapters in 4 bits (QLoRA); needs a GPU and bitsandbytes."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank adapters in place of training all weights"""
+
+    def __post_init__(self) -> None:
+        multiple = self.vocabulary_multiple
+        _require(multiple >= 1, f"model.vocabulary_multiple is {multiple}; use 1 for none, or 64")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -527,6 +537,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.model.policy is None:
             raise ValueError("model.policy is not set; give a hub id, a folder, or builtin:tiny")
+        if self.model.compile and self.train.static_shapes is False:
+            raise ValueError("model.compile is true and train.static_shapes false: every row would compile anew")
         if self.data.train is None:
             raise ValueError("data.train is not set; give a hub id, a folder, a file, or builtin:world")
         for section in dataclasses.fields(self):

@@ -44,6 +44,7 @@ class Policy:
         attention: How it attends.
         notes: Lines for the log.
         router_coefficient: Weight of the load-balancing loss of a mixture of experts; 0 for none.
+        in_forward: Take the gradient of losses in the forward pass of the head, where that is possible.
     """
 
     engine: Any
@@ -52,6 +53,7 @@ class Policy:
     attention: str
     notes: list[str]
     router_coefficient: float = 0.0
+    in_forward: bool = False
 
     def router_loss(self, share: float) -> Tensor | float:
         """The weighted load-balancing loss of the last forward pass, for a micro-batch of a share of the step."""
@@ -144,7 +146,21 @@ def start_policy(setup: Setup, path: str, model: Any = None, *, for_sft: bool = 
     if setup.trains_adapters:
         size += f", {_count(model, trained=True) / 1e6:.3g}M of them trained (LoRA)"
     notes.append(f"layout: {layout}; attention: {attention}; {size}")
-    return Policy(engine, scorer, layout, attention, notes, coefficient)
+    scorer.head.multiple = config.model.vocabulary_multiple
+    if config.model.compile:
+        notes.append(_compile(model, layout))
+    in_forward = config.model.loss_in_forward
+    in_forward = world.device.type == "cuda" if in_forward == "auto" else in_forward
+    return Policy(engine, scorer, layout, attention, notes, coefficient, in_forward)
+
+
+def _compile(model: Any, layout: Layout) -> str:
+    """Compile a policy's blocks where that helps, and say so."""
+    if layout == "padded":
+        return "blocks: not compiled: rows of layout padded have many lengths"
+    if load.recomputes_activations(model):
+        return "blocks: not compiled: torch.compile leaves blocks alone whose activations are recomputed"
+    return f"blocks: {load.compile_blocks(model)} compiled"
 
 
 def _settled(setup: Setup, scorer: Scorer, wanted: Layout) -> tuple[Layout, list[str]]:

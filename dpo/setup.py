@@ -47,6 +47,7 @@ class Setup:
         train_pairs, validation_pairs: All their pairs; None where there is no validation.
         start_dtype: Dtype of the policy's stored weights.
         notes: Lines for the log: what was decided, and why.
+        token_budget: Tokens per micro-batch that were found to fit; None before that is known.
     """
 
     config: Config
@@ -59,6 +60,7 @@ class Setup:
     validation_pairs: Pairs | None
     start_dtype: torch.dtype
     notes: tuple[str, ...]
+    token_budget: int | None = None
 
     @property
     def run(self) -> Path:
@@ -116,7 +118,7 @@ class Setup:
     def loader(self, pairs: Pairs, layout: Layout) -> Loader:
         """This rank's micro-batches over a data set, in the order of the run's epochs."""
         train = self.config.train
-        budget = train.tokens_per_micro_batch
+        budget = self.token_budget or train.tokens_per_micro_batch
         if budget == "auto":
             budget = 16384 if self.world.device.type == "cuda" else 4096
         loss = self.config.loss
@@ -126,14 +128,15 @@ class Setup:
             pin_memory=self.world.device.type == "cuda",
             token_weights=weigher("sampo" in loss.names, loss.ld_alpha, train.seed) if weighs_tokens else None,
         )
-        wanted = self.world.device.type == "cuda" if train.static_shapes == "auto" else train.static_shapes
-        if not wanted or layout.startswith("padded"):
+        must = self.config.model.compile or train.static_shapes is True
+        may = self.world.device.type == "cuda" and train.static_shapes == "auto"
+        if not (must or may) or layout.startswith("padded"):
             return loader
         first = min(self.epochs.steps_per_epoch, LOOKED_AT)
         is_train = pairs is self.train_pairs
         together = [self.epochs.batch(step) for step in range(first)] if is_train else [np.arange(len(pairs))]
         fixed, tail = with_fixed_rows(loader, together)
-        return fixed if train.static_shapes is True or tail <= TAIL_AT_MOST else loader
+        return fixed if must or tail <= TAIL_AT_MOST else loader
 
 
 def resolve_precision(wanted: str, device: torch.device) -> str:
@@ -209,6 +212,8 @@ def prepare(config: Config, world: World, deepspeed_json: str | None, *, for_els
             micro_batch_size=config.train.micro_batch_size,
             name=deepspeed_json or "--config",
         )
+        if config.model.compile and deepspeed_engine.zero_stage(engine_config) == 3:
+            raise UserError("model.compile is true under ZeRO-3, which gathers weights within the blocks; use stage 2")
         if "tdpo" in config.loss.names and deepspeed_engine.zero_stage(engine_config) == 3:
             raise UserError("loss.name tdpo needs whole weights of the reference, ZeRO-3 shards them; use stage 1 or 2")
         zero = engine_config.get("zero_optimization", {})

@@ -9,16 +9,19 @@ import time
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from dpo.context import contexts_of, look_ahead
 from dpo.data.loader import StepBatches
 from dpo.errors import UserError
+from dpo.model.forward import halves
 from dpo.objective.metrics import averages, sums
 from dpo.objective.objective import Objective
 from dpo.policy import FrozenReference, Policy
 from dpo.runtime import distributed
 from dpo.runtime import engine as deepspeed_engine
 from dpo.setup import Setup
+from dpo.types import Context, LossOutput, PackedBatch, PairLogps
 
 
 @dataclass
@@ -75,6 +78,38 @@ def _peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+def losses_of(
+    policy: Policy, batch: PackedBatch, reference: PairLogps, loss: Objective, context: Context
+) -> tuple[Tensor, LossOutput, PairLogps]:
+    """Score a micro-batch with gradient.
+
+    The gradient of a loss of summed log-probs can be taken in the forward pass of the head; a KL over the vocabulary, a
+    certainty, the model's own head and a pair longer than a tile cannot.
+
+    Args:
+        policy: The policy.
+        batch: On its device.
+        reference, loss, context: See `Objective`.
+    Returns:
+        Sum of the losses, with gradient; the losses; the log-probs.
+    """
+    scorer = policy.scorer
+    plain = not policy.in_forward or loss.needs_kls or scorer.certainty is not None or scorer.chunks(batch) is None
+    if plain:
+        logps = policy.logps(batch, reference)
+        output = loss(logps, reference, context)
+        return output.losses.sum(), output, logps
+
+    def pair_losses(chosen: Tensor, rejected: Tensor, pairs: slice) -> Tensor:
+        known = reference.of(pairs)
+        mine = PairLogps(chosen, rejected, known.chosen_lengths, known.rejected_lengths)
+        return loss(mine, known, context.of(pairs)).losses
+
+    total, sums = policy.score(batch, None, False, pair_losses)
+    logps = halves(sums, batch)
+    return total, loss(logps, reference, context), logps
+
+
 def take_step(
     setup: Setup,
     policy: Policy,
@@ -107,10 +142,9 @@ def take_step(
         meter.totals[9] += batch.num_padding_tokens
         on_device = batch.to(world.device)
         reference_logps = reference.train(on_device) if known is None else known[index][1]
-        policy_logps = policy.logps(on_device, reference_logps)
-        output = loss(policy_logps, reference_logps, context)
+        total, output, policy_logps = losses_of(policy, on_device, reference_logps, loss, context)
         scale = world.world_size / work.num_pairs
-        scaled = output.losses.sum() * scale + policy.router_loss(len(batch.pair_ids) * scale)
+        scaled = total * scale + policy.router_loss(len(batch.pair_ids) * scale)
         deepspeed_engine.backward(policy.engine, scaled, index == len(work.batches) - 1)
         meter.totals[:8] += sums(output, policy_logps)
         losses.append(output.losses.detach())

@@ -150,8 +150,10 @@ class PackedBatch:
         target_ids: (N,) int64: the completion tokens.
         sequence_ids: (N,) int64: the sequence each belongs to.
         completion_lengths: (S,) int64: completion tokens of each sequence.
+        completion_sizes: The same as numbers of the host, which can be read without waiting for a device.
         margins: (P,) fp32: by how much the data rates chosen above rejected, in its own unit; NaN where it is silent.
-        pair_ids: Ids of the P pairs, in order; empty for a dummy batch, whose two tokens score nothing.
+        pair_index: (P,) int64: ids of the pairs, in order.
+        pair_ids: The same as numbers of the host; empty for a dummy batch, which scores nothing.
         num_sequences: S; 2P for preference batches, P for batches of chosen completions alone (SFT).
         num_useful_tokens: 2P+C+R summed over pairs (P+C for SFT): the same for every layout.
         token_weights: (N,) fp32: what each completion token counts in its sequence's sum; None where all count 1.
@@ -167,6 +169,8 @@ class PackedBatch:
     sequence_ids: Tensor
     completion_lengths: Tensor
     margins: Tensor
+    pair_index: Tensor
+    completion_sizes: tuple[int, ...]
     pair_ids: tuple[int, ...]
     num_sequences: int
     num_useful_tokens: int
@@ -227,6 +231,12 @@ class PairLogps:
     certainties: Tensor | None = None
     tokens: FrozenTokens | None = None
 
+    def of(self, pairs: slice) -> PairLogps:
+        """Those of some pairs, log-probs and lengths alone."""
+        return PairLogps(
+            self.chosen[pairs], self.rejected[pairs], self.chosen_lengths[pairs], self.rejected_lengths[pairs]
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Context:
@@ -239,6 +249,10 @@ class Context:
 
     chosen_length: float
     partners: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def of(self, pairs: slice) -> Context:
+        """That of some pairs."""
+        return Context(self.chosen_length, {name: values[pairs] for name, values in self.partners.items()})
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dpo.model.head import CHUNK_ROWS, Head, logps_of_logits
+from dpo.model.loss_in_forward import Chunk, PairLosses, chunks_of, total_loss
 from dpo.model.router import Balance
 from dpo.model.vocabulary import Certainty, token_kls
 from dpo.types import FrozenTokens, PackedBatch, PairLogps, TokenizedPair
@@ -46,18 +48,31 @@ class Scorer(nn.Module):
         self.router_loss: Tensor | None = None
         self.register_state_dict_post_hook(_without_frozen)
 
-    def forward(self, batch: PackedBatch, frozen: FrozenTokens | None = None, certain: bool = False) -> Tensor:
+    def forward(
+        self,
+        batch: PackedBatch,
+        frozen: FrozenTokens | None = None,
+        certain: bool = False,
+        pair_losses: PairLosses | None = None,
+    ) -> Any:
         """Score a batch.
 
         Args:
             batch: On the model's device.
             frozen: What the reference knows of the same tokens, to measure the KL from it as well.
             certain: Measure how certain every token is as well; needs `certainty`.
+            pair_losses: Take the gradient of these losses in the forward pass; needs `chunks`.
         Returns:
             (S,) fp32 (fp64 for an fp64 model): summed log-probs of every sequence's completion, nats, weighted by the
             batch's token_weights. With `frozen` or `certain` (2, S): below it the summed KL(reference || policy) of the
-            tokens, or the sum of logp_t - log sum_v p_t(v)^2, without gradient.
+            tokens, or the sum of logp_t - log sum_v p_t(v)^2, without gradient. With `pair_losses` the sum of the
+            losses, and the log-probs (S,) without gradient.
         """
+        if pair_losses is not None:
+            chunks = self.chunks(batch)
+            assert chunks is not None
+            in_forward = partial(total_loss, batch=batch, chunks=chunks, pair_losses=pair_losses)
+            return self.head(self.hidden(batch), batch.target_ids, in_forward)
         if frozen is None and not certain:
             token_logps = self._own_token_logps(batch) if self.own_head else self._token_logps(batch)
             return sums_by_sequence(self._weighted(token_logps, batch), batch)
@@ -70,6 +85,10 @@ class Scorer(nn.Module):
             second = token_logps.detach() - self.certainty(hidden.detach())
         rows = self._weighted(token_logps, batch), second
         return torch.stack([sums_by_sequence(row, batch) for row in rows])
+
+    def chunks(self, batch: PackedBatch) -> list[Chunk] | None:
+        """How the gradient of a loss can be taken in the forward pass; None where it cannot."""
+        return None if self.own_head else chunks_of(batch.completion_sizes, self.head.chunk_rows)
 
     def _weighted(self, token_logps: Tensor, batch: PackedBatch) -> Tensor:
         return token_logps if batch.token_weights is None else token_logps * batch.token_weights
@@ -85,7 +104,8 @@ class Scorer(nn.Module):
         backbone, inputs = self.model.base_model, self._inputs(batch)
         if self.balance is not None and torch.is_grad_enabled():
             output = backbone(**inputs, output_router_logits=True)
-            self.router_loss = self.balance(output.router_logits)
+            real = batch.input_ids.numel() - batch.num_tail_tokens
+            self.router_loss = self.balance(tuple(logits[:real] for logits in output.router_logits))
         else:
             output = backbone(**inputs)
         hidden = output.last_hidden_state  # (rows, T / rows, H)
@@ -144,15 +164,16 @@ def pair_logps(
         Log-probs of the P pairs, with their KLs or certainties where asked for; differentiable if `score` is.
     """
     if frozen is None and not certain:
-        return _halves(score(batch), batch)
+        return halves(score(batch), batch)
     logps, sums = score(batch, frozen, certain)  # (S,), (S,)
-    pairs = _halves(logps, batch)
+    pairs = halves(logps, batch)
     if frozen is not None:
         return replace(pairs, kls=torch.stack(sums.tensor_split(2)))
     return replace(pairs, certainties=torch.stack((sums.detach() / batch.completion_lengths).tensor_split(2)))
 
 
-def _halves(logps: Tensor, batch: PackedBatch) -> PairLogps:
+def halves(logps: Tensor, batch: PackedBatch) -> PairLogps:
+    """Log-probs of sequences (S,), by pair."""
     chosen, rejected = logps.tensor_split(2)
     chosen_lengths, rejected_lengths = batch.completion_lengths.tensor_split(2)
     return PairLogps(chosen, rejected, chosen_lengths, rejected_lengths)

@@ -11,15 +11,47 @@ Legend: N scored tokens, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_ROWS = 2048
 """Rows of one logits tile; 2048 x 50257 in fp32 is 0.4 GB. Measured on a CPU, one tile up to 2048 rows is fastest."""
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32 (fp64 for fp64 inputs), without rounding the sums to 16 bits: on a GPU by the product itself, on a
+    CPU, which has no such product, from wider copies."""
+    if a.dtype not in (torch.float16, torch.bfloat16):
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
+def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A tile of logits of its own memory: (n, V) fp32, or fp64 for fp64 inputs."""
+    if hidden.is_cuda and hidden.dtype != torch.float64:
+        tile = product(hidden, weight.T)
+        return tile if bias is None else tile.add_(bias)
+    logits = linear(hidden, weight, bias)
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def padded_vocabulary(weight: Tensor, bias: Tensor | None, multiple: int) -> tuple[Tensor, Tensor | None]:
+    """Output embedding with rows added up to a multiple, so that rows of a 16-bit tile are aligned for tensor cores.
+
+    Returns:
+        (V', H) and (V',): the bias of an added row is -inf, its probability 0. Unchanged where V is a multiple.
+    """
+    missing = -len(weight) % multiple
+    if missing == 0:
+        return weight, bias
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    return pad(weight, (0, 0, 0, missing)), pad(bias, (0, missing), value=-math.inf)
 
 
 class _TileLogps(torch.autograd.Function):
@@ -31,8 +63,7 @@ class _TileLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        logits = linear(hidden, weight, bias)  # (n, V)
-        exps = logits if logits.dtype == torch.float64 else logits.float()
+        exps = logits_of(hidden, weight, bias)  # (n, V)
         peak = exps.amax(dim=1, keepdim=True)
         of_target = exps.gather(1, targets[:, None])
         exps.sub_(peak).exp_()
@@ -102,6 +133,10 @@ class Head(nn.Module):
 
     The parameters are those of the model's own output layer, registered here a second time: under ZeRO-3 a weight is
     whole only within the forward and backward of a module that owns it.
+
+    Attributes:
+        chunk_rows: Rows per logits tile.
+        multiple: Of which the computed vocabulary is one; see `padded_vocabulary`.
     """
 
     def __init__(self, output_layer: nn.Module, chunk_rows: int = CHUNK_ROWS) -> None:
@@ -109,7 +144,11 @@ class Head(nn.Module):
         self.weight: nn.Parameter = output_layer.weight  # type: ignore[assignment]
         self.bias = getattr(output_layer, "bias", None)
         self.chunk_rows = chunk_rows
+        self.multiple = 1
 
-    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """See `token_logps`."""
-        return token_logps(hidden, self.weight, self.bias, targets, self.chunk_rows)
+    def forward(self, hidden: Tensor, targets: Tensor, instead: Callable[..., Any] | None = None) -> Any:
+        """See `token_logps`; or whatever `instead` makes of hidden states, weight and bias while they are whole."""
+        weight, bias = padded_vocabulary(self.weight, self.bias, self.multiple)
+        if instead is not None:
+            return instead(hidden, weight, bias)
+        return token_logps(hidden, weight, bias, targets, self.chunk_rows)

@@ -173,6 +173,28 @@ def checkpoint_activations(model: Any) -> None:
             module.training = True
 
 
+def recomputes_activations(model: Any) -> bool:
+    """Whether `checkpoint_activations` is in force."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def compile_blocks(model: Any, backend: str = "inductor") -> int:
+    """Compile the transformer blocks, each one alike, so that their elementwise work is fused.
+
+    Attention over segments stays outside the compiled code: what it reads changes with every batch.
+
+    Args:
+        model: The transformers model.
+        backend: Of torch.compile.
+    Returns:
+        How many blocks there are.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for block in blocks:
+        block.compile(backend=backend, dynamic=False)
+    return len(blocks)
+
+
 def frozen_copy(model: nn.Module, dtype: torch.dtype) -> Any:
     """A copy of a loaded model that never learns: the reference.
 

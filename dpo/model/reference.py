@@ -67,7 +67,7 @@ def from_scores(scores: Tensor, device: torch.device) -> Reference:
     here = scores.to(device)
 
     def reference(batch: PackedBatch) -> PairLogps:
-        chosen, rejected = here[list(batch.pair_ids)].unbind(1)
+        chosen, rejected = here.index_select(0, batch.pair_index).unbind(1)
         chosen_lengths, rejected_lengths = batch.completion_lengths.tensor_split(2)
         return PairLogps(chosen, rejected, chosen_lengths, rejected_lengths)
 

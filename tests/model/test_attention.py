@@ -14,11 +14,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 
 from dpo.data.batch import collate, index_segments
 from dpo.model import attention, attention_flex, attention_varlen
 from dpo.model.check import settle, use_layout
 from dpo.model.forward import Scorer, own_logits_logps
+from dpo.model.load import compile_blocks
 from dpo.types import Segment, TokenizedPair
 from tests import tiny
 
@@ -263,6 +265,28 @@ def test_torchs_and_flash_attns_kernels_get_what_the_twin_gets(monkeypatch):
     segments = collate(pairs, "shared").segments
     bounds = (segments.longest_q, segments.longest_k)
     assert set(calls) == {((-1, 0), True, None, *bounds), ((-1, -1), False, True, *bounds)}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed")
+@pytest.mark.parametrize("backend", ["sdpa", "varlen_eager"])
+def test_compiled_blocks_compile_once_for_all_batches_of_one_shape(backend):
+    """Traced and run eagerly: that the code inductor makes is right is PyTorch's to test."""
+    torch._dynamo.reset()
+    counters.clear()
+    scorer = scorer_of(tiny.model("llama"), "shared", backend)
+    plain = scorer_of(tiny.model("llama"), "shared", backend)
+    assert compile_blocks(scorer.model, "eager") == 2
+    made = []
+    for seed in range(4):
+        pairs = tiny.pairs(5, seed=seed)
+        found, truth = (gradients(s, pairs, "shared", 256) for s in (scorer, plain))
+        for a, b in zip(found, truth, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+        made.append(counters["stats"]["unique_graphs"])
+    assert made[0] > 0 and len(set(made)) == 1 and not counters["recompiles"]
+    gradients(scorer, pairs, "shared", 300)
+    assert counters["stats"]["unique_graphs"] > made[0]
+    torch._dynamo.reset()
 
 
 @pytest.mark.gpu

@@ -1,0 +1,163 @@
+"""The gradient of the loss taken while the logits are there: forward pass of the head over chunks of whole pairs.
+
+    z = W h_t + b;  logp_t = z[target_t] - logsumexp(z);  per-sequence sums -> losses, and g_s = d loss / d sum_s
+    dz_t = g_s w_t (onehot(target_t) - softmax(z));       dh_t = W^T dz_t;       dW += dz_t h_t^T
+
+The loss of a pair depends on its own two sums, so that a chunk of whole pairs knows g before its tile of logits is
+thrown away. What is kept for backward is dh (N, H) and dW; backward multiplies by the gradient of the total and does
+nothing else. No product is computed twice (6HV a row, against 8HV with recomputation) and no logits are kept.
+
+Legend: P pairs, S = 2P sequences, N scored tokens, n rows and p pairs of a chunk, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo.model.head import logits_of, product
+from dpo.types import PackedBatch
+
+PairLosses = Callable[[Tensor, Tensor, slice], Tensor]
+"""pair_losses(chosen (p,), rejected (p,), pairs) -> (p,) losses of some of the batch's pairs from their log-probs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Whole pairs whose rows fill one tile.
+
+    Attributes:
+        pairs: Which of the P.
+        chosen, rejected: Their rows among the N.
+    """
+
+    pairs: slice
+    chosen: slice
+    rejected: slice
+
+
+def chunks_of(completion_sizes: tuple[int, ...], chunk_rows: int) -> list[Chunk] | None:
+    """Cut a batch into chunks of whole pairs, in order.
+
+    Args:
+        completion_sizes: (S,) tokens of every completion, chosen first.
+        chunk_rows: Most rows of a chunk.
+    Returns:
+        The chunks; None where a pair alone has more rows, or there are no pairs.
+    """
+    num_pairs = len(completion_sizes) // 2
+    starts = [0]
+    for size in completion_sizes:
+        starts.append(starts[-1] + size)
+    chunks: list[Chunk] = []
+    first, rows = 0, 0
+    for pair in range(num_pairs + 1):
+        size = completion_sizes[pair] + completion_sizes[num_pairs + pair] if pair < num_pairs else chunk_rows
+        if size > chunk_rows:
+            return None
+        if rows + size > chunk_rows and pair > first:
+            chosen = slice(starts[first], starts[pair])
+            chunks.append(Chunk(slice(first, pair), chosen, slice(starts[num_pairs + first], starts[num_pairs + pair])))
+            first, rows = pair, 0
+        rows += size
+    return chunks or None
+
+
+class _LossInForward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        batch: PackedBatch,
+        chunks: list[Chunk],
+        pair_losses: PairLosses,
+    ) -> tuple[Tensor, Tensor]:
+        wants_weight, wants_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        sums = torch.zeros(batch.num_sequences, dtype=wide, device=hidden.device)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        d_hidden = torch.empty(hidden.shape, dtype=wide, device=hidden.device)
+        d_weight = torch.zeros(weight.shape, dtype=wide, device=hidden.device) if wants_weight else None
+        d_bias = torch.zeros(len(weight), dtype=wide, device=hidden.device) if wants_bias else None
+        for chunk in chunks:
+            take = lambda x, c=chunk: torch.cat((x[c.chosen], x[c.rejected]))  # noqa: E731
+            h, targets, sequences = take(hidden), take(batch.target_ids), take(batch.sequence_ids)
+            weights = None if batch.token_weights is None else take(batch.token_weights)
+            tile, logps = _softmax_and_logps(h, weight, bias, targets)
+            # Of this chunk's sequences alone the others' sums are still, or already, what they are.
+            sums.index_add_(0, sequences, logps if weights is None else logps * weights)
+            losses, g = _gradient(sums, chunk, batch.num_sequences // 2, pair_losses)
+            total += losses
+            per_row = g[sequences] if weights is None else g[sequences] * weights
+            dz = tile.neg_().scatter_add_(1, targets[:, None], torch.ones_like(logps)[:, None])
+            # The loss scale comes in backward: in fp16 g * p would be nothing before, so that there the largest g is
+            # left out of the tile and meets the products in fp32.
+            largest = per_row.abs().max().clamp_min(1e-30) if hidden.dtype == torch.float16 else 1.0
+            dz = dz.mul_((per_row / largest)[:, None]).to(hidden.dtype)
+            rows = product(dz, weight) * largest
+            middle = chunk.chosen.stop - chunk.chosen.start
+            d_hidden[chunk.chosen], d_hidden[chunk.rejected] = rows[:middle], rows[middle:]
+            if d_weight is not None:
+                d_weight += product(dz.T, h) * largest
+            if d_bias is not None:
+                d_bias += dz.to(wide).sum(dim=0) * largest
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.mark_non_differentiable(sums)
+        return total, sums
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        of_hidden, of_weight = ctx.dtypes
+        dtypes = of_hidden, of_weight, of_weight
+        saved = zip(ctx.saved_tensors, dtypes, strict=True)
+        return *(None if x is None else (x * grad).to(dtype) for x, dtype in saved), None, None, None
+
+
+def _softmax_and_logps(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(n, V) softmax and (n,) log-probs of the targets; one tile, changed in place."""
+    tile = logits_of(hidden, weight, bias)
+    peak = tile.amax(dim=1, keepdim=True)
+    of_target = tile.gather(1, targets[:, None])
+    total = tile.sub_(peak).exp_().sum(dim=1, keepdim=True)
+    return tile.div_(total), (of_target - peak - total.log()).squeeze(1)
+
+
+def _gradient(sums: Tensor, chunk: Chunk, num_pairs: int, pair_losses: PairLosses) -> tuple[Tensor, Tensor]:
+    """Summed losses of a chunk, and their gradient by all S sums: zero outside the chunk."""
+    with torch.enable_grad():
+        chosen, rejected = (x[chunk.pairs].detach().requires_grad_() for x in sums.tensor_split(2))
+        losses = pair_losses(chosen, rejected, chunk.pairs).sum()
+        of_chosen, of_rejected = torch.autograd.grad(losses, (chosen, rejected), materialize_grads=True)
+    g = torch.zeros_like(sums)
+    g[chunk.pairs] = of_chosen
+    g[num_pairs:][chunk.pairs] = of_rejected
+    return losses.detach(), g
+
+
+def total_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: PackedBatch, chunks: list[Chunk],
+    pair_losses: PairLosses,
+) -> tuple[Tensor, Tensor]:
+    """Sum of the losses of a batch's pairs.
+
+    Args:
+        hidden: (N, H).
+        weight: (V, H) of the output embedding; no gradient of it is computed where it needs none.
+        bias: (V,) or None.
+        batch: Whose targets, sequences and token weights; 2P sequences.
+        chunks: Of `chunks_of`.
+        pair_losses: The loss of a pair as a function of its own log-probs, summed over tokens.
+    Returns:
+        Scalar, differentiable by hidden, weight and bias, and only once; (S,) summed log-probs without gradient. fp32,
+        or fp64 for fp64 inputs.
+    """  # fmt: skip
+    return _LossInForward.apply(hidden, weight, bias, batch, chunks, pair_losses)  # type: ignore[return-value]

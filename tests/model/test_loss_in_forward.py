@@ -1,0 +1,202 @@
+"""The gradient taken in the forward pass is the gradient: against autograd through plain log_softmax of full logits."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import logsigmoid
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dpo.data.batch import collate
+from dpo.model.check import use_layout
+from dpo.model.forward import Scorer
+from dpo.model.head import Head, token_logps
+from dpo.model.loss_in_forward import chunks_of, total_loss
+from tests import tiny
+
+HIDDEN = 6
+
+
+def per_pair(chosen, rejected, pairs):
+    """A loss that differs from pair to pair."""
+    weights = torch.arange(1, 101, dtype=chosen.dtype)[pairs][: len(chosen)]
+    return -logsigmoid(0.3 * (chosen - rejected)) * weights + 0.1 * chosen**2
+
+
+def problem(count=5, weights=False, dtype=torch.float64, vocab=tiny.VOCAB):
+    batch = collate(tiny.pairs(count), "shared")
+    torch.manual_seed(0)
+    if weights:
+        batch = replace(batch, token_weights=torch.rand(len(batch.target_ids)))
+    hidden = torch.randn(len(batch.target_ids), HIDDEN, dtype=torch.float64).to(dtype)
+    weight, bias = (torch.randn(*s, dtype=torch.float64).to(dtype) for s in ((vocab, HIDDEN), (vocab,)))
+    return batch, hidden, weight, bias
+
+
+def plain(batch, hidden, weight, bias):
+    logits = hidden @ weight.T if bias is None else hidden @ weight.T + bias
+    logps = logits.log_softmax(dim=1).gather(1, batch.target_ids[:, None]).squeeze(1)
+    logps = logps if batch.token_weights is None else logps * batch.token_weights
+    sums = logps.new_zeros(batch.num_sequences).index_add(0, batch.sequence_ids, logps)
+    return per_pair(*sums.tensor_split(2), slice(None)).sum(), sums
+
+
+@pytest.mark.parametrize("rows", [18, 24, 1000])
+@pytest.mark.parametrize(("weights", "with_bias"), [(False, False), (True, False), (False, True)])
+def test_losses_sums_and_gradients_are_those_of_full_logits(rows, weights, with_bias):
+    batch, hidden, weight, bias = problem(weights=weights)
+    chunks = chunks_of(batch.completion_sizes, rows)
+    assert len(chunks) == {18: 3, 24: 2, 1000: 1}[rows]
+    results = []
+    for function in (plain, lambda b, h, w, c: total_loss(h, w, c, b, chunks, per_pair)):
+        leaves = [x.clone().requires_grad_() for x in ((hidden, weight, bias) if with_bias else (hidden, weight))]
+        total, sums = function(batch, leaves[0], leaves[1], leaves[2] if with_bias else None)
+        results.append([total.detach(), sums.detach(), *torch.autograd.grad(3.7 * total, leaves)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_a_head_that_does_not_learn_costs_no_product(monkeypatch):
+    import dpo.model.loss_in_forward as module
+
+    batch, hidden, weight, _ = problem()
+    calls = []
+    original = module.product
+    monkeypatch.setattr(module, "product", lambda a, b: calls.append(a.shape) or original(a, b))
+    chunks = chunks_of(batch.completion_sizes, 1000)
+    total, _ = total_loss(hidden.requires_grad_(), weight, None, batch, chunks, per_pair)
+    total.backward()
+    assert len(calls) == 1 and hidden.grad is not None and weight.grad is None
+    total_loss(hidden, weight.requires_grad_(), None, batch, chunks, per_pair)
+    assert len(calls) == 3
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=8), rows=st.integers(1, 20))
+def test_chunks_are_whole_pairs_in_order_that_fill_no_more_than_a_tile(sizes, rows):
+    flat = tuple([c for c, _ in sizes] + [r for _, r in sizes])
+    chunks = chunks_of(flat, rows)
+    if not sizes or max(c + r for c, r in sizes) > rows:
+        assert chunks is None
+        return
+    starts = [sum(flat[:i]) for i in range(len(flat) + 1)]
+    covered = []
+    for chunk in chunks:
+        mine = range(chunk.pairs.start, chunk.pairs.stop)
+        covered += mine
+        assert sum(sum(sizes[i]) for i in mine) <= rows
+        n = len(sizes)
+        assert (chunk.chosen.start, chunk.chosen.stop) == (starts[mine[0]], starts[mine[-1] + 1])
+        assert (chunk.rejected.start, chunk.rejected.stop) == (starts[n + mine[0]], starts[n + mine[-1] + 1])
+    assert covered == list(range(len(sizes)))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_every_gradient_of_a_model_is_that_of_the_plain_path(family, tied):
+    changes = {} if family == "gpt2" else {"tie_word_embeddings": tied}
+    pairs = tiny.pairs(6)
+    results = []
+    for in_forward in (False, True):
+        scorer = Scorer(tiny.model(family, **changes), chunk_rows=30)
+        use_layout(scorer, "shared")
+        batch = collate(pairs, "shared")
+        if in_forward:
+            total, _ = scorer(batch, None, False, per_pair)
+        else:
+            total = per_pair(*scorer(batch).tensor_split(2), slice(None)).sum()
+        total.backward()
+        results.append({name: p.grad for name, p in scorer.named_parameters()})
+    assert results[0].keys() == results[1].keys()
+    for name, truth in results[0].items():
+        torch.testing.assert_close(results[1][name], truth, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_close_to_the_truth_as_the_plain_path(dtype):
+    """fp16 with gradients so small that a tile scaled by them would round to nothing."""
+    batch, hidden, weight, _ = problem(count=40, vocab=500)
+    small = 2e-5 if dtype == torch.float16 else 1.0
+    chunks = chunks_of(batch.completion_sizes, 100)
+
+    def errors(function):
+        leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+        found = torch.autograd.grad(function(*leaves) / small, leaves)
+        return [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True)]
+
+    def losses(chosen, rejected, pairs):
+        return -logsigmoid(0.1 * (chosen - rejected)) * small
+
+    def of_plain(h, w):
+        logps = token_logps(h, w, None, batch.target_ids, 10_000)
+        sums = logps.new_zeros(batch.num_sequences).index_add(0, batch.sequence_ids, logps)
+        return losses(*sums.tensor_split(2), slice(None)).sum()
+
+    exact = [x.to(dtype).double().requires_grad_() for x in (hidden, weight)]
+    truth = torch.autograd.grad(of_plain(*exact) / small, exact)
+    ours = errors(lambda h, w: total_loss(h, w, None, batch, chunks, losses)[0])
+    theirs = errors(of_plain)
+    assert all(a <= 1.1 * b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
+
+
+class Wide(TorchDispatchMode):
+    """Counts the living tensors that hold a row of the vocabulary for some rows of the batch, and their most."""
+
+    def __init__(self, vocab):
+        self.vocab, self.alive, self.rows, self.most = vocab, 0, set(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.dim() == 2 and tensor.shape[1] == self.vocab:
+                if tensor.untyped_storage().data_ptr() not in self.rows:
+                    self.rows.add(pointer := tensor.untyped_storage().data_ptr())
+                    self.alive += tensor.shape[0]
+                    weakref.finalize(tensor, self.gone, tensor.shape[0], pointer)
+                self.most = max(self.most, self.alive)
+        return result
+
+    def gone(self, rows, pointer):
+        self.alive -= rows
+        self.rows.discard(pointer)
+
+
+@pytest.mark.parametrize("in_forward", [True, False])
+def test_memory_as_wide_as_the_vocabulary_is_a_few_tiles_however_many_tokens(in_forward):
+    """At most three tiles at a time (the tile, its copy in the dtype of the products, their transpose) of ten."""
+    batch, hidden, weight, _ = problem(count=60, vocab=501)
+    rows = len(hidden) // 10
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    with Wide(501) as seen:
+        if in_forward:
+            chunks = chunks_of(batch.completion_sizes, rows)
+            assert len(chunks) > 8
+            total, _ = total_loss(hidden, weight, None, batch, chunks, per_pair)
+        else:
+            total = token_logps(hidden, weight, None, batch.target_ids, rows).sum()
+        assert seen.alive == 0, "logits are kept for backward"
+        total.backward()
+    assert 0 < seen.most <= 3 * (rows + 1)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_vocabulary_padded_to_a_multiple_changes_neither_log_probs_nor_gradients(bias):
+    batch, hidden, _, _ = problem()
+    layer = torch.nn.Linear(HIDDEN, tiny.VOCAB, bias=bias, dtype=torch.float64)
+    results = []
+    chunks = chunks_of(batch.completion_sizes, 24)
+    for multiple in (1, 64):
+        for instead in (None, lambda h, w, b: total_loss(h, w, b, batch, chunks, per_pair)):
+            head, h = Head(layer), hidden.clone().requires_grad_()
+            head.multiple = multiple
+            layer.zero_grad()
+            out = head(h, batch.target_ids, instead)
+            (out if instead is None else out[0]).sum().backward()
+            results.append([h.grad, *(p.grad.clone() for p in layer.parameters())])
+    for a, b in zip(results[0] + results[1], results[2] + results[3], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,103 @@
+"""What a step costs beside its products: it never waits for the device before its last backward pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dpo.model.forward
+import dpo.step
+import dpo.train
+import train_dpo
+from dpo.runtime.tracking import read_lines
+from tests.test_stages import arguments
+
+WAITS = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "is_nonzero", "equal", "item")
+"""Operations whose result the host must know before it goes on."""
+
+
+class Waits(TorchDispatchMode):
+    """Notes every operation that would wait for a GPU."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function.overloadpacket).removeprefix("aten.").strip("_")
+        masked = name in ("index", "index_put") and any(
+            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
+        )
+        if masked or any(name.startswith(wait.strip("_")) for wait in WAITS):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_counter_sees_what_waits():
+    x = torch.arange(4.0)
+    with Waits() as waits:
+        float(x.sum()), bool((x > 0).all()), x[x > 1], x.nonzero(), x.unique()
+        x[x > 1] = 0
+    assert len(waits.found) >= 6
+    with Waits() as waits:
+        x[torch.tensor([0, 1])], x.sum(), x.masked_fill(x > 1, 0), x.cumsum(0)
+    assert waits.found == []
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--reference.mode", "cached", "--model.loss_in_forward", "true", "--train.static_shapes", "true"],
+        ["--train.layout", "packed", "--train.precision", "bf16"],
+        ["--loss.name", "ipo", "--config", "ds_configs/zero1.json"],
+    ],
+    ids=["online", "cached_in_forward_static", "packed_bf16", "ipo_zero1"],
+)
+def test_nothing_waits_for_the_device_between_the_first_forward_and_the_last_backward(
+    flags, tiny_policy, tmp_path, monkeypatch
+):
+    """In the padded layout transformers itself looks at the positions once a forward pass."""
+    steps: list[tuple[list[str], list[str]]] = []
+    take_step, any_rank = dpo.step.take_step, dpo.step.distributed.any_rank
+
+    def watched(*args):
+        with Waits() as waits:
+            def flag(tensor):
+                before = list(waits.found)
+                result = any_rank(tensor)
+                steps.append((before, list(waits.found[len(before):])))
+                return result
+
+            monkeypatch.setattr(dpo.step.distributed, "any_rank", flag)
+            take_step(*args)
+            monkeypatch.setattr(dpo.step.distributed, "any_rank", any_rank)
+
+    monkeypatch.setattr(dpo.train, "take_step", watched)
+    several = ["--train.micro_batch_size", "3", "--log.samples", "0"]
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, *several, *flags)) == 0
+    assert len(steps) == 2
+    for before, flag_itself in steps:
+        assert before == []
+        assert len(flag_itself) == 1
+
+
+@pytest.mark.parametrize(("loss", "used"), [("sigmoid", True), ("aot", True), ("tdpo", False)])
+def test_the_gradient_is_taken_in_forward_where_the_loss_allows_and_changes_no_line(
+    loss, used, tiny_policy, tmp_path, monkeypatch
+):
+    calls = []
+    original = dpo.model.forward.total_loss
+    monkeypatch.setattr(
+        dpo.model.forward, "total_loss", lambda *a, **k: calls.append(1) or original(*a, **k)
+    )
+    lines = []
+    for wanted in ("false", "true"):
+        folder = tmp_path / wanted
+        flags = ["--model.loss_in_forward", wanted, "--loss.name", loss, "--optim.lr", "1e-3", "--log.samples", "0"]
+        assert train_dpo.main(arguments(folder, tiny_policy, "--train.micro_batch_size", "3", *flags)) == 0
+        lines.append([line for line in read_lines(folder / "run") if "loss" in line])
+        assert bool(calls) == (wanted == "true" and used)
+    for a, b in zip(*lines, strict=True):
+        for name in ("loss", "grad_norm", "rewards/margins", "logps/chosen"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
