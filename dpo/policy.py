@@ -101,11 +101,6 @@ class FrozenReference:
         return self.answers
 
 
-def _longest_sequence(setup: Setup) -> int:
-    sets = [pairs for pairs in (setup.train_pairs, setup.validation_pairs) if pairs is not None]
-    return max(int((pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(axis=1)).max()) for pairs in sets)
-
-
 def start_policy(setup: Setup, path: str, model: Any = None, *, for_sft: bool = False) -> Policy:
     """Start the engine that trains a policy, with the layout that is exact for it; collective.
 
@@ -148,26 +143,15 @@ def start_policy(setup: Setup, path: str, model: Any = None, *, for_sft: bool = 
     notes.append(f"layout: {layout}; attention: {attention}; {size}")
     scorer.head.multiple = config.model.vocabulary_multiple
     if config.model.compile:
-        notes.append(_compile(model, layout))
-    in_forward = config.model.loss_in_forward
-    in_forward = world.device.type == "cuda" if in_forward == "auto" else in_forward
-    return Policy(engine, scorer, layout, attention, notes, coefficient, in_forward)
-
-
-def _compile(model: Any, layout: Layout) -> str:
-    """Compile a policy's blocks where that helps, and say so."""
-    if layout == "padded":
-        return "blocks: not compiled: rows of layout padded have many lengths"
-    if load.recomputes_activations(model):
-        return "blocks: not compiled: torch.compile leaves blocks alone whose activations are recomputed"
-    return f"blocks: {load.compile_blocks(model)} compiled"
+        notes.append(load.compile_where_it_helps(model, padded=layout == "padded"))
+    return Policy(engine, scorer, layout, attention, notes, coefficient, setup.loss_in_forward)
 
 
 def _settled(setup: Setup, scorer: Scorer, wanted: Layout) -> tuple[Layout, list[str]]:
     """See `check.settle`; the same on every rank."""
     by_length = setup.train_pairs.lengths.sum(axis=1).argsort()
     middle = [setup.train_pairs[int(i)] for i in by_length[len(by_length) // 2 :][:2]]
-    longest, kernel, device = _longest_sequence(setup), setup.config.model.attention, setup.world.device
+    longest, kernel, device = setup.longest_sequence, setup.config.model.attention, setup.world.device
     layout, given_up = together(lambda: settle(scorer, wanted, middle, longest, device, kernel))
     if len(set(gather((layout, scorer.own_head, scorer.attention)))) > 1:
         raise UserError(f"train.layout {wanted}: the ranks disagree whether it is exact; use padded")

@@ -83,6 +83,18 @@ class Setup:
         return roles.reference_mode(self.config)
 
     @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt + completion that will be scored."""
+        sets = [pairs for pairs in (self.train_pairs, self.validation_pairs) if pairs is not None]
+        return max(int((pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(axis=1)).max()) for pairs in sets)
+
+    @property
+    def loss_in_forward(self) -> bool:
+        """Whether the gradient of the loss is taken in the forward pass of the head."""
+        wanted = self.config.model.loss_in_forward
+        return self.world.device.type == "cuda" if wanted == "auto" else wanted
+
+    @property
     def epochs(self) -> Epochs:
         """Which pairs make which step of DPO."""
         train = self.config.train

@@ -94,8 +94,8 @@ def losses_of(
         Sum of the losses, with gradient; the losses; the log-probs.
     """
     scorer = policy.scorer
-    plain = not policy.in_forward or loss.needs_kls or scorer.certainty is not None or scorer.chunks(batch) is None
-    if plain:
+    beside_sums = reference.tokens is not None or scorer.certainty is not None
+    if not policy.in_forward or beside_sums or scorer.chunks(batch) is None:
         logps = policy.logps(batch, reference)
         output = loss(logps, reference, context)
         return output.losses.sum(), output, logps
