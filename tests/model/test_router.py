@@ -95,10 +95,10 @@ def start(tmp_path_factory) -> Path:
     return folder
 
 
-def run(folder: Path, start: Path, *flags: str) -> list[dict[str, Any]]:
+def run(folder: Path, start: Path, *flags: str, rows: list[dict[str, str]] | None = None) -> list[dict[str, Any]]:
     folder.mkdir(exist_ok=True)
     argv = [
-        "--model.policy", str(start), "--data.train", str(written(folder, plain_rows(8))), "--data.cache_dir",
+        "--model.policy", str(start), "--data.train", str(written(folder, rows or plain_rows(8))), "--data.cache_dir",
         str(folder / "cache"), "--train.global_batch_size", "8", "--train.max_steps", "1", "--optim.lr", "1e-3",
         "--optim.warmup_steps", "0", "--optim.max_grad_norm", "0", "--log.samples", "0",
         "--train.output_dir", str(folder / "run"), *flags,
@@ -135,6 +135,15 @@ def test_a_step_adds_the_weighted_loss_to_the_gradient(flags, start, tmp_path, m
     norm = torch.stack([p.grad.norm() for p in fresh.parameters() if p.grad is not None]).norm()
     assert with_router[0]["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
     assert abs(without[0]["grad_norm"] - float(norm)) > 1e-3 * float(norm)
+
+
+def test_micro_batches_count_with_their_share_of_the_pairs(start, tmp_path):
+    # Equal pairs, so that every micro-batch has the same load-balancing loss as all of them together.
+    rows = [plain_rows(3)[2]] * 8
+    norms = [
+        run(tmp_path / size, start, "--train.micro_batch_size", size, rows=rows)[0]["grad_norm"] for size in ("8", "2")
+    ]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
 
 
 def pairs_of(rows: list[dict[str, str]]) -> list[TokenizedPair]:
