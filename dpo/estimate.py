@@ -76,7 +76,9 @@ class Hardware:
             raise ValueError(f"peak_share is {self.peak_share}; use a number above 0, at most 1")
 
 
-def memory(num_parameters: int, *, stage: int, world_size: int, half: bool, reference_bytes: int) -> dict[str, float]:
+def memory(
+    num_parameters: int, *, stage: int, world_size: int, half: bool, reference_bytes: int, trained: int | None = None
+) -> dict[str, float]:
     """Memory per GPU that does not depend on the batch, in GiB.
 
     Checked against the tensors of real engines (DeepSpeed 0.19.8) by tests/test_plan.py: DeepSpeed keeps an fp32 copy
@@ -88,6 +90,7 @@ def memory(num_parameters: int, *, stage: int, world_size: int, half: bool, refe
         world_size: Ranks.
         half: Weights of 2 bytes and gradients accumulated in fp32; else fp32 throughout.
         reference_bytes: Per parameter; 0 for none.
+        trained: Parameters that learn, where the others are frozen; None for all.
     Returns:
         Part -> GiB.
     Source:
@@ -101,7 +104,10 @@ def memory(num_parameters: int, *, stage: int, world_size: int, half: bool, refe
         "optimizer (AdamW, fp32 master)": 12 * share["optimizer"],
         "reference": reference_bytes * share["weights"],
     }
-    return {name: num_parameters * size / GIB for name, size in per_parameter.items()}
+    learning = {"gradients", "optimizer (AdamW, fp32 master)"}
+    trained = num_parameters if trained is None else trained
+    counts = {name: trained if name in learning else num_parameters for name in per_parameter}
+    return {name: counts[name] * size / GIB for name, size in per_parameter.items()}
 
 
 def checkpoint_bytes(num_parameters: int, *, stage: int, half: bool) -> int:
@@ -114,7 +120,14 @@ def checkpoint_bytes(num_parameters: int, *, stage: int, half: bool) -> int:
 
 
 def traffic(
-    num_parameters: int, *, stage: int, world_size: int, micro_steps: float, width: int, reference_width: int
+    num_parameters: int,
+    *,
+    stage: int,
+    world_size: int,
+    micro_steps: float,
+    width: int,
+    reference_width: int,
+    trained: int | None = None,
 ) -> dict[str, float]:
     """Bytes that one rank sends in one optimizer step, by purpose; it receives as many.
 
@@ -129,22 +142,24 @@ def traffic(
         micro_steps: Micro-batches per step and rank.
         width: Bytes a parameter, of weights and of gradients on the wire.
         reference_width: Bytes a parameter of a reference that is sharded at stage 3; 0 for none.
+        trained: Parameters that learn, where the others are frozen; None for all.
     Returns:
         Purpose -> bytes.
     Source:
         Rajbhandari et al. 2020 (ZeRO), arXiv:1910.02054, section 7.
     """
     once = num_parameters * (world_size - 1) / world_size
+    learning = once if trained is None else trained * (world_size - 1) / world_size
     if stage == 3:
         return {
             "weights gathered": 2 * once * width * micro_steps,
-            "gradients scattered": once * width * micro_steps,
+            "gradients scattered": learning * width * micro_steps,
             "reference gathered": once * reference_width * micro_steps,
         }
     reductions = micro_steps if stage == 2 else 1
     return {
-        "gradients reduced": 2 * once * width * reductions,
-        "weights gathered": once * width if stage else 0.0,
+        "gradients reduced": 2 * learning * width * reductions,
+        "weights gathered": learning * width if stage else 0.0,
     }
 
 

@@ -28,7 +28,7 @@ from dpo.estimate import (
 )
 from dpo.model import adapters, load
 from dpo.model.head import CHUNK_ROWS
-from dpo.model.shape import Shape, shape_of
+from dpo.model.shape import Shape, adapter_parameters, shape_of
 from dpo.objective.catalog import couples_pairs
 from dpo.policy import CHECKPOINTING_FROM, reference_dtype
 from dpo.runtime import engine as deepspeed_engine
@@ -82,6 +82,7 @@ class Machine:
         reference_bytes: A parameter of the reference during training; 0 where there is none or its scores are cached.
         copied_bytes: A parameter of the reference while it is loaded.
         recompute: Whether activations are recomputed.
+        trained: Parameters that learn: all, or those of the adapters.
     """
 
     shape: Shape
@@ -90,6 +91,7 @@ class Machine:
     reference_bytes: int
     copied_bytes: int
     recompute: bool
+    trained: int
 
     @property
     def width(self) -> int:
@@ -130,7 +132,17 @@ def machine_of(setup: Setup) -> Machine:
         reference_bytes=dtype.itemsize if mode == "online" else 0,
         copied_bytes=dtype.itemsize if mode == "online" or (mode == "cached" and dtype != setup.dtype) else 0,
         recompute=shape.parameters > CHECKPOINTING_FROM if wanted == "auto" else wanted,
+        trained=_trained(setup, config, shape),
     )
+
+
+def _trained(setup: Setup, config: Any, shape: Shape) -> int:
+    """Parameters that learn."""
+    model = setup.config.model
+    if not setup.trains_adapters:
+        return shape.parameters
+    stored = adapters.stored_parameters(model.policy or "")
+    return stored or adapter_parameters(config, model.lora, trust_remote_code=model.trust_remote_code)
 
 
 def _sampled(steps: int, pairs: int) -> list[int]:
@@ -204,10 +216,11 @@ def schedule_rows(schedule: Schedule) -> Rows:
 def memory_parts(setup: Setup, machine: Machine, schedule: Schedule) -> dict[str, float | None]:
     """Part -> GiB per GPU; activations are None where they cannot be told."""
     shape, zero = machine.shape, setup.engine_config.get("zero_optimization", {})
+    held = shape.parameters + (machine.trained if setup.trains_adapters else 0)
     parts: dict[str, float | None] = dict(
         memory(
-            shape.parameters, stage=machine.stage, world_size=setup.world.world_size, half=machine.half,
-            reference_bytes=machine.reference_bytes,
+            held, stage=machine.stage, world_size=setup.world.world_size, half=machine.half,
+            reference_bytes=machine.reference_bytes, trained=machine.trained,
         )
     )
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
@@ -248,16 +261,16 @@ def host_rows(setup: Setup, machine: Machine, hardware: Hardware) -> Rows:
     neighbours = min(ranks, hardware.gpus_per_node)
     loaded = machine.width + machine.copied_bytes if machine.stage < 3 else setup.start_dtype.itemsize
     host = neighbours * shape.parameters * loaded
-    one = checkpoint_bytes(shape.parameters, stage=machine.stage, half=machine.half)
+    one = checkpoint_bytes(machine.trained, stage=machine.stage, half=machine.half)
     held = min(train.keep_checkpoints + 1, max(1, setup.total_steps))
     rows = [
         ("host memory of a node while loading, at most", f"{_size(host)} ({neighbours} ranks)"),
-        ("one checkpoint", f"{_size(one)}, {one / shape.parameters:.0f} bytes a parameter"),
+        ("one checkpoint", f"{_size(one)}, {one / machine.trained:.0f} bytes a parameter"),
         ("disk for checkpoints, one being written", f"{_size(held * one)} ({train.keep_checkpoints} kept)"),
         ("time to write one", f"{_number(one / hardware.disk_gb / 1e9)} s at {hardware.disk_gb:g} GB/s"),
     ]
     if setup.engine_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") == "cpu":
-        states = 12 * shape.parameters * neighbours / ranks
+        states = 12 * machine.trained * neighbours / ranks
         rows.insert(1, ("host memory of a node for the optimizer", _size(states)))
     return rows
 
@@ -267,7 +280,7 @@ def speed_rows(setup: Setup, machine: Machine, schedule: Schedule, hardware: Har
     ranks, gpu = setup.world.world_size, GPUS[hardware.gpu]
     sent = traffic(
         machine.shape.parameters, stage=machine.stage, world_size=ranks, micro_steps=float(schedule.micro_steps.mean()),
-        width=machine.width, reference_width=machine.reference_bytes,
+        width=machine.width, reference_width=machine.reference_bytes, trained=machine.trained,
     )
     within = ranks <= hardware.gpus_per_node
     link = gpu.link_gb if within else min(gpu.link_gb, hardware.network_gb)

@@ -70,13 +70,14 @@ def _try_costliest(setup: Setup, policy: Policy, reference: FrozenReference) -> 
     output = loss(policy.logps(on_device, reference_logps), reference_logps, context)
     deepspeed_engine.backward(policy.engine, output.losses.sum(), True)
     seconds = time.perf_counter() - started
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in policy.scorer.model.parameters())
+    sizes = {p: getattr(p, "ds_numel", p.numel()) for p in policy.scorer.model.parameters()}
     parts = memory(
-        parameters,
+        sum(sizes.values()),
         stage=deepspeed_engine.zero_stage(setup.engine_config),
         world_size=setup.world.world_size,
         half=setup.precision != "fp32",
-        reference_bytes=0 if not loss.needs_reference else 2 if setup.precision != "fp32" else 4,
+        reference_bytes=0 if setup.reference_mode in ("none", "adapter") else 2 if setup.precision != "fp32" else 4,
+        trained=sum(size for parameter, size in sizes.items() if parameter.requires_grad),
     )
     return [
         ("layout in use", policy.layout),

@@ -18,9 +18,12 @@ from safetensors.torch import load_file
 import dpo.__main__
 import dpo.train
 import train_dpo
+from dpo.config import LoraConfig
 from dpo.data.batch import collate
+from dpo.estimate import memory, traffic
 from dpo.model import adapters
 from dpo.model.forward import Scorer, own_logits_logps
+from dpo.model.shape import adapter_parameters
 from dpo.runtime.tracking import read_lines
 from dpo.types import TokenizedPair
 from tests import tiny
@@ -292,6 +295,8 @@ def test_a_continued_adapter_is_its_own_frozen_reference(lora, tiny_policy, tmp_
         inner = name.removeprefix("base_model.model.").removesuffix(".weight")
         assert torch.equal(now[f"{inner}.reference.weight"], value), "the reference moved"
         assert not torch.equal(now[f"{inner}.default.weight"], value), "the policy did not learn"
+    last = [line for line in seen["lines"] if "loss" in line][-1]
+    assert last["rewards/margins"] > 0.01  # measured from a reference that stayed
     # First-step log-probs are those of the adapter, not of the base.
     other = next(line for line in lora[1]["lines"] if "loss" in line)
     assert abs(first["logps/chosen"] - other["logps/chosen"]) > 1e-3
@@ -324,6 +329,34 @@ def test_after_sft_the_reference_is_the_sft_adapter(tiny_policy, tmp_path, monke
         inside = logits(seen["model"])
     torch.testing.assert_close(inside, logits(in_peft(tiny_policy, folder)), rtol=0, atol=1e-5)
     assert (inside - logits(transformers.AutoModelForCausalLM.from_pretrained(tiny_policy))).abs().max() > 1e-2
+
+
+# --- planning --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_plan_counts_the_adapters_that_a_run_would_train(family, dora):
+    lora, model = LoraConfig(r=4, dora=dora), tiny.model(family, dtype=torch.float32)
+    counted = adapter_parameters(model.config, lora)
+    adapters.add(model, lora, seed=0, base="")
+    assert counted == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_frozen_weights_cost_their_own_bytes_alone(lora, tiny_policy, tmp_path, capsys):
+    whole = memory(10**9, stage=2, world_size=1, half=True, reference_bytes=2)
+    adapted = memory(10**9, stage=2, world_size=1, half=True, reference_bytes=0, trained=10**7)
+    assert sum(whole.values()) * 2**30 == pytest.approx(20e9)
+    assert sum(adapted.values()) * 2**30 == pytest.approx(2e9 + 16e7)
+    sent = traffic(10**9, stage=2, world_size=2, micro_steps=1, width=2, reference_width=0, trained=10**7)
+    assert sum(sent.values()) == pytest.approx(0.5 * (2 + 1) * 2 * 10**7)
+    # python -m dpo plan of the same run, and of one that continues its adapter.
+    for policy, flags in ((tiny_policy, LORA), (lora[0] / "run" / "final", [])):
+        argv = arguments(tmp_path, policy, *flags)
+        assert dpo.__main__.main(["plan", *argv, "--ranks", "1", "--gpu", "t4"]) == 0
+        # 3,712 parameters: gradients of 4 and optimizer of 12 bytes each.
+        shown = capsys.readouterr().out
+        assert "14.50 KiB" in shown and "43.50 KiB" in shown
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

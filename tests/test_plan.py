@@ -279,7 +279,7 @@ def test_the_forecast_is_the_schedule_that_the_ranks_follow(layout: str) -> None
     setup: Any = FakeSetup()
     setup.epochs = epochs
     shape = shape_of(tiny.model("gpt2", torch.float32).config, torch.float32)
-    found = schedule_of(setup, Machine(shape, 2, False, 4, 4, False))
+    found = schedule_of(setup, Machine(shape, 2, False, 4, 4, False, shape.parameters))
     batches = [
         [setup.loader(pairs, layout, rank)[step].batches for rank in range(ranks)]
         for step in range(epochs.steps_per_epoch)

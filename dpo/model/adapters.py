@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -181,6 +182,14 @@ def _train_only_adapter(model: Any) -> None:
 def attached(model: Any) -> bool:
     """Whether a model holds an adapter."""
     return TRAINED in getattr(model, "peft_config", {})
+
+
+def stored_parameters(path: str) -> int:
+    """Parameters in the folder of an adapter; 0 for anything else."""
+    if not is_adapter(path):
+        return 0
+    with safetensors.safe_open(Path(path) / "adapter_model.safetensors", framework="pt") as stored:
+        return sum(math.prod(stored.get_slice(name).get_shape()) for name in stored.keys())
 
 
 def reference_view(model: Any) -> Callable[[], AbstractContextManager[None]]:

@@ -5,14 +5,16 @@ Nothing is allocated, so the sizes of any model are known on any machine. Legend
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 
+from dpo.config import LoraConfig
 from dpo.errors import UserError
+from dpo.model import adapters
 
 ATTENTION = "dpo_meta"
 """Name under which transformers knows the stand-in for a fused attention kernel while activations are counted."""
@@ -86,6 +88,21 @@ def _activations(model: Any) -> int | None:
         return (_kept_bytes(model, 2 * PROBE_TOKENS) - _kept_bytes(model, PROBE_TOKENS)) // PROBE_TOKENS
     except Exception:  # any architecture's own code runs here, and only an estimate is lost
         return None
+
+
+def adapter_parameters(config: Any, lora: LoraConfig, *, trust_remote_code: bool = False) -> int:
+    """Parameters of the adapters that model.lora puts into the model of a config.
+
+    Raises:
+        UserError: If model.lora.targets do not fit the model.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        adapters.add(model, replace(lora, dora=False), seed=0, base="")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not lora.dora:
+        return trained
+    return trained + sum(m.out_features for m in model.modules() if hasattr(m, "lora_A"))  # one norm an output
 
 
 def shape_of(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Shape:
