@@ -20,7 +20,7 @@ ORDER = [
     "objective.objective", "objective.metrics",
     "runtime.files",
     "runtime.distributed", "runtime.schedule", "runtime.deepspeed_json", "runtime.engine", "runtime.weights",
-    "runtime.checkpoint", "runtime.tracking",
+    "runtime.checkpoint", "runtime.trackers", "runtime.tracking",
     "report.pairs", "report.content", "report.figures", "report.charts", "report.panels", "report.card", "report.page",
     "reference_cache", "sample", "estimate", "run_data", "roles", "setup", "audit", "load_models", "policy", "sync",
     "context", "start", "step", "export", "sft", "evaluate", "forecast", "plan", "judge", "ask", "export_run",
@@ -35,6 +35,8 @@ OWNERS = {
     "matplotlib": {"report.figures"},
     "jinja2": {"report.page"},
     "openai": {"judge"},
+    "tensorboard": {"runtime.trackers"},
+    "wandb": {"runtime.trackers"},
     "jsonargparse": {"commandline"},
 }
 

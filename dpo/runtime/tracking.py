@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dpo.runtime.files import read_records, write_whole
+from dpo.runtime.trackers import BACKENDS, Backend
 
 
 class Tracker(Protocol):
@@ -62,62 +63,20 @@ def finite(values: dict[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-Backend = Callable[[dict[str, Any]], None]
-
-
-def _axis(values: dict[str, Any]) -> tuple[int, dict[str, float]]:
-    """Step and numbers of a line; SFT lines carry sft_step instead of step."""
-    step = values.get("step", values.get("sft_step", 0))
-    numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and k not in ("step", "sft_step")}
-    return int(step), numbers
-
-
-def _tensorboard(run: Path, config: dict[str, Any]) -> tuple[Backend, Callable[[], None]]:
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(str(run / "tensorboard"))
-
-    def write(values: dict[str, Any]) -> None:
-        step, numbers = _axis(values)
-        for name, value in numbers.items():
-            writer.add_scalar(name, value, step)
-
-    return write, writer.close
-
-
-def _wandb_like(module_name: str) -> Callable[[Path, dict[str, Any]], tuple[Backend, Callable[[], None]]]:
-    def start(run: Path, config: dict[str, Any]) -> tuple[Backend, Callable[[], None]]:
-        import importlib
-
-        module = importlib.import_module(module_name)
-        module.init(project="dpo", name=run.name, config=config)
-
-        def write(values: dict[str, Any]) -> None:
-            step, numbers = _axis(values)
-            prefix = "sft/" if "sft_step" in values else ""
-            module.log({prefix + k: v for k, v in numbers.items()} | {f"{prefix}step": step})
-
-        return write, module.finish
-
-    return start
-
-
-BACKENDS = {"tensorboard": _tensorboard, "wandb": _wandb_like("wandb"), "trackio": _wandb_like("trackio")}
-
-
 class Recorder:
     """The tracker of rank 0.
 
     Args:
         run: The run directory.
         config: Resolved settings, handed to the trackers.
-        backends: Names in BACKENDS.
+        backends: Names in BACKENDS; they start with the first line, when the audit of the data has been written.
     """
 
     def __init__(self, run: Path, config: dict[str, Any], backends: Sequence[str] = ()) -> None:
         self._console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
-        self._metrics = run / "metrics.jsonl"
-        self._backends = [BACKENDS[name](run, config) for name in backends]
+        self._run, self._config, self._names = run, config, backends
+        self._before = read_lines(run) if backends else []  # whatever a resumed run is about to drop
+        self._backends: list[Backend] = []
         self._bar: Progress | None = None
         self._task: Any = None
         self._stage = ""
@@ -138,8 +97,10 @@ class Recorder:
     def record(self, values: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl and to the trackers."""
         values = finite(values)
-        with open(self._metrics, "a", encoding="utf-8") as lines:
+        with open(self._run / "metrics.jsonl", "a", encoding="utf-8") as lines:
             lines.write(json.dumps(values) + "\n")
+        if len(self._backends) < len(self._names):
+            self._backends = [BACKENDS[name](self._run, self._config, self._before) for name in self._names]
         for write, _ in self._backends:
             write(values)
 

@@ -46,33 +46,21 @@ def test_keep_lines_and_read_lines_find_nothing_where_nothing_is(tmp_path: Path)
     assert read_lines(tmp_path) == [] and not any(tmp_path.iterdir())
 
 
-def test_trackers_get_numbers_alone_and_are_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trackers_start_with_the_first_line_and_are_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
-    def start(run: Path, config: dict[str, Any]) -> Any:
-        seen.append((run, config))
+    def start(run: Path, config: dict[str, Any], lines: Any) -> Any:
+        seen.append((run, config, lines))
         return seen.append, lambda: seen.append("closed")
 
     monkeypatch.setitem(tracking.BACKENDS, "wandb", start)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 7}\n')
     recorder = Recorder(tmp_path, {"a": 1}, ["wandb"])
+    keep_lines(tmp_path, lambda line: False)
+    assert seen == []
     recorder.record({"step": 1, "loss": math.nan})
     recorder.close()
-    assert seen == [(tmp_path, {"a": 1}), {"step": 1, "loss": None}, "closed"]
-    assert tracking._axis({"step": 4, "loss": None, "x": 0.5}) == (4, {"x": 0.5})
-    assert tracking._axis({"sft_step": 6, "sft_loss": 2.0}) == (6, {"sft_loss": 2.0})
-
-
-def test_tensorboard_gets_every_number_at_its_step(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard", reason="an extra")
-    recorder = Recorder(tmp_path, {}, ["tensorboard"])
-    recorder.record({"step": 3, "loss": 0.5, "grad_norm": math.inf})
-    recorder.close()
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert events.Tags()["scalars"] == ["loss"]
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, 0.5)]
+    assert seen == [(tmp_path, {"a": 1}, [{"step": 7}]), {"step": 1, "loss": None}, "closed"]
 
 
 def test_a_log_file_gets_about_twenty_progress_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
