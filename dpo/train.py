@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from dpo.audit import audit_run
+from dpo.budget import fit_budget
 from dpo.commandline import Command
 from dpo.config import to_dict
 from dpo.data.loader import whole_pass
@@ -146,6 +147,7 @@ def _train_dpo(
     setup: Setup, policy: Policy, reference: FrozenReference, state: TrainState, tracker: Tracker
 ) -> TrainState:
     """The DPO stage from `state` to the last step."""
+    setup = fit_budget(setup, policy, reference.train, tracker.say)
     config, world, total = setup.config, setup.world, setup.total_steps
     sync_steps = config.reference.sync_steps
     loss = Objective(config.loss, state.running)

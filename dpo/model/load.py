@@ -173,11 +173,16 @@ def checkpoint_activations(model: Any) -> None:
             module.training = True
 
 
+def recomputes_activations(model: Any) -> bool:
+    """Whether `checkpoint_activations` is in force."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 def compile_where_it_helps(model: Any, *, padded: bool) -> str:
     """Compile a policy's blocks, unless rows are padded or activations recomputed, and say so."""
     if padded:
         return "blocks: not compiled: rows of layout padded have many lengths"
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+    if recomputes_activations(model):
         return "blocks: not compiled: torch.compile leaves blocks alone whose activations are recomputed"
     return f"blocks: {compile_blocks(model)} compiled"
 

@@ -1,0 +1,186 @@
+"""How many tokens a micro-batch may hold: what fits on every rank, found out before the first step.
+
+    free memory, or train.tokens_per_micro_batch  ->  the costliest micro-batch is run  ->  out of memory on any rank?
+    half the budget, down to the longest pair  ->  activations recomputed, from the start again  ->  refused
+
+The trial leaves nothing behind: gradients are returned and dropped, not accumulated, so that DeepSpeed never sees them
+and no rank waits for another in a collective that one of them left. What was found is written to the run,
+
+    micro_batches.json     asked for, world size, tokens a micro-batch, whether activations are recomputed
+
+and a run that goes on with as many ranks uses it again. Under ZeRO-3, whose forward pass is itself collective, nothing
+is tried: a rank that left it for lack of memory would leave the others waiting.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo.data.loader import Loader
+from dpo.data.planner import num_tokens
+from dpo.errors import UserError
+from dpo.model import load
+from dpo.model.reference import Reference
+from dpo.model.shape import shape_of
+from dpo.policy import Policy
+from dpo.runtime import engine as deepspeed_engine
+from dpo.runtime.distributed import gather, only_main
+from dpo.setup import LOOKED_AT, Setup
+
+LARGEST = 65536
+"""Tokens beyond which a larger micro-batch gains nothing."""
+SHARE_OF_FREE = 0.8
+"""Share of the free memory that is planned with; the rest is for kernels' workspaces and the allocator's gaps."""
+
+
+def can_run_out(device: torch.device) -> bool:
+    """Whether lack of memory shows as an error that can be caught; on a CPU the process is killed."""
+    return device.type == "cuda"
+
+
+def from_free_memory(free: int, *, reserved: int, per_token: int, longest: int) -> int:
+    """The budget to try first.
+
+    Args:
+        free: Bytes that are free once models and optimizer are there.
+        reserved: Bytes that do not grow with the budget: the tile of logits, the gradients.
+        per_token: Bytes that a token keeps for backward.
+        longest: Tokens of the longest pair, which must fit.
+    Returns:
+        Tokens, a multiple of 1,024 unless it is `longest`.
+    """
+    fits = int(SHARE_OF_FREE * (free - reserved) / per_token)
+    return max(longest, min(LARGEST, fits) // 1024 * 1024)
+
+
+def choose(
+    first: int,
+    longest: int,
+    fits: Callable[[int], bool],
+    recompute: Callable[[], None] | None,
+    say: Callable[[str], None],
+) -> int:
+    """The largest budget on the ladder that fits.
+
+    Args:
+        first: Tokens to try first.
+        longest: Tokens of the longest pair, the lowest rung.
+        fits: Runs the costliest micro-batch of a budget; the same answer on every rank.
+        recompute: Makes activations be recomputed in backward; None if they are, or must not be.
+        say: Shows a line.
+    Raises:
+        UserError: If nothing fits.
+    """
+    budget = first
+    while not fits(budget):
+        if budget > longest:
+            smaller = max(longest, budget // 2)
+            say(f"out of memory with {budget:,} tokens a micro-batch: trying {smaller:,}")
+            budget = smaller
+        elif recompute is not None:
+            say(f"out of memory with {budget:,} tokens a micro-batch: activations will be recomputed, trying {first:,}")
+            recompute()
+            recompute, budget = None, first
+        else:
+            raise UserError(
+                f"out of memory with {budget:,} tokens, the longest pair, in a micro-batch; lower data.max_length,"
+                f" allow model.gradient_checkpointing, use more GPUs, or ZeRO-3"
+            )
+    return budget
+
+
+def costliest(loader: Loader) -> list[int]:
+    """Pair ids of this rank's micro-batch with the most tokens, then the most completion tokens, of the first steps."""
+    cost, completions = num_tokens(loader.dataset.lengths, loader.layout), loader.dataset.lengths[:, 1:].sum(axis=1)
+    steps = range(min(loader.epochs.steps_per_epoch, LOOKED_AT))
+    candidates = [ids for step in steps for ids in loader.share_of(loader.epochs.batch(step))]
+    return max(candidates, key=lambda ids: (int(cost[ids].sum()), int(completions[ids].sum())))
+
+
+def attempt(setup: Setup, policy: Policy, reference: Reference) -> None:
+    """Forward and backward pass of the costliest micro-batch, without a trace and without collectives.
+
+    Raises:
+        torch.OutOfMemoryError: If it does not fit.
+    """
+    loader, scorer = setup.loader(setup.train_pairs, policy.layout), policy.scorer
+    batch = loader.build(costliest(loader), 0).to(setup.world.device)
+    reference(batch)
+    if policy.in_forward and scorer.chunks(batch) is not None:
+        total, _ = scorer(batch, None, False, lambda chosen, rejected, pairs: chosen - rejected)
+    else:
+        total = scorer(batch).sum()
+    torch.autograd.grad(total, [p for p in scorer.parameters() if p.requires_grad], allow_unused=True)
+
+
+def _fits(setup: Setup, policy: Policy, reference: Reference, budget: int) -> bool:
+    lacking = False
+    try:
+        attempt(replace(setup, token_budget=budget), policy, reference)
+    except torch.OutOfMemoryError:
+        lacking = True
+    if setup.world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return not any(gather(lacking))
+
+
+def _first(setup: Setup, policy: Policy, longest: int, recomputed: bool) -> int:
+    """The budget asked for, or what the memory of the rank with the least of it suggests; the same on every rank."""
+    asked, device = setup.config.train.tokens_per_micro_batch, setup.world.device
+    if asked != "auto":
+        return max(asked, longest)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    shape = shape_of(policy.scorer.model.config, setup.dtype, trust_remote_code=setup.config.model.trust_remote_code)
+    per_token = shape.block_input if recomputed or shape.activations is None else shape.activations
+    tile = 2 * policy.scorer.head.chunk_rows * shape.vocabulary * 4
+    reserved = tile + shape.parameters * setup.dtype.itemsize + shape.vocabulary * shape.hidden * 4
+    return min(gather(from_free_memory(free, reserved=reserved, per_token=per_token, longest=longest)))
+
+
+def fit_budget(setup: Setup, policy: Policy, reference: Reference, say: Callable[[str], None]) -> Setup:
+    """Find the budget of the DPO stage, or take up what the run has found before; collective.
+
+    Args:
+        setup: The run; its directory exists.
+        policy: Started; may be made to recompute activations.
+        reference: Of the training pairs.
+        say: Shows a line.
+    Returns:
+        The setup with its token_budget, where memory can run out; else as it was.
+    Raises:
+        UserError: If not even the longest pair fits.
+    """
+    config, world = setup.config, setup.world
+    if not can_run_out(world.device) or deepspeed_engine.zero_stage(setup.engine_config) == 3:
+        return setup
+    model, path = policy.scorer.model, setup.run / "micro_batches.json"
+    key = {"asked": config.train.tokens_per_micro_batch, "world_size": world.world_size, "layout": policy.layout}
+    recomputed = load.recomputes_activations(model)
+    found = only_main(world, lambda: _read(path))
+    if found is None or {name: found.get(name) for name in key} != key:
+        longest = int(num_tokens(setup.train_pairs.lengths, policy.layout).max())
+        may = config.model.gradient_checkpointing is not False and not recomputed
+        recompute = (lambda: load.checkpoint_activations(model)) if may else None
+        first = _first(setup, policy, longest, recomputed)
+        budget = choose(first, longest, lambda b: _fits(setup, policy, reference, b), recompute, say)
+        found = key | {"tokens": budget, "recomputed": load.recomputes_activations(model)}
+        content = json.dumps(found)
+        only_main(world, lambda: path.write_text(content, encoding="utf-8"))
+    elif found["recomputed"] and not recomputed:
+        load.checkpoint_activations(model)
+    again = ", activations recomputed" if found["recomputed"] else ""
+    say(f"micro-batches: at most {found['tokens']:,} tokens{again} ({path.name})")
+    return replace(setup, token_budget=int(found["tokens"]))
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

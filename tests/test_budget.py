@@ -1,0 +1,133 @@
+"""Running out of memory at the start leads down one ladder on all ranks, changes no line, and is remembered.
+
+Lack of memory is played on the CPU: torch.OutOfMemoryError wherever a micro-batch has more tokens than it may.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import dpo.budget
+import train_dpo
+from dpo.budget import choose, from_free_memory
+from dpo.errors import UserError
+from dpo.runtime.tracking import read_lines
+from tests.test_stages import arguments
+
+
+@pytest.mark.parametrize(
+    ("limits", "may", "expected", "tried"),
+    [
+        ((1000, 0), True, (1000, False), [1000]),
+        ((300, 0), True, (250, False), [1000, 500, 250]),
+        ((100, 0), False, (100, False), [1000, 500, 250, 125, 100]),
+        ((99, 600), True, (500, True), [1000, 500, 250, 125, 100, 1000, 500]),
+        ((99, 99), True, None, [1000, 500, 250, 125, 100, 1000, 500, 250, 125, 100]),
+        ((99, 0), False, None, [1000, 500, 250, 125, 100]),
+    ],
+)
+def test_the_ladder_halves_down_to_the_longest_pair_then_recomputes_then_refuses(limits, may, expected, tried):
+    seen, said, recomputed = [], [], []
+
+    def fits(budget):
+        seen.append(budget)
+        return budget <= limits[len(recomputed)]
+
+    def run():
+        return choose(1000, 100, fits, (lambda: recomputed.append(1)) if may else None, said.append)
+
+    if expected is None:
+        with pytest.raises(UserError, match="out of memory with 100 tokens, the longest pair"):
+            run()
+    else:
+        assert (run(), bool(recomputed)) == expected
+    assert seen == tried
+    assert len(said) == len(tried) - 1 and all("out of memory" in line for line in said)
+
+
+def test_the_first_budget_follows_free_memory_within_bounds():
+    assert from_free_memory(10_000_000, reserved=0, per_token=1000, longest=10) == 7168
+    assert from_free_memory(10**12, reserved=0, per_token=1000, longest=10) == 65536
+    assert from_free_memory(10_000_000, reserved=9_999_999, per_token=1000, longest=700) == 700
+
+
+def lacking_above(monkeypatch, tokens, recomputed_tokens):
+    """Out of memory, in the middle of a forward pass, above so many tokens."""
+    monkeypatch.setattr(dpo.budget, "can_run_out", lambda device: True)
+    original, tried = dpo.budget.attempt, []
+
+    def attempt(setup, policy, reference):
+        tried.append(setup.token_budget)
+        layer = policy.scorer.model.model.layers[0]
+
+        def lack(module, inputs):
+            limit = recomputed_tokens if layer.gradient_checkpointing else tokens
+            if inputs[0].shape[1] > limit:
+                raise torch.OutOfMemoryError("CUDA out of memory, played")
+
+        handle = layer.register_forward_pre_hook(lack)
+        try:
+            original(setup, policy, reference)
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(dpo.budget, "attempt", attempt)
+    return tried
+
+
+SEVERAL = ["--log.samples", "0", "--train.tokens_per_micro_batch", "1600", "--optim.lr", "1e-3"]
+
+
+def lines_of(folder):
+    return [line for line in read_lines(folder / "run") if "loss" in line]
+
+
+@pytest.mark.parametrize(
+    ("limits", "in_forward", "found"), [((450, 450), "false", (400, False)), ((10, 900), "true", (800, True))]
+)
+def test_a_run_without_enough_memory_takes_smaller_micro_batches_and_has_the_same_lines(
+    limits, in_forward, found, tiny_policy, tmp_path, monkeypatch, capsys
+):
+    flags = [*SEVERAL, "--model.loss_in_forward", in_forward]
+    assert train_dpo.main(arguments(tmp_path / "plain", tiny_policy, *flags)) == 0
+    assert not (tmp_path / "plain/run/micro_batches.json").exists()
+    tried = lacking_above(monkeypatch, *limits)
+    assert train_dpo.main(arguments(tmp_path / "small", tiny_policy, *flags)) == 0
+    assert "out of memory with 1,600 tokens a micro-batch: trying 800" in capsys.readouterr().err
+    written = json.loads((tmp_path / "small/run/micro_batches.json").read_text())
+    assert (written["tokens"], written["recomputed"]) == found and tried[-1] == found[0]
+    assert (written["asked"], written["world_size"]) == (1600, 1)
+    for a, b in zip(lines_of(tmp_path / "small"), lines_of(tmp_path / "plain"), strict=True):
+        for name in ("loss", "grad_norm", "rewards/margins"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
+    tried.clear()
+    more = ["--train.max_steps", "3", "--train.epochs", "2"]
+    assert train_dpo.main(arguments(tmp_path / "small", tiny_policy, *flags, *more)) == 0
+    assert tried == []
+    assert json.loads((tmp_path / "small/run/micro_batches.json").read_text()) == written
+
+
+def test_what_one_rank_lacks_is_lacking_on_all(tiny_policy, tmp_path, monkeypatch):
+    """This rank has room; the other says that it had none with more than 500 tokens."""
+    tried = lacking_above(monkeypatch, 10**9, 10**9)
+    own = dpo.budget.gather
+    monkeypatch.setattr(dpo.budget, "gather", lambda value: [*own(value), tried[-1] > 500])
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, *SEVERAL)) == 0
+    assert tried == [1600, 800, 400]
+
+
+def test_the_trial_leaves_no_gradient_behind(tiny_policy, tmp_path, monkeypatch):
+    tried = lacking_above(monkeypatch, 10**9, 10**9)
+    attempt = dpo.budget.attempt
+
+    def watched(setup, policy, reference):
+        attempt(setup, policy, reference)
+        assert all(p.grad is None for p in policy.scorer.parameters())
+        assert not policy.engine.optimizer.averaged_gradients
+
+    monkeypatch.setattr(dpo.budget, "attempt", watched)
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, *SEVERAL)) == 0
+    assert tried == [1600]
