@@ -66,6 +66,7 @@ def contexts_of(
         return [Context(chosen_length)] * len(batches)
     assert scored is not None
     ids = [pair_id for batch in batches for pair_id in batch.pair_ids]
+    # Numbers over the patient channel: the one wait for the device that these losses add to a step.
     shares = gather((ids, torch.cat([_rows(*pair) for pair in scored]).tolist()))
     order = torch.tensor([i for share_ids, _ in shares for i in share_ids]).argsort(stable=True)
     rows = torch.tensor([row for _, share_rows in shares for row in share_rows], dtype=torch.float64)[order]  # (B, 6)

@@ -192,7 +192,7 @@ def test_an_evaluation_leaves_the_running_mean_alone_and_beta_stays_positive():
 
 EQUAL_LENGTHS = replace(POLICY, chosen_lengths=torch.ones(2), rejected_lengths=torch.ones(2))
 LIMITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "cDPO without smoothing is DPO": ({"name": "robust"}, {"name": "sigmoid"}),
+    "robust without smoothing is DPO": ({"name": "robust"}, {"name": "sigmoid"}),
     "dpop without a price is DPO": ({"name": "dpop", "dpop_lambda": 0.0}, {"name": "sigmoid"}),
     "tdpo without the KL is DPO": ({"name": "tdpo", "tdpo_alpha": 0.0}, {"name": "sigmoid"}),
     "beta_dpo that follows nothing is DPO": ({"name": "beta_dpo", "beta_dpo_alpha": 0.0}, {"name": "sigmoid"}),
