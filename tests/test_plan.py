@@ -18,6 +18,7 @@ import transformers
 
 import train_dpo
 from dpo.__main__ import main
+from dpo.config import LossConfig
 from dpo.data.loader import Loader
 from dpo.data.planner import Epochs, plan_batch
 from dpo.estimate import (
@@ -269,7 +270,7 @@ def test_the_forecast_is_the_schedule_that_the_ranks_follow(layout: str) -> None
     pairs, epochs, ranks = tiny.Pairs(tiny.pairs(30, longest=30)), Epochs(30, 12, seed=1), 2
 
     class FakeSetup:
-        config: Any = type("C", (), {"train": type("T", (), {"layout": layout})})
+        config: Any = type("C", (), {"train": type("T", (), {"layout": layout}), "loss": LossConfig()})
         train_pairs = pairs
         world = type("W", (), {"world_size": ranks})
 
