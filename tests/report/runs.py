@@ -52,7 +52,7 @@ def make_run(
     """Write a run directory: a line a step, an evaluation every tenth of the run, samples at the end."""
     run.mkdir(parents=True)
     config = Config(
-        model=ModelConfig(policy=text if "<" in text else "gpt2"), data=DataConfig(train=text),
+        model=ModelConfig(policy=text if "<" in text else "gpt2"), data=DataConfig(train=text[:200]),
         train=TrainConfig(output_dir=str(run)),
     )  # fmt: skip
     (run / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
@@ -65,13 +65,13 @@ def make_run(
             line = training_line(step, steps)
             lines.append({"step": step} | {f"eval_{k}": v for k, v in line.items() if "/" in k or k == "loss"})
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    row: dict[str, Any] = {"prompt": f"{text} prompt", "chosen": f"{text} good", "rejected": f"{text} bad"}
+    row: dict[str, Any] = {"prompt": f"{text} prompt", "chosen": f"{text} {'x' * 400}", "rejected": f"{text} bad"}
     write_pairs(run, table(0, np.zeros(pairs), np.zeros(pairs)), lambda _: row | {"origin": "row 1"})
     lengths = rng.integers(5, 200, (pairs, 2))
     chosen, rejected = rng.normal(-1, 1, pairs), rng.normal(-2, 1, pairs)
     write_pairs(run, table(steps, chosen, rejected, lengths), lambda i: row | {"origin": f"row {i + 1}"})
     answers = [
-        {"step": steps, "prompt": f"{i} {text}", "reference": f"{text} old answer", "policy": f"{text} new answer"}
+        {"step": steps, "prompt": f"{i} {text}", "reference": f"{text} old answer", "policy": f"{text} new {'y' * 400}"}
         for i in range(samples)
     ]
     (run / "samples.jsonl").write_text("".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers), "utf-8")
