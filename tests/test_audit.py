@@ -157,6 +157,9 @@ def test_rules_are_right_as_often_as_worked_by_hand(tmp_path):
         {"prompt": "abc", "chosen": "axyz", "rejected": "abx"},  # longer; 1 of 4 distinct tokens against 2 of 3
         {"prompt": "abc", "chosen": "yyyz", "rejected": "nz"},  # longer; neither
     ]
+    # 1 of 2 against 2 of 4 and 1 of 1 against 2 of 3; counted with their end tokens, 1 of 3 against 2 of 5 and a tie.
+    ends = [{"prompt": "abc", "chosen": "ax", "rejected": "abyz"}, {"prompt": "abc", "chosen": "a", "rejected": "abx"}]
+    assert overlap(prepared(tmp_path, "x.jsonl", "validation", ends).pairs) == (0.5 + 1) / 2
     one = prepared(tmp_path, "v.jsonl", "validation", rows).pairs
     assert longer(one) == {"longer_characters": 2 / 4, "longer_tokens": 3 / 4}
     assert overlap(one) == (1 + 0.5 + 0 + 0.5) / 4

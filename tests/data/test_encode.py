@@ -179,7 +179,7 @@ def test_tokens_that_merge_over_the_boundary_are_noted() -> None:
 
 
 TOOLS_AND_THOUGHTS = (
-    "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t.function.name }} {% endfor %}<|im_end|>\n{% endif %}"
+    "{{ mood }} {% if tools %}<|im_start|>system\n{% for t in tools %}{{ t.function.name }} {% endfor %}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
     "{% if m.tool_calls %}call {{ m.tool_calls[0].function.name }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -199,8 +199,8 @@ def test_a_row_brings_its_tools_and_template_arguments() -> None:
     encoder = PairEncoder(tokenizer, max_length=1000, chat_template_kwargs={"mood": "sad"})
     with_tools, without = encoder.encode_rows([row, plain])
     start = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.decode(with_tools.prompt_ids) == "<|im_start|>system\nweather <|im_end|>\n" + start
-    assert tokenizer.decode(without.prompt_ids) == start
+    assert tokenizer.decode(with_tools.prompt_ids) == "glad <|im_start|>system\nweather <|im_end|>\n" + start
+    assert tokenizer.decode(without.prompt_ids) == "sad " + start  # the setting, where the row says nothing
     # What either mood makes the template write behind the last turn is no part of the answer.
     for pair in (with_tools, without):
         assert tokenizer.decode(pair.chosen_ids) == "call weather<|im_end|>" and not pair.problems
