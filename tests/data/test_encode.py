@@ -179,7 +179,8 @@ def test_tokens_that_merge_over_the_boundary_are_noted() -> None:
 
 
 TOOLS_AND_THOUGHTS = (
-    "{{ mood }} {% if tools %}<|im_start|>system\n{% for t in tools %}{{ t.function.name }} {% endfor %}<|im_end|>\n{% endif %}"
+    "{{ mood }} {% if tools %}<|im_start|>system\n"
+    "{% for t in tools %}{{ t.function.name }} {% endfor %}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
     "{% if m.tool_calls %}call {{ m.tool_calls[0].function.name }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
