@@ -321,6 +321,10 @@ class LossConfig:
     """Temperature of discopop's blend."""
     dpop_lambda: float = 50.0
     """What dpop charges for a chosen completion that falls below the reference."""
+    odpo_alpha: float = 1.0
+    """Weight of odpo's offset; 0 is sigmoid."""
+    odpo_scale: Literal["log", "identity"] = "log"
+    """What odpo makes of a pair's margin (docs/data.md, ratings) before it is an offset."""
     simpo_gamma: float = 0.5
     """Target margin of simpo; the paper's gamma, not gamma / beta."""
     cpo_alpha: float = 1.0
@@ -354,7 +358,7 @@ class LossConfig:
             0 <= self.beta_dpo_momentum < 1,
             f"loss.beta_dpo_momentum is {self.beta_dpo_momentum}; use a number in [0, 1)",
         )
-        for key in ("f_alpha", "dpop_lambda", "simpo_gamma", "cpo_alpha", "tdpo_alpha", "beta_dpo_alpha"):
+        for key in ("f_alpha", "dpop_lambda", "odpo_alpha", "simpo_gamma", "cpo_alpha", "tdpo_alpha", "beta_dpo_alpha"):
             value = getattr(self, key)
             _require(value >= 0 and math.isfinite(value), f"loss.{key} is {value}; use a number of at least 0")
         _require(

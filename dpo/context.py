@@ -62,8 +62,10 @@ def contexts_of(
     Returns:
         One context a micro-batch.
     """
+    with_margins = "odpo" in loss.config.names
+    of_data = [{"odpo": batch.margins[:, None].to(world.device)} if with_margins else {} for batch in batches]
     if not loss.couples:
-        return [Context(chosen_length)] * len(batches)
+        return [Context(chosen_length, own) for own in of_data]
     assert scored is not None
     ids = [pair_id for batch in batches for pair_id in batch.pair_ids]
     # Numbers over the patient channel: the one wait for the device that these losses add to a step.
@@ -77,10 +79,10 @@ def contexts_of(
     before = sum(len(share_ids) for share_ids, _ in shares[: world.rank])
     places = order.argsort()[before : before + len(ids)]  # of this rank's pairs in the common order
     of_micro_batches = places.split([len(batch.pair_ids) for batch in batches])
-    return [
-        Context(chosen_length, {name: of_all[mine].float().to(world.device) for name, of_all in partners.items()})
-        for mine in of_micro_batches
+    of_others = [
+        {name: of_all[mine].float().to(world.device) for name, of_all in partners.items()} for mine in of_micro_batches
     ]
+    return [Context(chosen_length, own | given) for own, given in zip(of_data, of_others, strict=True)]
 
 
 def _rows(policy: PairLogps, reference: PairLogps) -> Tensor:

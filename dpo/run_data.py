@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from dpo.config import Config, Source
 from dpo.data.mixture import Mixture, quotas, share_lines
 from dpo.data.sources import splits_of, validation_split_of
@@ -146,4 +148,19 @@ def prepare_data(config: Config, tokenizer: Any, longest: int) -> RunData:
         notes += one.report.lines()
     if not validation:
         notes.append("no validation: data.validation is not set and data.train has no such split")
+    if "odpo" in config.loss.names:
+        for one in (*train, *validation):
+            _check_margins(one, positive=config.loss.odpo_scale == "log")
     return RunData(train, validation, tuple(taken), tuple(notes))
+
+
+def _check_margins(one: DataSet, *, positive: bool) -> None:
+    """Refuse data whose pairs do not all have the margin that the loss is a function of."""
+    margins = one.pairs.margins
+    bad = ~(margins > 0) if positive else np.isnan(margins)
+    if bad.any():
+        row = int(one.pairs.row_numbers[int(bad.argmax())])
+        raise UserError(
+            f"loss.name odpo needs a margin{' above 0' if positive else ''} for every pair and {int(bad.sum()):,} of"
+            f" {one.report.source} have none, first row {row}: give ratings (docs/data.md), or another loss"
+        )

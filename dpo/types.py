@@ -244,7 +244,8 @@ class Context:
 
     Attributes:
         chosen_length: Mean chosen completion tokens a pair, over the global batch.
-        partners: Loss -> (P, k), for losses that couple pairs: what the other pairs give to each pair.
+        partners: Loss -> (P, k), for losses that couple pairs: what the other pairs give to each pair; for odpo (P, 1)
+            what the data gives: the pair's margin.
     """
 
     chosen_length: float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +135,21 @@ def test_a_list_of_sources_that_makes_no_sense_is_one_line(train, validation, na
 )
 def test_settings_of_one_source_are_refused_beside_a_list(flag, named):
     assert named in message_of(["--model.policy", "p", "--data.train", '[{"path": "a"}]', flag, "x"])
+
+
+def test_odpo_starts_at_the_loss_of_its_margins_and_refuses_data_without(tmp_path, capsys):
+    rows = [{"prompt": f"Q{i}:", "chosen": " a" * (i + 1), "rejected": " b", "margin": i + 0.5} for i in range(7)]
+    (tmp_path / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    odpo = ["--loss.name", "odpo", "--loss.odpo_alpha", "0.7", "--train.max_steps", "1", "--reference.dtype", "fp32"]
+    rated = [{"path": str(tmp_path / "rated.jsonl")}]
+    lines = trained(tmp_path / "run", rated, rated, *odpo)
+    offsets = [0.7 * math.log(row["margin"]) for row in rows]
+    expected = sum(math.log1p(math.exp(offset)) for offset in offsets) / len(rows)
+    assert lines[1]["loss"] == pytest.approx(expected, rel=1e-5)
+    first_five = sum(math.log1p(math.exp(offset)) for offset in offsets[:5]) / 5
+    assert lines[0]["eval_loss"] == pytest.approx(first_five, rel=1e-5)
+    arguments = argv(tmp_path, [{"path": WORLD}], None, *odpo, "--train.output_dir", str(tmp_path / "none"))
+    assert train_dpo.main(arguments) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "loss.name odpo needs a margin above 0 for every pair and 12 of builtin:world [train] have none" in line
+    assert not (tmp_path / "none").exists()

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 LossName = Literal[
     "sigmoid", "robust", "hinge", "ipo", "ipo_sum", "sigmoid_norm", "exo_pair", "nca_pair", "bco_pair", "sppo_hard",
-    "apo_zero", "apo_down", "discopop", "dpop", "sampo", "tdpo", "aot", "aot_unpaired", "beta_dpo", "sft", "simpo",
-    "orpo", "cpo",
+    "apo_zero", "apo_down", "discopop", "dpop", "odpo", "sampo", "tdpo", "aot", "aot_unpaired", "beta_dpo", "sft",
+    "simpo", "orpo", "cpo",
 ]  # fmt: skip
 
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
@@ -63,6 +63,7 @@ LOSSES: dict[LossName, Facts] = {
     "apo_down": Facts("TRL", _EACH),
     "discopop": Facts("TRL", ("discopop_tau", *_DELTA)),
     "dpop": Facts("none", ("dpop_lambda", "wpo", "ld_alpha")),
+    "odpo": Facts("none", ("odpo_alpha", "odpo_scale", *_DELTA)),
     "sampo": Facts("none", whole_logps=True),
     "tdpo": Facts("none", ("tdpo_alpha",), whole_logps=True),
     "aot": Facts("TRL, within a micro-batch", ("label_smoothing", "ld_alpha"), couples=True),

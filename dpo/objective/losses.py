@@ -184,6 +184,21 @@ def dpop(chosen: Tensor, rejected: Tensor, beta: float, penalty: float = 50.0) -
     return -logsigmoid(beta * (chosen - rejected - penalty * torch.relu(-chosen)))
 
 
+def odpo(
+    chosen: Tensor, rejected: Tensor, margins: Tensor, beta: float, alpha: float = 1.0, scale: str = "log"
+) -> Tensor:
+    """DPO with an offset (ODPO): better by more must be further apart. m is the margin that the data gives the pair,
+    alpha is loss.odpo_alpha, f is the logarithm or, with loss.odpo_scale identity, m itself.
+
+    loss = -logsigmoid(beta delta - alpha f(m))
+
+    Source:
+        Amini et al. 2024, arXiv:2402.10571
+    """
+    offsets = alpha * (margins.log() if scale == "log" else margins)
+    return -logsigmoid(beta * (chosen - rejected) - offsets)
+
+
 def sampo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
     """SamPO: DPO on as many tokens of the longer completion as the shorter one has, drawn anew at every step.
 

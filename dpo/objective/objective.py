@@ -63,6 +63,9 @@ TERMS: dict[LossName, Callable[[Inputs, LossConfig], Tensor]] = {
     "apo_down": lambda x, o: losses.apo_down(x.chosen, x.rejected, o.beta),
     "discopop": lambda x, o: losses.discopop(x.chosen, x.rejected, o.beta, o.discopop_tau),
     "dpop": lambda x, o: losses.dpop(x.chosen, x.rejected, o.beta, o.dpop_lambda),
+    "odpo": lambda x, o: losses.odpo(
+        x.chosen, x.rejected, x.context.partners["odpo"][:, 0], o.beta, o.odpo_alpha, o.odpo_scale
+    ),
     "sampo": lambda x, o: losses.sampo(x.chosen, x.rejected, o.beta),
     "tdpo": _tdpo,
     "aot": lambda x, o: coupled.aot(

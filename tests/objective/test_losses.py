@@ -32,6 +32,7 @@ def logps(chosen: list[float], rejected: list[float], **more: Any) -> PairLogps:
 # the reference.
 KLS = torch.tensor([[0.5, 2.0], [3.0, 1.0]], dtype=torch.float64)
 CERTAINTIES = torch.tensor([[-0.5, 0.25], [-1.0, 0.75]], dtype=torch.float64)
+MARGINS = torch.tensor([[4.0], [0.5]], dtype=torch.float64)
 POLICY = logps([-4.0, -9.0], [-8.0, -2.5], kls=KLS, certainties=CERTAINTIES)
 REFERENCE = logps([-6.0, -8.0], [-5.0, -3.0])
 
@@ -45,6 +46,8 @@ def compute(
         reference = logps([0.0, 0.0], [0.0, 0.0])
     with torch.no_grad():
         partners = objective.couple(policy, reference, is_step=True)
+    if "odpo" in objective.config.names:
+        partners["odpo"] = MARGINS
     return objective(policy, reference, Context(MEAN_LENGTH, partners))
 
 
@@ -80,6 +83,9 @@ BY_HAND: dict[str, tuple[dict[str, Any], list[float]]] = {
     "apo_down": ({}, [sigma(0.2) + 1 - sigma(0.5), sigma(-0.1) + 1 - sigma(-0.15)]),
     "discopop": ({"discopop_tau": 0.5}, [
         (1 - sigma(m / 0.5)) * softplus(-m) + sigma(m / 0.5) * math.exp(-m) for m in (0.5, -0.15)]),
+    "odpo": ({"odpo_alpha": 0.5}, [softplus(0.5 * math.log(4) - 0.5), softplus(0.15 - 0.5 * math.log(2))]),
+    "odpo, margins as they are": ({"name": "odpo", "odpo_alpha": 0.5, "odpo_scale": "identity"},
+                                  [softplus(2 - 0.5), softplus(0.15 + 0.25)]),
     "dpop": ({"dpop_lambda": 10.0}, [softplus(-0.5), softplus(0.1 * (1.5 + 10))]),
     "sampo": ({}, [softplus(-0.5), softplus(0.15)]),
     "tdpo": ({"tdpo_alpha": 0.5}, [softplus(-0.1 * (5 - 0.5 * 2.5)), softplus(0.1 * (1.5 - 0.5 * 1))]),
@@ -193,6 +199,7 @@ def test_an_evaluation_leaves_the_running_mean_alone_and_beta_stays_positive():
 EQUAL_LENGTHS = replace(POLICY, chosen_lengths=torch.ones(2), rejected_lengths=torch.ones(2))
 LIMITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "robust without smoothing is DPO": ({"name": "robust"}, {"name": "sigmoid"}),
+    "odpo without an offset is DPO": ({"name": "odpo", "odpo_alpha": 0.0}, {"name": "sigmoid"}),
     "dpop without a price is DPO": ({"name": "dpop", "dpop_lambda": 0.0}, {"name": "sigmoid"}),
     "tdpo without the KL is DPO": ({"name": "tdpo", "tdpo_alpha": 0.0}, {"name": "sigmoid"}),
     "beta_dpo that follows nothing is DPO": ({"name": "beta_dpo", "beta_dpo_alpha": 0.0}, {"name": "sigmoid"}),
