@@ -5,6 +5,7 @@ Legend: P, C, R tokens of prompt, chosen and rejected completion; N parameters; 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,6 +45,19 @@ GPUS = {
     "b200": Gpu(2250, 178, 900),
 }
 """NVIDIA's data sheets, SXM versions where there are two; PCIe cards with what their bus carries in practice."""
+
+
+def peak_tflops(device_name: str, precision: str) -> float | None:
+    """Dense 16-bit peak of a device, by the name that CUDA gives it.
+
+    Returns:
+        1e12 operations a second; None in fp32, for devices that are not in GPUS, and for PCIe and NVL versions of the
+        H100 and H200, which are slower than the table's.
+    """
+    words = re.split("[^A-Z0-9]+", device_name.upper())
+    if precision == "fp32" or ({"H100", "H200"} & set(words) and {"PCIE", "NVL"} & set(words)):
+        return None
+    return next((gpu.tflops for name, gpu in GPUS.items() if name.upper() in words), None)
 
 
 @dataclass(frozen=True, kw_only=True)

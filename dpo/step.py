@@ -14,7 +14,9 @@ from torch import Tensor
 from dpo.context import contexts_of, look_ahead
 from dpo.data.loader import StepBatches
 from dpo.errors import UserError
+from dpo.estimate import peak_tflops, useful_flops
 from dpo.model.forward import halves
+from dpo.model.shape import Shape, shape_of
 from dpo.objective.metrics import averages, sums
 from dpo.objective.objective import Objective
 from dpo.policy import FrozenReference, Policy
@@ -32,24 +34,31 @@ class Meter:
         totals: (10,) fp64 on the device: metric sums and pairs, tokens of the forward passes, padding among them.
         pairs, tokens: Over all ranks.
         seconds: Of training alone: evaluations and checkpoints are not counted.
+        flops: Operations that the pairs need, over all ranks; see `estimate.useful_flops`.
+        shape: Sizes of the policy, where the peak is known.
+        peak_tflops: Of all ranks together, 1e12 operations a second; None where it is not known.
     """
 
     totals: torch.Tensor
     pairs: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    flops: float = 0.0
+    shape: Shape | None = None
+    peak_tflops: float | None = None
     grad_norm: float | None = field(default=None)
 
     def carried(self) -> tuple[float, ...]:
         """What a checkpoint must hold for the next line to be whole: empty right after a line; collective."""
         if self.pairs == 0:
             return ()
-        return (*distributed.sum_over_ranks(self.totals.clone()).tolist(), self.pairs, self.tokens, self.seconds)
+        return (*distributed.sum_over_ranks(self.totals.clone()).tolist(), self.pairs, self.tokens, self.seconds,
+                self.flops)
 
     def take_up(self, carried: tuple[float, ...], is_main: bool) -> None:
         """Go on from what a checkpoint held; rank 0 carries the sums of all."""
         if carried:
-            *totals, pairs, tokens, self.seconds = carried
+            *totals, pairs, tokens, self.seconds, self.flops = carried
             self.pairs, self.tokens = int(pairs), int(tokens)
             if is_main:
                 self.totals += self.totals.new_tensor(totals)
@@ -65,10 +74,25 @@ class Meter:
             "perf/padding_fraction": padding / forward_tokens,
             "perf/peak_memory_gib": _peak_memory_gib(device),
         }
+        if self.peak_tflops is not None:
+            values["perf/mfu"] = self.flops / self.seconds / (self.peak_tflops * 1e12)
+            values["perf/peak_tflops"] = self.peak_tflops
         self.totals.zero_()
+        self.flops = 0.0
         self.pairs = self.tokens = 0
         self.seconds = 0.0
         return values
+
+
+def meter_for(setup: Setup, policy: Policy) -> Meter:
+    """An empty meter, which knows the peak of the ranks' devices where it is known."""
+    device, config = setup.world.device, policy.scorer.model.config
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak, totals = peak_tflops(name, setup.precision), torch.zeros(10, dtype=torch.float64, device=device)
+    if peak is None:
+        return Meter(totals)
+    shape = shape_of(config, setup.dtype, trust_remote_code=setup.config.model.trust_remote_code)
+    return Meter(totals, shape=shape, peak_tflops=peak * setup.world.world_size)
 
 
 def _peak_memory_gib(device: torch.device) -> float:
@@ -153,6 +177,9 @@ def take_step(
     meter.grad_norm = deepspeed_engine.step(policy.engine, lr)
     meter.pairs += work.num_pairs
     meter.tokens += work.num_tokens
+    if (shape := meter.shape) is not None:
+        lengths, head = setup.train_pairs.lengths[setup.epochs.batch(work.step)], shape.hidden * shape.vocabulary
+        meter.flops += useful_flops(lengths, body=shape.body, head=head, attention_width=shape.attention_width)
     meter.seconds += time.perf_counter() - started
 
 

@@ -14,8 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dpo.audit import audit_run
 from dpo.budget import fit_budget
 from dpo.commandline import Command
@@ -39,7 +37,7 @@ from dpo.runtime.tracking import Recorder, Silent, Tracker, keep_lines
 from dpo.setup import Setup, prepare
 from dpo.sft import run_sft
 from dpo.start import check_start
-from dpo.step import Meter, take_step
+from dpo.step import meter_for, take_step
 from dpo.sync import move_reference, restore_reference, save_reference
 
 
@@ -173,7 +171,7 @@ def _train_dpo(
     if state.step == 0:
         check_start(setup, policy, reference, loss, loader[0], tracker)
         evaluate_after(0)
-    meter = Meter(torch.zeros(10, dtype=torch.float64, device=world.device))
+    meter = meter_for(setup, policy)
     meter.take_up(state.unlogged, world.is_main)
     for work in loader.steps(state.step, total):
         lr = learning_rate(

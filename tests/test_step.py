@@ -10,6 +10,7 @@ import dpo.model.forward
 import dpo.step
 import dpo.train
 import train_dpo
+from dpo.estimate import peak_tflops
 from dpo.runtime.tracking import read_lines
 from tests.test_stages import arguments
 
@@ -101,3 +102,36 @@ def test_the_gradient_is_taken_in_forward_where_the_loss_allows_and_changes_no_l
     for a, b in zip(*lines, strict=True):
         for name in ("loss", "grad_norm", "rewards/margins", "logps/chosen"):
             assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989), ("NVIDIA A100-SXM4-80GB", "fp16", 312), ("Tesla T4", "fp16", 65),
+        ("NVIDIA L40S", "bf16", 362), ("NVIDIA H100 PCIe", "bf16", None), ("NVIDIA GH200 480GB", "bf16", None),
+        ("NVIDIA H100 80GB HBM3", "fp32", None), ("", "bf16", None),
+    ],
+)  # fmt: skip
+def test_the_peak_is_told_by_the_devices_name_or_not_at_all(name, precision, peak):
+    assert peak_tflops(name, precision) == peak
+
+
+def test_mfu_is_the_operations_of_the_formula_over_time_and_the_peak_beside_it(tiny_policy, tmp_path, monkeypatch):
+    flags = ["--log.samples", "0", "--log.every", "2"]
+    assert train_dpo.main(arguments(tmp_path / "unknown", tiny_policy, *flags)) == 0
+    assert not [k for line in read_lines(tmp_path / "unknown/run") for k in line if "mfu" in k or "peak_tflops" in k]
+    lengths = []
+    monkeypatch.setattr(dpo.step, "peak_tflops", lambda name, precision: 2.0)
+    original = dpo.step.useful_flops
+    monkeypatch.setattr(dpo.step, "useful_flops", lambda x, **sizes: lengths.append((x, sizes)) or original(x, **sizes))
+    assert train_dpo.main(arguments(tmp_path / "known", tiny_policy, *flags)) == 0
+    (line,) = [line for line in read_lines(tmp_path / "known/run") if "loss" in line]
+    assert line["perf/peak_tflops"] == 2.0
+    total = 0.0
+    for pairs, sizes in lengths:
+        for p, c, r in pairs.tolist():
+            products = sum(range(1, p + c + 1)) + sum(range(p + 1, p + r + 1))
+            total += 6 * sizes["body"] * (p + c + r) + 6 * sizes["head"] * (c + r)
+            total += 12 * sizes["attention_width"] * products
+    seconds = 16 / line["perf/pairs_per_second"]
+    assert line["perf/mfu"] == pytest.approx(total / seconds / 2e12, rel=1e-9)

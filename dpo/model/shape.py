@@ -5,6 +5,7 @@ Nothing is allocated, so the sizes of any model are known on any machine. Legend
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -117,6 +118,8 @@ def shape_of(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False
     Raises:
         UserError: If it is no causal language model.
     """
+    config = copy.deepcopy(config)  # a model keeps its config and sets its attention there
+    config._attn_implementation = None
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
