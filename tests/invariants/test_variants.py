@@ -153,3 +153,12 @@ def test_a_checkpoint_without_the_moving_reference_is_refused(tiny_policy, tmp_p
     (tmp_path / "run/checkpoints/step-000002/reference.safetensors").unlink()
     assert train_dpo.main([*argv, "--train.max_steps", "3"]) == 2
     assert "holds no reference.safetensors, the moving reference" in capsys.readouterr().err
+
+
+def test_samples_after_a_move_are_answers_of_the_reference_that_moved(tiny_policy, tmp_path):
+    argv = [*common(tmp_path, tiny_policy), "--reference.sync_steps", "2", "--reference.sync_alpha", "1"]
+    argv += ["--log.sample_every", "1", "--log.samples", "4", "--log.sample_tokens", "8", "--optim.lr", "1e-2"]
+    assert train_dpo.main([*argv, "--train.max_steps", "2", "--train.output_dir", str(tmp_path / "run")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    same = {step: [r["reference"] == r["policy"] for r in rows if r["step"] == step] for step in (1, 2)}
+    assert not all(same[1]) and len(same[2]) == 4 and all(same[2])  # alpha 1: the reference is the policy
