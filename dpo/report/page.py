@@ -55,7 +55,7 @@ def write_report(runs: Sequence[Path], output: Path, *, running: bool = False) -
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"show": panels.show, "cut": cut, "plain": plain}
+    environment.filters |= {"show": panels.show, "cut": cut, "plain": plain, "is_table": is_table}
     values = {
         "title": " and ".join(content.name for content in contents) if len(contents) < 3 else f"{len(contents)} runs",
         "written": time.strftime("%Y-%m-%d %H:%M %Z"),
@@ -147,6 +147,17 @@ def plain(text: Any) -> str:
     if isinstance(text, list) and all(isinstance(m, dict) and "content" in m for m in text):
         return "\n\n".join(f"{m.get('role', '')}: {m['content']}" for m in text)
     return json.dumps(text, ensure_ascii=False, indent=1)
+
+
+def is_table(rows: Any) -> bool:
+    """Whether a list holds objects of the same names and of plain values, or lists of these."""
+
+    def flat(item: Any) -> bool:
+        return not isinstance(item, dict) and (not isinstance(item, list) or not any(isinstance(i, dict) for i in item))
+
+    if not rows or not all(isinstance(row, dict) and all(map(flat, row.values())) for row in rows):
+        return False
+    return all(row.keys() == rows[0].keys() for row in rows)
 
 
 def _of_one(run: Content) -> dict[str, Any]:

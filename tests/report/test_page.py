@@ -140,6 +140,19 @@ def test_the_panels_say_what_the_pairs_say(long_run: Path, open_page: Open) -> N
     assert "Length bias." not in text and "24 of 64" in text
 
 
+def test_the_audit_of_the_data_is_shown(tmp_path: Path, open_page: Open) -> None:
+    run = make_run(tmp_path / "run", steps=2, pairs=2, samples=1)
+    findings = [{"kind": "ties", "count": 3, "rows": [1, 2]}, {"kind": "repeats", "count": 0, "rows": []}]
+    audit = {"version": 1, "sets": [{"name": "train", "lengths": {"mean": 2.5}, "findings": findings}]}
+    (run / "audit.json").write_text(json.dumps(audit))
+    write_report([run], run / "report.html")
+    page = open_page(run / "report.html")
+    shown = page.evaluate("() => document.body.innerText")
+    assert "kind count rows ties 3 1, 2 repeats 0" in " ".join(shown.split()) and "2.5000" in shown
+    wide = open_page(run / "report.html", viewport={"width": 390, "height": 844})
+    assert wide.evaluate("() => document.documentElement.scrollWidth") <= 390
+
+
 def test_a_crashed_run_is_reported_and_called_so(tmp_path: Path, open_page: Open, capsys: Any) -> None:
     run = make_run(tmp_path / "crashed", steps=50, pairs=30, finished=False)
     with open(run / "metrics.jsonl", "a") as metrics:
