@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node N tests/invariants/run_losses.py CASES.json OUT.json
 
-CASES.json: name -> {"loss": the loss section, "layout", "micro_batches", maybe "stage" (of ZeRO), "steps", "shuffle"}.
+CASES.json: name -> {"loss": the loss section, "layout", "micro_batches", maybe "stage" (of ZeRO), "steps", "shuffle",
+"loss_in_forward"}.
 OUT.json: name -> the lines of three steps and of the evaluation after them, as rank 0 logs them. Models, pairs and
 steps are those of a run: only the reading of files is left out.
 """
@@ -49,7 +50,8 @@ def setup_of(case: dict[str, Any], world: World, pairs: tiny.Pairs) -> Setup:
     a_rank = -(-PAIRS_A_STEP // world.world_size)
     optim = OptimConfig(lr=LR, schedule="constant", warmup_steps=0)
     config = Config(
-        model=ModelConfig(policy="tiny"), data=DataConfig(train="pairs", shuffle=case.get("shuffle", True)),
+        model=ModelConfig(policy="tiny", loss_in_forward=case.get("loss_in_forward", False)),
+        data=DataConfig(train="pairs", shuffle=case.get("shuffle", True)),
         loss=LossConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in case["loss"].items()}),
         optim=optim, log=LogConfig(samples=0),
         train=TrainConfig(

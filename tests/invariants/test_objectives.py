@@ -62,6 +62,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
                 "loss": OBJECTIVES[objective], "layout": "shared", "micro_batches": 2, "stage": 3
             }
             for objective in SHARDED if ranks == 2
+        } | {
+            f"{objective}, in forward": {
+                "loss": loss, "layout": "shared", "micro_batches": 3, "loss_in_forward": True
+            }
+            for objective, loss in OBJECTIVES.items() if ranks == 1
         }  # fmt: skip
         results |= steps_of_all(folder, ranks, cases)
     return results
@@ -86,6 +91,11 @@ def test_a_loss_is_the_same_in_every_layout_on_every_number_of_ranks_and_micro_b
 @pytest.mark.parametrize("objective", SHARDED)
 def test_a_loss_is_the_same_under_zero_3(found, objective):
     assert_same_steps(found[f"{objective}, 2 ranks, ZeRO-3"], found[name_of(objective, 1, "shared", 1)])
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_loss_is_the_same_with_its_gradient_taken_in_the_forward_pass(found, objective):
+    assert_same_steps(found[f"{objective}, in forward"], found[name_of(objective, 1, "shared", 1)])
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
