@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ if __name__ == "__main__":
     here = distributed.start()
     model = tiny.model("llama", dtype=torch.float32)
     dpo.policy.load_weights = lambda *_, **__: copy.deepcopy(model)  # type: ignore[assignment]
-    data = tiny.Pairs(tiny.pairs(PAIRS_A_STEP * 2, longest=9))
+    data = tiny.Pairs([replace(p, margin=0.5 + p.pair_id % 4) for p in tiny.pairs(PAIRS_A_STEP * 2, longest=9)])
     results = {name: run(case, here, data) for name, case in json.loads(Path(sys.argv[1]).read_text()).items()}
     if here.is_main:
         Path(sys.argv[2]).write_text(json.dumps(results))
