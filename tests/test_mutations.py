@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import huggingface_hub
@@ -83,9 +84,23 @@ def test_what_is_no_whole_gzip_file_of_rows_is_refused_by_name(
     assert "d.jsonl.gz" in capsys.readouterr().out
 
 
-def test_a_row_of_ten_megabytes_is_cut_like_any_other(policy: Path, tmp_path: Path) -> None:
-    rows = [plain_row(0), plain_row(1) | {"prompt": "word " * 2_000_000}]
-    assert in_process(one_file("d.jsonl", lines_of(rows)), policy, tmp_path, limit=120) == ("works", None)
+TEN_MEGABYTES = "word " * 2_000_000
+
+
+@pytest.mark.parametrize(("more", "result"), [
+    ({"notes": TEN_MEGABYTES}, "works"), ({"chosen": [TEN_MEGABYTES]}, "refused"), ({TEN_MEGABYTES: 1}, "works"),
+    ({"prompt": TEN_MEGABYTES[:500_000]}, "works"),  # every character is a token here: the rest would take a minute
+])  # fmt: skip
+def test_a_row_of_ten_megabytes_is_like_any_other(
+    more: dict[str, Any], result: str, policy: Path, tmp_path: Path
+) -> None:
+    rows = [plain_row(0), plain_row(1) | more]
+    assert in_process(one_file("d.jsonl", lines_of(rows)), policy, tmp_path, limit=120) == (result, None)
+
+
+def test_half_a_row_of_ten_megabytes_is_named_in_a_short_line(policy: Path, tmp_path: Path) -> None:
+    content = lines_of([plain_row(0), plain_row(1) | {"prompt": TEN_MEGABYTES}])[:-9]
+    assert in_process(one_file("d.jsonl", content), policy, tmp_path, limit=120) == ("refused", None)
 
 
 def test_a_bad_file_leaves_nothing_that_a_corrected_one_would_meet(policy: Path, tmp_path: Path) -> None:

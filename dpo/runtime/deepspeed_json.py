@@ -95,9 +95,21 @@ def check_keys(config: dict[str, Any], name: str) -> None:
         wanted = KEYS[key]
         if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
             raise UserError(f"{name}: {key} is {json.dumps(value)}; it must be {_WORDS[wanted]}, or leave it out")
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
-        raise UserError(f"{name}: zero_optimization.stage is {json.dumps(stage)}; use 1, 2 or 3")
+    _check_zero(config.get("zero_optimization", {}), name)
     for key, value in config.get("data_types", {}).items():
         if key.endswith("dtype") and value not in DTYPES:
             raise UserError(f"{name}: data_types.{key} is {json.dumps(value)}; use {' or '.join(DTYPES)}")
+
+
+def _check_zero(zero: dict[str, Any], name: str) -> None:
+    """What DeepSpeed asserts only when the engine starts."""
+    stage = zero.get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise UserError(f"{name}: zero_optimization.stage is {json.dumps(stage)}; use 1, 2 or 3")
+    bucket = zero.get("allgather_bucket_size", 0)
+    if isinstance(bucket, int) and bucket % 2:
+        raise UserError(f"{name}: zero_optimization.allgather_bucket_size is {bucket}; use an even number")
+    for key in ("offload_optimizer", "offload_param"):
+        part = zero.get(key)
+        if isinstance(part, dict) and part.get("device") == "nvme" and not part.get("nvme_path"):
+            raise UserError(f"{name}: zero_optimization.{key} is on nvme without a path; name a folder by nvme_path")
