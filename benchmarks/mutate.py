@@ -202,6 +202,9 @@ def main() -> int:
         @hypothesis.given(cases)
         def receive(case: Case) -> None:
             nonlocal shell_left, slowest
+            done = sum(counts.values())
+            if done and not done % 1000:
+                print(f"{done} of {options.count}", file=sys.__stderr__, flush=True)
             runs = [("in process", functools.partial(in_process, show=options.show))]
             if shell_left > 0 and for_a_shell(case):
                 shell_left -= 1

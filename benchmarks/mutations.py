@@ -102,9 +102,9 @@ def mutated(base: Any, paths: Sequence[tuple[Any, ...]], changes: st.SearchStrat
                 continue
             how = draw(st.sampled_from(["value", "value", "value", "value", "remove", "rename", "add"]))
             if how == "value":
-                holder[key] = draw(changes)
+                holder[key] = copy.deepcopy(draw(changes))  # sampled values are shared
             elif how == "add":
-                holder[draw(texts)] = draw(changes)
+                holder[draw(texts)] = copy.deepcopy(draw(changes))
             elif key in holder:
                 value = holder.pop(key)
                 if how == "rename":

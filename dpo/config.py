@@ -94,6 +94,8 @@ class ModelConfig:
     """Hub id or folder of the tokenizer; default: the policy's own."""
     revision: str | None = None
     """Branch, tag or commit of the policy on the hub; pin it to make a run repeatable."""
+    tokenizer_revision: str | None = None
+    """The same of a hub tokenizer that model.tokenizer names."""
     attention: Literal["auto", "varlen", "flash", "flex", "sdpa"] = "auto"
     """Kernel behind packed and prefix-shared attention. auto: the fastest that passes its self-test, sdpa on a CPU."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
@@ -128,6 +130,8 @@ class ReferenceConfig:
     none: there is none, as for every loss that needs none, whatever is set here."""
     path: str | None = None
     """Another model as reference, hub id or folder, with the policy's tokenizer; default: the policy as it starts."""
+    revision: str | None = None
+    """Branch, tag or commit of reference.path on the hub."""
     dtype: Literal["auto", "fp16", "bf16", "fp32", "policy"] = "auto"
     """auto: the policy's on a CPU, under ZeRO-3 and if cached, else fp16 on a GPU."""
     cache_dir: str | None = None

@@ -16,6 +16,7 @@ from dpo.commandline import Command
 from dpo.context import contexts_of, look_ahead
 from dpo.data.loader import Loader
 from dpo.data.planner import num_tokens
+from dpo.errors import printable
 from dpo.estimate import memory
 from dpo.forecast import Rows, forecast, prepare_for
 from dpo.objective.objective import Objective
@@ -106,7 +107,7 @@ def show_forecast(command: Command) -> None:
     setup = prepare_for(command)
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     for note in setup.notes:
-        console.print(note, markup=False)
+        console.print(printable(note), markup=False)
     for title, rows in {"Run": _lines(setup, command), **forecast(setup, command.options)}.items():
         _print(console, title, rows)
 
@@ -128,7 +129,7 @@ def show_plan(
         return
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     for note in setup.notes + tuple(policy.notes if policy else ()):
-        console.print(note, markup=False)
+        console.print(printable(note), markup=False)
     _print(console, "Plan" if policy else "Prepared", rows)
     if policy is None:
         console.print(

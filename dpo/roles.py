@@ -107,14 +107,16 @@ def check_reference_path(config: Config, tokenizer: Any, longest: int) -> None:
     if path is None:
         return
     ours = tokenizer.get_vocab()
-    theirs = load.load_tokenizer(adapters.tokenizer_of(path), trust_remote_code=trust).get_vocab()
+    theirs = load.load_tokenizer(
+        adapters.tokenizer_of(path), revision=config.reference.revision, trust_remote_code=trust
+    ).get_vocab()
     wrong = next((token for token in ours if theirs.get(token) != ours[token]), None)
     if wrong is not None:
         raise UserError(
             f"reference.path {path} has another tokenizer than the policy: {wrong!r} is {theirs.get(wrong)} there and"
             f" {ours[wrong]} here; name a model with the policy's tokenizer"
         )
-    base, revision = adapters.base_of(path)
+    base, revision = adapters.base_of(path, config.reference.revision)
     other = load.load_config(base, revision=revision, trust_remote_code=trust)
     context, vocabulary = load.context_length(other), other.get_text_config().vocab_size
     if context is not None and context < longest:

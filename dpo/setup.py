@@ -182,9 +182,9 @@ def model_and_tokenizer(config: Config) -> tuple[Any, Any]:
     assert model.policy is not None
     base, revision = adapters.base_of(model.policy, model.revision)
     model_config = load.load_config(base, revision=revision, trust_remote_code=trust)
-    own = model.tokenizer is None
     tokenizer = load.load_tokenizer(
-        model.tokenizer or adapters.tokenizer_of(model.policy), revision=revision if own else None,
+        model.tokenizer or adapters.tokenizer_of(model.policy),
+        revision=revision if model.tokenizer is None else model.tokenizer_revision,
         trust_remote_code=trust,
     )
     if model.chat_template is not None:
@@ -231,6 +231,9 @@ def prepare(config: Config, world: World, deepspeed_json: str | None, *, for_els
         zero = engine_config.get("zero_optimization", {})
         roles.check_roles(config, zero, world.device, for_elsewhere=for_elsewhere)
         model_config, tokenizer = model_and_tokenizer(config)
+        if not for_elsewhere:
+            for path in filter(None, (config.model.policy, config.reference.path)):
+                load.check_weights(adapters.base_of(path)[0])
         longest = _longest(config, model_config)
         roles.check_reference_path(config, tokenizer, longest)
         data = prepare_data(config, tokenizer, longest)

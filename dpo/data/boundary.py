@@ -10,6 +10,7 @@ writes after it is cut.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -62,11 +63,11 @@ def read_chat_template(value: str) -> str:
     if "{{" in value or "{%" in value:
         return value
     try:
-        file = Path(value).expanduser()
+        file = Path(os.path.expanduser(value))
         if not file.is_file():  # a device would be read for ever
             raise FileNotFoundError(value)
         return file.read_text(encoding="utf-8")
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~nobody
+    except (OSError, ValueError) as error:
         raise UserError(
             f"model.chat_template '{value}': neither template text nor a readable file; give one of them"
         ) from error

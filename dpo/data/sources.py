@@ -7,6 +7,7 @@ handed on as mappings in file order, unchecked; `formats.py` gives them meaning.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 
 import datasets
 import pyarrow
+from datasets.features.features import require_decoding
 
 from dpo.data import example
 from dpo.data.files import FILE_SUFFIXES, first_line, read_files, split_files, stream_files
@@ -167,13 +169,13 @@ def _load(
     if path.startswith("builtin:"):
         return example.rows(_pick_split(path, split, _builtin_splits(path)))[:limit]
     if not _is_local(path):
-        return _take(_load_hub(path, subset, data_dir, revision, split), limit)
+        return _take(_without_files(_load_hub(path, subset, data_dir, revision, split)), limit)
     source = _local_path(path, subset, data_dir)
     if source.is_dir() and _is_saved(source):
         saved = _load_saved(source)
         if isinstance(saved, datasets.DatasetDict):
             saved = saved[_pick_split(path, split, [str(key) for key in saved])]
-        return _take(saved, limit)
+        return _take(_without_files(saved), limit)
     return _from_files(_files_of(source, path, split), limit)
 
 
@@ -250,7 +252,13 @@ def _stream_hub(
     opened = datasets.load_dataset(
         path, name=subset, data_dir=data_dir, revision=revision, split=split or "train", streaming=True
     )
-    return iter(opened)
+    return iter(_without_files(opened))
+
+
+def _without_files(rows: Any) -> Any:
+    """Leave out columns of images, sounds and the like: reading one would open whatever path or address a row names."""
+    names = [name for name, feature in (rows.features or {}).items() if require_decoding(feature)]
+    return rows.remove_columns(names) if names else rows
 
 
 def _hub_splits(path: str, subset: str | None, data_dir: str | None, revision: str | None) -> list[str]:
@@ -266,7 +274,7 @@ def _hub_splits(path: str, subset: str | None, data_dir: str | None, revision: s
 
 
 def _local_path(path: str, subset: str | None, data_dir: str | None) -> Path:
-    source = Path(path).expanduser()
+    source = Path(os.path.expanduser(path))
     if subset is not None:
         raise UserError(f"data.subset '{subset}': {path} is a local path; subsets are of hub data sets, leave it out")
     if data_dir is not None:

@@ -193,11 +193,11 @@ def cache_folder(cache_dir: str | Path | None) -> Path:
     if cache_dir is None:
         cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dpo" / "tokenized"
     try:
-        folder = Path(cache_dir).expanduser()
+        folder = Path(os.path.expanduser(cache_dir))
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: ~nobody
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot make the cache folder {cache_dir}: {reason}; set data.cache_dir") from error
+    except OSError as error:
+        what = f"cannot make the cache folder {cache_dir}: {error.strerror or error}"
+        raise UserError(f"{what}; set data.cache_dir") from error
     if not os.access(folder, os.W_OK):
         raise UserError(f"the cache folder {folder} cannot be written to; set data.cache_dir")
     return folder

@@ -128,7 +128,7 @@ def _opened(place: dict[str, Any], form: str) -> tuple[Iterator[Any], str]:
     rows = stream_source(**place)
     first = list(islice(rows, DETECTION_ROWS))
     if not first:
-        raise UserError(f"{place['path']}: has no rows")
+        raise UserError(f"{place['path']}: has no rows; name another source or split")
     return chain(first, rows), detect_format(first, str(place["path"])) if form == "auto" else form
 
 

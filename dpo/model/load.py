@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -23,6 +25,7 @@ from transformers import (
 from transformers.activations import NewGELUActivation
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import load_state_dict
 from transformers.utils.logging import disable_progress_bar
 
 from dpo.errors import UserError
@@ -32,9 +35,14 @@ BUILTIN = "builtin:tiny"
 
 
 def _explain(what: str, path: str, error: Exception) -> UserError:
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()) or type(error).__name__
+    if "trust_remote_code" in text:
+        return UserError(
+            f"{what} {path}: brings code of its own, which is not run unasked; read it, pin it by model.revision, and"
+            f" give --model.trust_remote_code true"
+        )
     if Path(path).exists():
-        return UserError(f"{what} {path}: cannot be loaded: {text[:300]}")
+        return UserError(f"{what} {path}: cannot be loaded: {text[:300]}; mend the folder, or name another")
     if "local" in path or path.startswith((".", "/", "~")):
         return UserError(f"{what} {path}: no such folder")
     return UserError(
@@ -55,7 +63,7 @@ def load_tokenizer(
         return example.build_tokenizer()
     try:
         return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers raises no narrower class for a broken file
         raise _explain("tokenizer", path, error) from None
 
 
@@ -69,7 +77,7 @@ def load_config(path: str, *, revision: str | None = None, trust_remote_code: bo
         return example.build_model(0).config
     try:
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # each architecture's own code reads the values, and checks few of them
         raise _explain("model.policy", path, error) from None
 
 
@@ -88,6 +96,28 @@ def fetch_weights(path: str, *, revision: str | None = None) -> None:
             snapshot_download(path, revision=revision, allow_patterns=["*.bin"])
     except (OSError, ValueError) as error:
         raise _explain("model.policy", path, error) from None
+
+
+def check_weights(path: str) -> None:
+    """Refuse a local folder whose weights cannot be read, before a run begins; reads names and shapes alone.
+
+    A pickle is unpickled as plain tensors and nothing else, here and later.
+
+    Raises:
+        UserError: There are none, or a file is damaged or holds something other than tensors.
+    """
+    folder = Path(path)
+    if path == BUILTIN or not folder.is_dir():
+        return
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise UserError(f"model.policy {path}: no weights there; name a folder with .safetensors or pytorch_model.bin")
+    for file in files:
+        try:
+            load_state_dict(str(file), map_location="meta")
+        except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, UnpicklingError) as error:
+            text = " ".join(str(error).split())[:200]
+            raise UserError(f"{file}: no readable weights: {text}; download or save them anew") from None
 
 
 def context_length(config: Any) -> int | None:
@@ -135,7 +165,7 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(
             path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code, **quantized
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError, SafetensorError) as error:
         raise _explain("model.policy", path, error) from None
     del sharded
     fuse_gelu(model)

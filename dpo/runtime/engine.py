@@ -115,10 +115,13 @@ def build_config(
         config.pop(key, None)
     half: dict[str, Any] = {}
     if precision != "fp32":
-        if not zero_stage(config):
-            raise UserError(f"{name}: zero_optimization.stage is 0 or missing, for fp32 alone; use 1, 2 or 3")
         half[precision] = config.get(precision, {}) | {"enabled": True}
         half["data_types"] = {"grad_accum_dtype": "fp32"} | config.get("data_types", {})
+        if not zero_stage(config) and half["data_types"]["grad_accum_dtype"] != precision:
+            raise UserError(
+                f"{name}: zero_optimization.stage is 0 or missing, and {precision} gradients cannot be accumulated in"
+                f" {half['data_types']['grad_accum_dtype']} there; use 1, 2 or 3"
+            )
     config |= half | {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

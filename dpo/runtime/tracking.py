@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dpo.errors import printable
 from dpo.runtime.files import read_records, write_whole
 from dpo.runtime.trackers import BACKENDS, Backend
 
@@ -83,7 +84,7 @@ class Recorder:
 
     def say(self, text: str) -> None:
         """Show a line."""
-        self._console.print(text, markup=False)
+        self._console.print(printable(text, keep="\n"), markup=False)  # answers and prompts among them
 
     def table(self, title: str, rows: Sequence[Sequence[str]]) -> None:
         """Show a table; its first row is the heading."""

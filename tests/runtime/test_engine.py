@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from dpo.config import OptimConfig
 from dpo.errors import UserError
@@ -77,7 +78,8 @@ def holds_auto(value: Any) -> bool:
 # --- one owner -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("given", [HF_ZERO2, HF_ZERO3, {"zero_optimization": "auto", "bf16": "auto", "fp16": "auto"}])
+@pytest.mark.parametrize("given", [HF_ZERO2, HF_ZERO3, {"zero_optimization": {"stage": 1}, "bf16": "auto",
+"fp16": "auto"}])
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
 def test_auto_anywhere_means_that_the_recipe_decides(given: dict[str, Any], precision: str) -> None:
     before = copy.deepcopy(given)
@@ -103,14 +105,56 @@ def test_what_the_recipe_does_not_own_reaches_deepspeed() -> None:
 
 
 def test_half_precision_accumulates_gradients_in_fp32_unless_the_json_says_otherwise() -> None:
-    assert built({}, "bf16")["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert built(read_json(None), "bf16")["data_types"] == {"grad_accum_dtype": "fp32"}
     assert built({"data_types": {"grad_accum_dtype": "bf16"}}, "bf16")["data_types"] == {"grad_accum_dtype": "bf16"}
+
+
+def test_stage_0_is_refused_where_deepspeed_would_refuse_it_at_the_start() -> None:
+    message = refusal({}, "bf16")
+    assert message.startswith("zero_optimization.stage is 0 or missing, and bf16 gradients")
+    assert "use 1, 2 or 3" in message
+    engine.start_training(nn.Linear(2, 2), built({}, "fp32"), OptimConfig())
+    config = built({"data_types": {"grad_accum_dtype": "bf16"}}, "bf16")
+    with pytest.raises(NotImplementedError, match="unsupported mix"):
+        mixed = config | {"data_types": {"grad_accum_dtype": "fp32"}}
+        engine.start_training(nn.Linear(2, 2).bfloat16(), mixed, OptimConfig())
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({"zero_optimisation": {}}, "unknown key zero_optimisation; did you mean zero_optimization?"),
+        ({"xyz": 1}, "unknown key xyz; remove it; known here are zero_optimization, "),
+        ({"tensorboard": {}}, "tensorboard has no effect here; remove it and use log.backends"),
+        ({"steps_per_print": True}, "steps_per_print is true; it must be a whole number"),
+        ({"gradient_predivide_factor": "1"}, 'gradient_predivide_factor is "1"; it must be a number'),
+        ({"communication_data_type": "fp8"}, "DeepSpeed refuses it: Invalid communication_data_type"),
+        ({"data_types": {"grad_accum_dtype": "half"}},
+        'data_types.grad_accum_dtype is "half"; use fp16 or bf16 or fp32'),
+        ({"fp16": {"loss_scale": "x"}}, 'fp16.loss_scale is "x": '),
+        ({"zero_optimization": {"stage": 2, "allgather_bucket_size": 3}},
+        "zero_optimization.allgather_bucket_size is 3"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            "zero_optimization.offload_param is on nvme without a path; name a folder by nvme_path",
+        ),
+    ],
+)
+def test_a_key_or_value_that_deepspeed_would_pass_over_or_die_of_is_named(given: dict[str, Any], found: str) -> None:
+    assert refusal(given).startswith(found)
+
+
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2, "stage": 3}}')
+    with pytest.raises(UserError, match="stage is given twice; keep one"):
+        read_json(str(tmp_path / "ds.json"))
 
 
 def test_the_same_number_twice_is_fine() -> None:
     built({"train_batch_size": 8, "gradient_clipping": 1.0})
     for precision in ("fp16", "bf16", "fp32"):
-        built({"fp16": {"enabled": precision == "fp16"}, "bf16": {"enabled": precision == "bf16"}}, precision)
+        built(read_json(None) | {"fp16": {"enabled": precision == "fp16"}, "bf16": {"enabled": precision == "bf16"}},
+        precision)
     built({"optimizer": {"type": "AdamW"}, "scheduler": {"type": "WarmupLR", "params": {}}})
 
 
