@@ -107,7 +107,7 @@ def _check_zero(zero: dict[str, Any], name: str) -> None:
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise UserError(f"{name}: zero_optimization.stage is {json.dumps(stage)}; use 1, 2 or 3")
     bucket = zero.get("allgather_bucket_size", 0)
-    if isinstance(bucket, int) and bucket % 2:
+    if isinstance(bucket, int | float) and bucket % 2:
         raise UserError(f"{name}: zero_optimization.allgather_bucket_size is {bucket}; use an even number")
     for key in ("offload_optimizer", "offload_param"):
         part = zero.get(key)
