@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
 from benchmarks.mutate import complaint, in_process, on_the_command_line, small_policy
-from benchmarks.mutations import DATA, USUAL, Case, lines_of, nested, plain_row
-from benchmarks.mutations_data import cases
+from benchmarks.mutations import DATA, TEMPLATE, USUAL, Case, lines_of, nested, plain_row
+from benchmarks.mutations_data import cases, row_of
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,17 @@ def test_an_odd_row_is_named_by_its_number(
     assert (result, found) == ("refused", None)
     said = capsys.readouterr().out
     assert "d.jsonl row 7: " in said and what in said
+
+
+def test_half_a_surrogate_pair_in_a_role_is_named_by_its_row(
+    policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [row_of("conversation", i) for i in range(2)]
+    rows[1]["prompt"] = [{"role": "user\ud800", "content": "x"}]
+    case = one_file("d.jsonl", lines_of(rows), "--model.chat_template", TEMPLATE)
+    assert in_process(case, policy, tmp_path, show=True) == ("refused", None)
+    said = capsys.readouterr().out
+    assert "d.jsonl row 2: chat template does not fit" in said and "surrogates not allowed" in said
 
 
 @pytest.mark.parametrize("wrapped", [DATA, gzip.compress(gzip.compress(DATA)), gzip.compress(DATA)[:-20]])
