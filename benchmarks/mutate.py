@@ -38,7 +38,7 @@ LIMIT = 20.0
 """Seconds for one input in process; the machine may be busy with other things."""
 LONGEST_LINE = 1100
 NAMES = (
-    r"--\w|\b(model|reference|data|loss|optim|train|log)\.\w|chat template|tokenizer|local_rank|section|"
+    r"--\w|\b(model|reference|data|loss|optim|train|log)\.\w|chat template|tokenizer|data '|local_rank|section|"
     r"argument|unknown key"
 )
 REMEDY = (

@@ -201,7 +201,7 @@ def _unknown(name: str, keys: list[str], program: str = "train_dpo.py") -> str:
     close = difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
     program = program if program.startswith("python") else f"python {program}"
     hint = f"did you mean {close[0]}?" if close else f"{program} --help lists all keys"
-    return f"unknown key {name}; {hint}"
+    return f"unknown key {name[:200]}; {hint}"
 
 
 def _explain(parser: ArgumentParser, error: Exception) -> str:
@@ -253,6 +253,16 @@ def _type_name(hint: Any) -> str:
     return f"[{', '.join(names)}]" if get_origin(hint) is tuple else " or ".join(names)
 
 
+def _refuse_bytes(argv: list[str]) -> None:
+    """Arguments that are no UTF-8 come as halves of surrogate pairs, which neither a file nor the parser takes."""
+    for index, argument in enumerate(argv):
+        try:
+            argument.encode("utf-8")
+        except UnicodeEncodeError:
+            given = " ".join(argv[max(0, index - 1) : index + 1])
+            raise UserError(f"argument {given[:200]!r} is not UTF-8; rename what it names") from None
+
+
 def _refuse_null(parser: ArgumentParser, parsed: Any) -> None:
     """The parser lets null pass everywhere; only a setting that is null by default may be."""
     for action in parser._actions:
@@ -272,6 +282,7 @@ def parse(argv: list[str], verb: Verb | None = None) -> Command:
         UserError: One line naming key, value and fix.
         SystemExit: After --help (code 0).
     """
+    _refuse_bytes(argv)
     recipe, names_model_or_data = _first_pass(argv)
     assumed = recipe is None and not names_model_or_data
     if assumed:

@@ -327,3 +327,38 @@ def test_a_verb_of_its_own_refuses_what_it_does_not_know_in_one_line(argv, line)
     with pytest.raises(UserError) as caught:
         parse_options(argv, "look", "Look.", _Options)
     assert line in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_arguments_that_are_no_utf8_are_named() -> None:
+    with pytest.raises(UserError, match=r"argument '--data.train .+udcff.jsonl' is not UTF-8; rename"):
+        parse(["--model.policy", "x", "--data.train", "\udcff.jsonl"])
+
+
+def test_a_message_is_one_printable_line_of_bounded_length_that_ends_with_the_fix() -> None:
+    with pytest.raises(UserError) as error:
+        parse(["--data.train", "x", "--model.policy", "\x1b[31m\n" + "a" * 100_000])
+    message = str(error.value)
+    assert message.isprintable() and len(message) <= 1000
+    assert message.startswith("model.policy is ") and "use a shorter name" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("loss: {beta: 0x" + "9" * 3000 + "}", "loss.beta is a number of 12000 bits; use a smaller one"),
+        ("#" * 2**20 + "\n", "a file of 1,048,577 bytes is no recipe"),
+        ("nothing: {}", "unknown key nothing; "),
+        ("data: {train: 2024-13-45}", "not valid YAML: month must be in 1..12; mend it"),
+        ("model: {policy: \"a\\uD800\"}", "not valid YAML: while parsing a quoted scalar"),
+    ],
+)
+def test_odd_values_of_a_recipe_are_one_line(text: str, found: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError) as error:
+        parse(["--recipe", str(tmp_path / "r.yaml")])
+    assert str(error.value).startswith(f"--recipe {tmp_path}/r.yaml: {found}")
+
+
+def test_a_number_without_end_is_named_by_its_flag() -> None:
+    with pytest.raises(UserError, match="--loss.beta 0x9+... is too large a number; use a smaller one"):
+        parse(["--model.policy", "x", "--data.train", "y", "--loss.beta", "0x" + "9" * 3000])

@@ -91,7 +91,7 @@ def check_keys(config: dict[str, Any], name: str) -> None:
         if key not in KEYS:
             close = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.6)
             hint = f"did you mean {close[0]}?" if close else f"remove it; known here are {', '.join(KEYS)}"
-            raise UserError(f"{name}: unknown key {key}; {hint}")
+            raise UserError(f"{name}: unknown key {key[:200]}; {hint}")
         wanted = KEYS[key]
         if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
             raise UserError(f"{name}: {key} is {json.dumps(value)}; it must be {_WORDS[wanted]}, or leave it out")
