@@ -63,28 +63,36 @@ def refusal(argv: list[str], capfd: pytest.CaptureFixture[str]) -> str:
     return shown.err
 
 
-def with_code(policy: Path, folder: Path) -> tuple[Path, Path]:
+def with_code(kind: str, policy: Path, folder: Path) -> tuple[Path, Path]:
     """A model folder that brings code, and the file that its code would leave."""
     made, ran = copied(policy, folder), folder.with_name("ran")
     (made / "mine.py").write_text(
-        f"from transformers import LlamaConfig\nopen({str(ran)!r}, 'w').close()\n"
+        f"from transformers import LlamaConfig, PreTrainedTokenizerFast\nopen({str(ran)!r}, 'w').close()\n"
         "class MineConfig(LlamaConfig):\n    model_type = 'mine'\n"
+        "class MineTokenizer(PreTrainedTokenizerFast):\n    pass\n"
     )
-    config = json.loads((made / "config.json").read_text())
-    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.MineConfig"}}
-    (made / "config.json").write_text(json.dumps(config))
+    name, changes = {
+        "config": ("config.json", {"model_type": "mine", "auto_map": {"AutoConfig": "mine.MineConfig"}}),
+        "tokenizer": (
+            "tokenizer_config.json",
+            {"tokenizer_class": "MineTokenizer", "auto_map": {"AutoTokenizer": [None, "mine.MineTokenizer"]}},
+        ),
+    }[kind]
+    (made / name).write_text(json.dumps(json.loads((made / name).read_text()) | changes))
     return made, ran
 
 
+@pytest.mark.parametrize("kind", ["config", "tokenizer"])
 def test_code_of_a_model_is_run_by_an_explicit_flag_alone(
-    tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    kind: str, tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    folder, ran = with_code(tiny_policy, tmp_path / "model")
+    folder, ran = with_code(kind, tiny_policy, tmp_path / "model")
     line = refusal(arguments(tmp_path, folder), capfd)
     assert f"{folder}: brings code of its own" in line and "--model.trust_remote_code true" in line
     assert not ran.exists() and not (tmp_path / "run").exists()
-    assert load.load_config(str(folder), trust_remote_code=True).model_type == "mine"
+    argv = arguments(tmp_path, folder, "--model.trust_remote_code", "true", "--prepare_only")
+    assert train_dpo.main(argv) == 0
     assert ran.exists()
 
 
