@@ -5,7 +5,8 @@
     python train_dpo.py --config ds_configs/zero2.json ...                          (one process)
     sbatch [--nodes K] slurm/dpo.sh [the same arguments]
 
-Exit code 2 and one line for whatever the user can mend.
+Exit code 2 and one line for whatever the user can mend; 75 for a run that was asked to stop, is safe on disk and goes
+on when it is started again. torchrun makes both 1: status.json in the run directory tells them apart.
 """
 
 import os
@@ -23,7 +24,7 @@ def main(argv: list[str]) -> int:
         except UserError as error:
             print(f"train_dpo.py: {error}", file=sys.stderr)
             return 2
-    from dpo.runtime import distributed
+    from dpo.runtime import distributed, preemption
     from dpo.train import train
 
     world = distributed.start()
@@ -34,6 +35,11 @@ def main(argv: list[str]) -> int:
             print(f"train_dpo.py: {error}", file=sys.stderr, flush=True)
         distributed.agree(None)  # nobody leaves, and is noticed by the launcher, before the line is out
         return 2
+    except preemption.Preempted as stop:
+        if world.is_main:
+            print(f"train_dpo.py: {stop}; start again to continue", file=sys.stderr, flush=True)
+        distributed.agree(None)
+        return preemption.EXIT_CODE
     return 0
 
 

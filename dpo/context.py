@@ -11,6 +11,7 @@ from torch import Tensor
 from dpo.model.reference import Reference
 from dpo.objective.objective import Objective
 from dpo.policy import Policy
+from dpo.runtime import preemption
 from dpo.runtime.distributed import World, gather
 from dpo.types import Context, PackedBatch, PairLogps
 
@@ -28,9 +29,12 @@ def look_ahead(policy: Policy, reference: Reference, batches: Sequence[PackedBat
         device: Of the models.
     Returns:
         Log-probs of both, which are small: a reference's tokens are left out.
+    Raises:
+        Preempted: On every rank, if any was asked to stop.
     """
     scored = []
     for batch in batches:
+        preemption.check(device)
         on_device = batch.to(device)
         of_reference = reference(on_device)
         of_policy = policy.logps(on_device, of_reference)

@@ -20,10 +20,12 @@ from dpo.report.figures import plot
 from dpo.report.page import Refresher, write_or_say
 from dpo.report.pairs import PairTable, read_pairs, write_pairs
 from dpo.report.panels import calibration, displacement
+from dpo.runtime import preemption
 from dpo.runtime.checkpoint import versions
 from dpo.runtime.distributed import only_main
 from dpo.runtime.engine import zero_stage
 from dpo.runtime.files import read_records, write_whole
+from dpo.runtime.status import write_status
 from dpo.runtime.tracking import Tracker, read_lines
 from dpo.sample import Decoding, answer_logps, answers_to, world_rewards, write_samples
 from dpo.setup import Setup
@@ -39,9 +41,13 @@ def take_samples(setup: Setup, policy: Policy, reference: FrozenReference, step:
         reference: The frozen reference.
         step: Optimizer steps done.
         tracker: For `samples/kl` and the lengths of the answers.
+    Raises:
+        Preempted: On every rank, if any was asked to stop; nothing has been recorded.
     """
     device, decoding = setup.world.device, Decoding(setup.config.log.sample_tokens)
+    preemption.check(device)
     before = reference.answer(setup)
+    preemption.check(device)
     after = answers_to(setup.sample_prompts(), policy.scorer, setup.tokenizer, decoding, device)
     kl = None
     if reference.scorer is not None:  # else its scores are cached, and it cannot be asked about new answers
@@ -147,6 +153,7 @@ def _closing(setup: Setup, tracker: Tracker, seconds: float) -> None:
     answers = f", answers {run}/samples.jsonl" if samples else ""
     total = setup.total_steps
     write_whole(run / "finished.json", json.dumps({"step": total, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}))
+    write_status(run, "finished", total)
     write_or_say(run, tracker.say)
     tracker.say(f"weights {run}/final, report {run}/report.html, curves {run}/training_metrics.png{answers}")
 

@@ -25,6 +25,7 @@ from dpo.data.loader import Loader
 from dpo.errors import UserError
 from dpo.model.check import TOLERANCE
 from dpo.model.forward import pair_logps
+from dpo.runtime import preemption
 from dpo.runtime.distributed import World, only_main, sum_over_ranks
 from dpo.runtime.files import write_whole
 from dpo.types import PackedBatch, PairDataset
@@ -102,6 +103,7 @@ def _score_pairs(score: Score, loader: Loader, pair_ids: list[int], device: torc
     place = {pair_id: row for row, pair_id in enumerate(pair_ids)}
     scores = torch.zeros(len(pair_ids), 2, dtype=torch.float32, device=device)
     for ids in loader.share_of(pair_ids):
+        preemption.check(device)
         logps = pair_logps(score, loader.build(ids).to(device))
         rows = torch.tensor([place[i] for i in ids], dtype=torch.int64, device=device)
         scores[rows] = torch.stack((logps.chosen, logps.rejected), dim=1).float()

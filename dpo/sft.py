@@ -1,13 +1,15 @@
 """Supervised fine-tuning on chosen completions before DPO; its result is frozen as the reference.
 
 The loss of a step is the mean negative log-prob of the chosen completion tokens of its global batch, in nats per token.
-The stage writes `reference/` in the run directory. A run killed before that folder is whole starts the stage again; one
-killed after never repeats it, and never takes later weights for the reference.
+The stage writes `reference/` in the run directory. A run killed before that folder is whole continues the stage from
+its newest checkpoint; one killed after never repeats it, and never takes later weights for the reference.
 """
 
 from __future__ import annotations
 
+import shutil
 import time
+from pathlib import Path
 
 import torch
 
@@ -15,9 +17,11 @@ from dpo.data.planner import Layout, num_tokens
 from dpo.export import write_weights
 from dpo.policy import Policy, start_policy
 from dpo.runtime import engine as deepspeed_engine
-from dpo.runtime.distributed import sum_over_ranks
+from dpo.runtime import preemption
+from dpo.runtime.checkpoint import TrainState, checkpoints, load, newest, save
+from dpo.runtime.distributed import any_rank, only_main, sum_over_ranks
 from dpo.runtime.schedule import learning_rate
-from dpo.runtime.tracking import Tracker
+from dpo.runtime.tracking import Tracker, keep_lines
 from dpo.setup import Setup
 
 
@@ -27,27 +31,53 @@ def run_sft(setup: Setup, tracker: Tracker) -> None:
     Args:
         setup: The run; train.sft_epochs >= 1.
         tracker: For progress and metrics, under sft_ names.
+    Raises:
+        Preempted: On every rank, if any was asked to stop; the stage is checkpointed.
     """
     config = setup.config
     assert config.model.policy is not None
     policy = start_policy(setup, config.model.policy, for_sft=True)
     for note in policy.notes:
         tracker.say(note)
-    _train(setup, policy, tracker)
+    total = config.train.sft_epochs * setup.epochs.steps_per_epoch
+    state = _resume(setup, policy, total, tracker)
+    _train(setup, policy, state, total, tracker)
     # In the dtype it was trained in: the policy and the reference of DPO are read back from here.
     write_weights(setup, policy, setup.run / "reference", setup.dtype, card=None)
+    only_main(setup.world, lambda: _drop_checkpoints(setup.run))
     deepspeed_engine.stop(policy.engine)
 
 
-def _train(setup: Setup, policy: Policy, tracker: Tracker) -> None:
+def _drop_checkpoints(run: Path) -> None:
+    """The stage is done: `reference/` stands for it."""
+    for folder in checkpoints(run, "sft"):
+        shutil.rmtree(folder)
+
+
+def _resume(setup: Setup, policy: Policy, total: int, tracker: Tracker) -> TrainState:
+    """Bring the engine to the stage's newest checkpoint, and metrics.jsonl with it."""
+    stage = deepspeed_engine.zero_stage(setup.engine_config)
+    folder, damaged = newest(setup.run, "auto", setup.world, stage=stage, total_steps=total, kind="sft")
+    for note in damaged:
+        tracker.say(note)
+    state = TrainState()
+    if folder is not None:
+        state = load(policy.engine, folder, setup.world)
+        tracker.say(f"continuing SFT from {folder} after step {state.step}")
+    only_main(setup.world, lambda: keep_lines(setup.run, lambda line: line.get("sft_step", total + 1) <= state.step))
+    return state
+
+
+def _train(setup: Setup, policy: Policy, state: TrainState, total: int, tracker: Tracker) -> None:
     config, world = setup.config, setup.world
     # One causal call per row serves a model that cannot attend in segments; else chosen sequences are packed.
     layout: Layout = "padded_chosen" if policy.layout == "padded" else "chosen"
     loader = setup.loader(setup.train_pairs, layout)
-    total = config.train.sft_epochs * setup.epochs.steps_per_epoch
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-    tokens_seen, since = 0, time.perf_counter()
-    for work in loader.steps(0, total):
+    if world.is_main and state.unlogged:
+        sums += sums.new_tensor(state.unlogged)
+    tokens_seen, since = state.num_tokens, time.perf_counter()
+    for work in loader.steps(state.step, total):
         lr = learning_rate(
             work.step, total=total, peak=config.optim.peak_sft_lr, schedule=config.optim.schedule,
             warmup_steps=config.optim.warmup_steps,
@@ -79,3 +109,13 @@ def _train(setup: Setup, policy: Policy, tracker: Tracker) -> None:
             tracker.progress("SFT", done, total, f"loss {nll_sum / target_tokens:.4f}  {rate:.1f} steps/s")
             sums.zero_()
             since = now
+        stop = any_rank(torch.tensor(preemption.is_asked(), device=world.device))
+        if stop or _due(done, config.train.save_every, setup.epochs.steps_per_epoch) and done < total:
+            unlogged = tuple(sum_over_ranks(sums.clone()).tolist())
+            here = TrainState(done, tokens_seen, unlogged)
+            save(policy.engine, setup.run, here, world, config.train.keep_checkpoints, kind="sft")
+        preemption.stop_if(stop)
+
+
+def _due(done: int, every: int | str, steps_per_epoch: int) -> bool:
+    return done % (steps_per_epoch if every == "epoch" else int(every)) == 0

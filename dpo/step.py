@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import resource
 import sys
@@ -20,8 +21,9 @@ from dpo.model.shape import Shape, shape_of
 from dpo.objective.metrics import averages, sums
 from dpo.objective.objective import Objective
 from dpo.policy import FrozenReference, Policy
-from dpo.runtime import distributed
+from dpo.runtime import distributed, preemption
 from dpo.runtime import engine as deepspeed_engine
+from dpo.runtime.files import write_whole
 from dpo.setup import Setup
 from dpo.types import Context, LossOutput, PackedBatch, PairLogps
 
@@ -142,7 +144,7 @@ def take_step(
     work: StepBatches,
     lr: float,
     meter: Meter,
-) -> None:
+) -> bool:
     """One optimizer step: the mean loss over the pairs of the global batch; collective.
 
     A loss that couples pairs first scores the global batch without gradient: one more forward pass of the policy.
@@ -154,8 +156,12 @@ def take_step(
         work: This rank's micro-batches of the step.
         lr: Learning rate of the step.
         meter: Takes what the forward passes say.
+    Returns:
+        Whether any rank was asked to stop after this step.
     Raises:
-        UserError: If a loss is not finite on any rank; then no rank steps.
+        UserError: If a loss or the gradient is not finite on any rank; then no rank steps. Under fp16 a gradient that
+            overflows is a step left out: the loss scale falls.
+        Preempted: Before anything has changed, where the loss couples pairs.
     """
     world, started = setup.world, time.perf_counter()
     losses = []
@@ -172,27 +178,44 @@ def take_step(
         deepspeed_engine.backward(policy.engine, scaled, index == len(work.batches) - 1)
         meter.totals[:8] += sums(output, policy_logps)
         losses.append(output.losses.detach())
-    if distributed.any_rank(~torch.cat(losses).isfinite().all()):
+    bad = ~torch.cat(losses).isfinite().all()
+    asked = torch.full_like(bad, preemption.is_asked())
+    is_bad, stop = distributed.any_ranks(torch.stack((bad, asked)))
+    if is_bad:
         _stop_at(setup, work, losses)
     meter.grad_norm = deepspeed_engine.step(policy.engine, lr)
+    if meter.grad_norm is None and setup.precision != "fp16":
+        _stop_at(setup, work, None)
     meter.pairs += work.num_pairs
     meter.tokens += work.num_tokens
     if (shape := meter.shape) is not None:
         lengths, head = setup.train_pairs.lengths[setup.epochs.batch(work.step)], shape.hidden * shape.vocabulary
         meter.flops += useful_flops(lengths, body=shape.body, head=head, attention_width=shape.attention_width)
     meter.seconds += time.perf_counter() - started
+    return stop
 
 
-def _stop_at(setup: Setup, work: StepBatches, losses: list[torch.Tensor]) -> None:
-    """End the run on every rank, naming the pairs whose loss is not finite."""
-    bad = [
-        pair
-        for batch, values in zip(work.batches, losses, strict=True)
-        for pair, value in zip(batch.pair_ids, values.tolist(), strict=True)
-        if not math.isfinite(value)
-    ]
+def _stop_at(setup: Setup, work: StepBatches, losses: list[torch.Tensor] | None) -> None:
+    """End the run on every rank, naming the pairs whose loss is not finite; all of the step's where it is the gradient.
+    Their texts go to nonfinite.jsonl in the run directory."""
+    ids = [pair_id for batch in work.batches for pair_id in batch.pair_ids]
+    values = [math.nan] * len(ids) if losses is None else torch.cat(losses).tolist()
+    bad = [pair_id for pair_id, value in zip(ids, values, strict=True) if not math.isfinite(value)]
     pairs = sorted(sum(distributed.gather(bad), []))
+    distributed.only_main(setup.world, lambda: _dump(setup, work.step + 1, pairs))
+    what = f"the loss is not finite for {setup.name_rows(pairs[:10])}"
+    if losses is None:
+        what = f"the gradient is not finite though every loss is, over {setup.name_rows(pairs[:10])}"
     raise UserError(
-        f"step {work.step + 1}: the loss is not finite for {setup.name_rows(pairs[:10])}; no step was taken"
-        f" and the checkpoints are whole; look at these rows, lower optim.lr, or use bf16 or fp32"
+        f"step {work.step + 1}: {what}; no step was taken and the checkpoints are whole; look at these rows"
+        f" ({setup.run}/nonfinite.jsonl), lower optim.lr, or use bf16 or fp32"
     )
+
+
+def _dump(setup: Setup, step: int, pairs: list[int]) -> None:
+    decode = setup.tokenizer.decode
+    lines = []
+    for pair in (setup.train_pairs[i] for i in pairs):
+        texts = {name: decode(getattr(pair, f"{name}_ids").tolist()) for name in ("prompt", "chosen", "rejected")}
+        lines.append(json.dumps({"step": step, "rows": setup.name_rows([pair.pair_id])} | texts) + "\n")
+    write_whole(setup.run / "nonfinite.jsonl", "".join(lines))

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from dpo.audit import audit_run
 from dpo.budget import fit_budget
 from dpo.commandline import Command
 from dpo.config import to_dict
 from dpo.data.loader import whole_pass
+from dpo.errors import UserError
+from dpo.estimate import checkpoint_bytes
 from dpo.evaluate import ValidationShare, evaluate
 from dpo.export import final_dtype, write_weights
 from dpo.finish import card_of, closing, keep_evaluation, take_samples
@@ -29,11 +31,12 @@ from dpo.objective.objective import Objective
 from dpo.plan import show_plan
 from dpo.policy import FrozenReference, Policy, start_models
 from dpo.report.page import Refresher
-from dpo.runtime import checkpoint, distributed
+from dpo.runtime import checkpoint, distributed, preemption, run_directory
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.checkpoint import TrainState
 from dpo.runtime.schedule import learning_rate
-from dpo.runtime.tracking import Recorder, Silent, Tracker, keep_lines
+from dpo.runtime.status import State, write_status
+from dpo.runtime.tracking import Recorder, Silent, Tracker, keep_lines, read_lines
 from dpo.setup import Setup, prepare
 from dpo.sft import run_sft
 from dpo.start import check_start
@@ -57,7 +60,7 @@ def train(command: Command) -> None:
     began = time.perf_counter()
     config = command.config
     world = distributed.start()
-    checkpoint.check_run(config, world)
+    run_directory.check_run(config, world)
     setup = prepare(config, world, command.deepspeed_json, for_elsewhere=command.prepare_only)
     if command.prepare_only:
         _fetch(setup)
@@ -73,30 +76,53 @@ def train(command: Command) -> None:
         policy, reference = start_models(setup, config.model.policy or start, lambda note: None)
         show_plan(setup, command, policy, reference)
         return
-    if done := distributed.only_main(world, lambda: checkpoint.finished(setup.run, setup.total_steps)):
+    if done := distributed.only_main(world, lambda: run_directory.finished(setup.run, setup.total_steps)):
         if world.is_main:
             print(done, file=sys.stderr)
         return
-    folder = checkpoint.newest(
+    folder, damaged = checkpoint.newest(
         setup.run,
         config.train.resume,
         world,
         stage=deepspeed_engine.zero_stage(setup.engine_config),
         total_steps=setup.total_steps,
     )
-    checkpoint.open_run(config, world)
-    tracker = _tracker(setup)
-    for note in _greeting(command) + list(setup.notes) + audit_run(setup):
-        tracker.say(note)
-    if config.train.sft_epochs and not sft_is_done:
-        _keep(setup, lambda line: False)
-        run_sft(setup, tracker)
-    policy, reference = start_models(setup, start, tracker.say)
-    state = _resume(setup, policy, reference, folder, tracker)
-    state = _train_dpo(setup, policy, reference, state, tracker)
-    write_weights(setup, policy, setup.run / "final", final_dtype(setup), card_of(setup))
-    closing(setup, tracker, time.perf_counter() - began)
-    tracker.close()
+    run_directory.open_run(config, world)
+    with _told(setup):
+        tracker = _tracker(setup)
+        for note in _greeting(command) + list(setup.notes) + damaged + audit_run(setup):
+            tracker.say(note)
+        with preemption.listening():
+            if config.train.sft_epochs and not sft_is_done:
+                run_sft(setup, tracker)
+            policy, reference = start_models(setup, start, tracker.say)
+            state = _resume(setup, policy, reference, folder, tracker)
+            _train_dpo(setup, policy, reference, state, tracker)
+        write_weights(setup, policy, setup.run / "final", final_dtype(setup), card_of(setup))
+        closing(setup, tracker, time.perf_counter() - began)
+        tracker.close()
+
+
+@contextmanager
+def _told(setup: Setup) -> Iterator[None]:
+    """Keep status.json true, whatever ends the block."""
+
+    def tell(state: State, reason: str = "") -> None:
+        if setup.world.is_main:
+            write_status(setup.run, state, reason=" ".join(reason.split())[:1000])
+
+    tell("running")
+    try:
+        yield
+    except preemption.Preempted as stop:
+        tell("preempted", str(stop))
+        raise
+    except UserError as error:
+        tell("failed", str(error))
+        raise
+    except BaseException as error:
+        tell("failed", f"{type(error).__name__}: {error}")
+        raise
 
 
 def _fetch(setup: Setup) -> None:
@@ -124,10 +150,6 @@ def _tracker(setup: Setup) -> Tracker:
     return Recorder(setup.run, to_dict(config), config.log.backends)
 
 
-def _keep(setup: Setup, keep: Callable[[dict[str, Any]], bool]) -> None:
-    distributed.only_main(setup.world, lambda: keep_lines(setup.run, keep))
-
-
 def _resume(
     setup: Setup, policy: Policy, reference: FrozenReference, folder: Path | None, tracker: Tracker
 ) -> TrainState:
@@ -137,14 +159,20 @@ def _resume(
         if setup.config.reference.sync_steps is not None:
             restore_reference(reference, folder)
         tracker.say(f"continuing from {folder} after step {state.step}")
-    _keep(setup, lambda line: "sft_step" in line or (folder is not None and line["step"] <= state.step))
+    last = -1 if folder is None else state.step
+    keep = partial(keep_lines, setup.run, lambda line: "sft_step" in line or line["step"] <= last)
+    distributed.only_main(setup.world, keep)
     return state
 
 
 def _train_dpo(
     setup: Setup, policy: Policy, reference: FrozenReference, state: TrainState, tracker: Tracker
-) -> TrainState:
-    """The DPO stage from `state` to the last step."""
+) -> None:
+    """The DPO stage from `state` to the last step.
+
+    Raises:
+        Preempted: On every rank, if any was asked to stop; the run is checkpointed.
+    """
     setup = fit_budget(setup, policy, reference.train, tracker.say)
     config, world, total = setup.config, setup.world, setup.total_steps
     sync_steps = config.reference.sync_steps
@@ -161,46 +189,90 @@ def _train_dpo(
     known_reference = remembered(reference.validation)
     report = Refresher(setup.run, tracker.say)
 
-    def evaluate_after(step: int) -> None:
-        if validation:
-            metrics, pairs = evaluate(policy, known_reference, validation, loss, world)
-            tracker.record({"step": step, "epoch": step / per_epoch} | metrics)
-            tracker.say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if "logps" not in k))
-            keep_evaluation(setup, step, pairs, report)
+    meter = meter_for(setup, policy)
 
+    def evaluate_after(step: int) -> float | None:
+        if not validation:
+            return None
+        metrics, pairs = evaluate(policy, known_reference, validation, loss, world)
+        tracker.record({"step": step, "epoch": step / per_epoch} | metrics)
+        tracker.say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if "logps" not in k))
+        keep_evaluation(setup, step, pairs, report)
+        return metrics["eval_rewards/accuracies"]
+
+    def after(state: TrainState, seen: Collection[str] = ()) -> TrainState:
+        """What is due after a step and not `seen` in its lines of metrics.jsonl yet; then its checkpoint."""
+        step = state.step
+        if "eval_loss" not in seen and _due(step, config.train.eval_every, per_epoch, total):
+            state = replace(state, accuracy=evaluate_after(step))
+        every = _sample_every(config.log.sample_every, total)
+        if "samples/kl" not in seen and config.log.samples and _due(step, every, per_epoch, total):
+            take_samples(setup, policy, reference, step, tracker)
+        if not seen and _due(step, config.train.save_every, per_epoch, total):
+            save(state)
+        return state
+
+    def save(state: TrainState) -> None:
+        whole = replace(state, unlogged=meter.carried())
+        more = None if sync_steps is None else partial(save_reference, reference, world)
+        checkpoint.save(
+            policy.engine, setup.run, whole, world, config.train.keep_checkpoints, more,
+            expected_bytes=_checkpoint_bytes(setup, policy),
+        )
+        if world.is_main:
+            write_status(setup.run, "running", state.step)
+
+    meter.take_up(state.unlogged, world.is_main)
     if state.step == 0:
         check_start(setup, policy, reference, loss, loader[0], tracker)
         evaluate_after(0)
-    meter = meter_for(setup, policy)
-    meter.take_up(state.unlogged, world.is_main)
-    for work in loader.steps(state.step, total):
-        lr = learning_rate(
-            work.step, total=total, peak=config.optim.lr, schedule=config.optim.schedule,
-            warmup_steps=config.optim.warmup_steps,
-        )
-        take_step(setup, policy, reference, loss, work, lr, meter)
-        step = work.step + 1
-        if sync_steps is not None and step % sync_steps == 0:
-            move_reference(reference, policy, config.reference.sync_alpha)
-            known_reference = remembered(reference.validation)
-        state = TrainState(step, state.num_tokens + work.num_tokens, running=loss.running)
-        if step % config.log.every == 0 or step == total:
-            values = meter.line(world.device) | {"learning_rate": lr, "num_tokens": state.num_tokens}
-            tracker.record({"step": step, "epoch": step / per_epoch} | values)
-            note = (
-                f"loss {values['loss']:.4f}  accuracy {values['rewards/accuracies']:.3f}"
-                f"  margin {values['rewards/margins']:.3f}  {values['perf/pairs_per_second']:.1f} pairs/s"
+    else:
+        seen = distributed.only_main(world, lambda: _names_at(setup.run, state.step))
+        state = after(state, {*seen, "step"})
+    try:
+        for work in loader.steps(state.step, total):
+            lr = learning_rate(
+                work.step, total=total, peak=config.optim.lr, schedule=config.optim.schedule,
+                warmup_steps=config.optim.warmup_steps,
             )
-            tracker.progress("DPO", step, total, note)
-        if _due(step, config.train.eval_every, per_epoch, total):
-            evaluate_after(step)
-        if config.log.samples and _due(step, _sample_every(config.log.sample_every, total), per_epoch, total):
-            take_samples(setup, policy, reference, step, tracker)
-        if _due(step, config.train.save_every, per_epoch, total):
-            whole = replace(state, unlogged=meter.carried())
-            more = None if sync_steps is None else partial(save_reference, reference, world)
-            checkpoint.save(policy.engine, setup.run, whole, world, config.train.keep_checkpoints, more)
-    return state
+            stop = take_step(setup, policy, reference, loss, work, lr, meter)
+            step = work.step + 1
+            if sync_steps is not None and step % sync_steps == 0:
+                move_reference(reference, policy, config.reference.sync_alpha)
+                known_reference = remembered(reference.validation)
+            state = TrainState(step, state.num_tokens + work.num_tokens, running=loss.running)
+            if step % config.log.every == 0 or step == total:
+                _log(setup, tracker, state, meter.line(world.device) | {"learning_rate": lr})
+            preemption.stop_if(stop)
+            state = after(state)
+    except preemption.Preempted:
+        here = setup.run / "checkpoints" / checkpoint.step_folder(state.step)
+        if not distributed.only_main(world, lambda: state.step == 0 or here.is_dir()):
+            save(state)
+        raise
+
+
+def _names_at(run: Path, step: int) -> set[str]:
+    """Names of everything that metrics.jsonl holds of a step."""
+    return {name for line in read_lines(run) if line.get("step") == step for name in line}
+
+
+def _log(setup: Setup, tracker: Tracker, state: TrainState, values: dict[str, float | None]) -> None:
+    """A line of metrics.jsonl and the progress bar."""
+    step, epoch = state.step, state.step / setup.epochs.steps_per_epoch
+    tracker.record({"step": step, "epoch": epoch} | values | {"num_tokens": state.num_tokens})
+    note = (
+        f"loss {values['loss']:.4f}  accuracy {values['rewards/accuracies']:.3f}"
+        f"  margin {values['rewards/margins']:.3f}  {values['perf/pairs_per_second']:.1f} pairs/s"
+    )
+    tracker.progress("DPO", step, setup.total_steps, note)
+
+
+def _checkpoint_bytes(setup: Setup, policy: Policy) -> int:
+    """What a checkpoint takes on disk at least."""
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in policy.scorer.parameters() if p.requires_grad)
+    stage = deepspeed_engine.zero_stage(setup.engine_config)
+    return checkpoint_bytes(trained, stage=stage, half=setup.precision != "fp32")
 
 
 def _sample_every(every: int | str, total: int) -> int | str:

@@ -8,10 +8,19 @@
 #
 # One process per GPU that the job got. On CPU nodes: one, or as many as --ntasks-per-node says.
 # DPO_PROCESSES_PER_NODE=N overrides both. The site's own set-up (modules, container, NCCL) goes
-# into slurm/env.sh: see env.example.sh. Output: dpo-JOBID.out where the job was submitted from.
+# into slurm/env.sh: see env.example.sh. Output: dpo-JOBID.out where the job was submitted from; that of
+# nodes after the first: dpo-JOBID-NODE.log in the repository.
+#
+# 120 s before its time is up Slurm sends USR1: training finishes its step, writes a checkpoint and ends, and
+# the job is put back into the queue, where it goes on from there. `scancel --batch --signal=USR1 JOBID` does
+# the same at once. A plain scancel leaves a checkpoint too, if that takes less than the cluster's KillWait
+# (30 s by default), and does not put the job back.
 #
 #SBATCH --job-name=dpo
 #SBATCH --output=dpo-%j.out
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
 
 die() { echo "slurm/dpo.sh: $*" >&2; exit 2; }
 
@@ -84,16 +93,26 @@ if [ -n "${SLURM_GPUS_PER_TASK:-}" ]; then srun_options+=(--gpus-per-node="$SLUR
 
 echo "slurm/dpo.sh: job $SLURM_JOB_ID, nodes $SLURM_JOB_NUM_NODES, processes on this one $here," \
     "rendezvous $first_node:$port, repository $repository"
+# How training ended: torchrun makes every failure a 1.
+export DPO_STATUS_FILE=$repository/.dpo-status-$SLURM_JOB_ID.json
+rm -f "$DPO_STATUS_FILE"
 # bash runs a trap only between foreground commands: srun goes to the background. On TERM (scancel,
 # time limit) Slurm signals the step as well, so all there is to do is to wait for its end.
 interrupted=
+preempted=
 trap 'interrupted=1' TERM
-# shellcheck disable=SC2016  # expanded on each node; torchrun reads PET_NPROC_PER_NODE as --nproc_per_node
+trap 'interrupted=1; preempted=1; scancel --signal=USR1 "$SLURM_JOB_ID.0" || true' USR1
+# torchrun would die of USR1 and leave its workers behind: it is blocked, they inherit that and lift it when they
+# listen. PET_NPROC_PER_NODE and PET_NODE_RANK are torchrun's --nproc_per_node and --node_rank.
+# shellcheck disable=SC2016  # expanded on each node
+on_each_node='
+    if [ "$SLURM_NODEID" != 0 ]; then exec >>"dpo-$SLURM_JOB_ID-$SLURMD_NODENAME.log" 2>&1; fi
+    if env --block-signal=USR1 true 2>/dev/null; then set -- env --block-signal=USR1 "$@"; else trap "" USR1; fi
+    export PET_NPROC_PER_NODE=${DPO_PROCESSES_PER_NODE:-$SLURM_GPUS_ON_NODE} PET_NODE_RANK=$SLURM_NODEID
+    exec "$@"'
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
-    "${srun_options[@]}" \
-    bash -c 'PET_NPROC_PER_NODE=${DPO_PROCESSES_PER_NODE:-$SLURM_GPUS_ON_NODE} exec "$@"' torchrun "${launcher[@]}" \
-    torchrun --nnodes="$SLURM_JOB_NUM_NODES" --rdzv_backend=c10d --rdzv_endpoint="$first_node:$port" \
-    --rdzv_id="$SLURM_JOB_ID" train_dpo.py "$@" &
+    "${srun_options[@]}" bash -c "$on_each_node" torchrun "${launcher[@]}" \
+    torchrun --nnodes="$SLURM_JOB_NUM_NODES" --master_addr="$first_node" --master_port="$port" train_dpo.py "$@" &
 step=$!
 while :; do
     status=0
@@ -101,4 +120,12 @@ while :; do
     [ -n "$interrupted" ] || break
     interrupted=
 done
+
+state=$(sed -nE 's/.*"state": "([a-z]+)".*/\1/p' "$DPO_STATUS_FILE" 2>/dev/null) || true
+rm -f "$DPO_STATUS_FILE"
+if [ -n "$preempted" ] && [ "$state" = preempted ]; then
+    echo "slurm/dpo.sh: checkpointed; job $SLURM_JOB_ID goes back into the queue"
+    scontrol requeue "$SLURM_JOB_ID"
+    sleep 60   # Slurm ends this script
+fi
 exit "$status"

@@ -1,12 +1,11 @@
-"""The run directory: what identifies it, checkpoints that resume, and folders in Hugging Face form.
+"""Checkpoints that resume, and folders that appear whole.
 
-    config.yaml                  the resolved settings; a run started again must have the same ones
-    checkpoints/step-000200/     engine state of every rank, state.json
+    checkpoints/step-000200/     engine state of every rank, state.json, manifest.json; sft-000200 of the SFT stage
     reference/                   after SFT: the frozen start of DPO
     final/                       the trained policy
-    finished.json                written last: the step
 
-Whatever must be whole is written under a temporary name and renamed.
+Whatever must be whole is written under a temporary name and renamed. A checkpoint that was cut or damaged afterwards is
+told by its manifest, and the one before is taken.
 """
 
 from __future__ import annotations
@@ -15,28 +14,19 @@ import json
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from dpo.config import Config, to_dict
 from dpo.errors import UserError
 from dpo.runtime.distributed import World, only_main
 from dpo.runtime.files import write_whole
+from dpo.runtime.manifest import complaint, size_of, write_manifest
 
-MAY_CHANGE = (
-    "train.epochs", "train.max_steps", "train.eval_every", "train.save_every", "train.keep_checkpoints",
-    "train.export_dtype", "train.resume", "train.output_dir", "train.tokens_per_micro_batch", "train.micro_batch_size",
-    "train.layout", "train.static_shapes", "model.gradient_checkpointing", "model.attention",
-    "model.loss_in_forward", "model.vocabulary_multiple", "model.compile",
-    "data.workers", "data.cache_dir", "log.every", "log.backends", "log.samples", "log.sample_every",
-    "log.sample_tokens",
-)
-"""Settings that a continued run may change: none of them moves what a step computes."""
-
+GIB = 2**30
 
 @dataclass(frozen=True)
 class TrainState:
@@ -47,99 +37,100 @@ class TrainState:
         num_tokens: Useful tokens seen so far.
         unlogged: What the next line of metrics.jsonl already holds, summed over all ranks.
         running: What the objective carries from step to step.
+        accuracy: Validation accuracy after this very step, if it was evaluated.
     """
 
     step: int = 0
     num_tokens: int = 0
     unlogged: tuple[float, ...] = ()
     running: float = 0.0
+    accuracy: float | None = None
 
 
-def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+def step_folder(step: int, kind: str = "step") -> str:
+    """Name of the checkpoint after `step` optimizer steps; `kind` is step for DPO and sft for the stage before."""
+    return f"{kind}-{step:06d}"
 
 
-def check_run(config: Config, world: World) -> None:
-    """Refuse an output directory that holds something else; writes nothing.
-
-    Raises:
-        UserError: If the directory holds another run or other files, or train.resume forbids to continue.
-    """
-    only_main(world, lambda: _check_run(config))
+def checkpoints(run: Path, kind: str = "step") -> list[Path]:
+    """Checkpoints of a run, oldest first; they were whole when they got their name."""
+    return sorted(p for p in (run / "checkpoints").glob(f"{kind}-*") if p.is_dir())
 
 
-def open_run(config: Config, world: World) -> None:
-    """Create the run directory, or take up the run that is there.
-
-    Raises:
-        UserError: If the directory cannot be written.
-    """
-    run = Path(config.train.output_dir)
-
-    def work() -> None:
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-            write_whole(run / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
-        except OSError as error:
-            raise UserError(f"train.output_dir {run} cannot be written: {error.strerror}; name another") from None
-
-    only_main(world, work)
+def _read_state(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
 
 
-def finished(run: Path, total_steps: int) -> str | None:
-    """A line that says so if the run has already done all its steps and written its results."""
-    path = run / "finished.json"
-    if not path.exists() or json.loads(path.read_text())["step"] < total_steps:
-        return None
-    return f"{run} is finished: {total_steps} steps are done; raise train.epochs or train.max_steps to go on"
-
-
-def _check_run(config: Config) -> None:
-    run = Path(config.train.output_dir)
-    path = run / "config.yaml"
-    if run.exists() and not run.is_dir():
-        raise UserError(f"train.output_dir {run} is a file; name a folder")
-    if not path.exists():
-        if run.exists() and any(run.iterdir()):
-            raise UserError(f"train.output_dir {run} holds other files and no run; name a new or empty folder")
-        return
-    if config.train.resume == "never":
-        raise UserError(f"train.output_dir {run} holds a run and train.resume is never; name another folder")
+def _accuracy(folder: Path) -> float:
+    """Validation accuracy of a checkpoint; below every other where it has none or cannot be read."""
     try:
-        old = _flat(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
-        raise UserError(f"{path} is not the settings of a run; name another train.output_dir") from None
-    new = _flat(to_dict(config))
-    changed = [key for key in sorted((old.keys() | new.keys()) - {*MAY_CHANGE}) if old.get(key) != new.get(key)]
-    if changed and _has_begun(run):
-        listed = ", ".join(f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in changed)
+        found = _read_state(folder).get("accuracy")
+    except (OSError, ValueError):
+        found = None
+    return -1.0 if found is None else found
+
+
+def _worth_keeping(folders: list[Path], keep: int) -> set[Path]:
+    """The newest, and the one with the best validation accuracy, the later of equals."""
+    best = max(folders, key=lambda folder: (_accuracy(folder), folder.name))
+    return {*folders[-keep:], best}
+
+
+def _check_disk(parent: Path, expected_bytes: int) -> None:
+    """Refuse to begin a checkpoint that will not fit.
+
+    Raises:
+        UserError: If there is too little room; nothing has been written.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    folders = sorted((p for p in parent.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime)
+    needed = max([expected_bytes, *map(size_of, folders[-1:])])
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        last = f"; {folders[-1]} is whole" if folders and size_of(folders[-1]) else ""
         raise UserError(
-            f"train.output_dir {run} holds another run: {listed}; name another folder, or give the old values to"
-            f" continue"
+            f"a checkpoint takes {needed / GIB:.3f} GiB and {parent} has {free / GIB:.3f} GiB left{last}; make room and"
+            f" start again, or lower train.keep_checkpoints"
         )
 
 
-def _has_begun(run: Path) -> bool:
-    """Whether there is anything in a run directory that other settings would spoil."""
-    metrics = run / "metrics.jsonl"
-    return bool(checkpoints(run)) or (run / "reference").exists() or (metrics.exists() and metrics.stat().st_size > 0)
+def _write(engine: Any, folder: Path, world: World, more: Callable[[Path], None] | None) -> None:
+    """DeepSpeed's part of a checkpoint; collective.
 
-
-def step_folder(step: int) -> str:
-    """Name of the checkpoint after `step` optimizer steps."""
-    return f"step-{step:06d}"
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
-    return sorted(p.parent for p in (run / "checkpoints").glob("step-*/state.json"))
+    Raises:
+        UserError: If it cannot be written, by one process alone. With several, the ranks that wait for this one can
+            only be ended: it says why and leaves.
+    """
+    # DeepSpeed's universal checkpoint format, which other world sizes read, wants this mark under ZeRO-2.
+    mark = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
+    try:
+        engine.save_checkpoint(
+            str(folder.parent), tag=folder.name, client_state=mark, save_latest=False,
+            exclude_frozen_parameters=_holds_frozen(engine),
+        )
+        if more is not None:
+            more(folder)
+    except (OSError, RuntimeError) as error:
+        line = (
+            f"checkpoint {folder} cannot be written by rank {world.rank} on {platform.node()}:"
+            f" {' '.join(str(error).split())[:300]}; the checkpoints before it are whole; make room and start again"
+        )
+        if world.world_size == 1:
+            raise UserError(line) from None
+        print(f"train_dpo.py: {line}", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 def save(
-    engine: Any, run: Path, state: TrainState, world: World, keep: int, more: Callable[[Path], None] | None = None
+    engine: Any,
+    run: Path,
+    state: TrainState,
+    world: World,
+    keep: int,
+    more: Callable[[Path], None] | None = None,
+    *,
+    kind: str = "step",
+    expected_bytes: int = 0,
 ) -> Path:
     """Write a checkpoint; collective.
 
@@ -148,29 +139,33 @@ def save(
         run: The run directory.
         state: Where the run stands.
         world: This rank.
-        keep: Newest checkpoints to keep; older ones are deleted.
+        keep: Newest checkpoints to keep; of the older ones only the best by validation accuracy stays.
         more: Writes into the folder what else the run needs; called on every rank.
+        kind: See `step_folder`.
+        expected_bytes: What it will take on disk at least.
     Returns:
         The checkpoint's folder.
+    Raises:
+        UserError: If the disk has too little room; the checkpoints that are there stay.
     """
-    parent, name = run / "checkpoints", step_folder(state.step)
-    partial = parent / f"partial-{name}"
-    only_main(world, lambda: shutil.rmtree(partial, ignore_errors=True))
-    # DeepSpeed's universal checkpoint format, which other world sizes read, wants this mark under ZeRO-2.
-    mark = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
-    engine.save_checkpoint(
-        str(parent), tag=partial.name, client_state=mark, save_latest=False,
-        exclude_frozen_parameters=_holds_frozen(engine),
-    )
-    if more is not None:
-        more(partial)
+    parent, name = run / "checkpoints", step_folder(state.step, kind)
+    unfinished = parent / f"partial-{name}"
+
+    def begin() -> None:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        _check_disk(parent, expected_bytes)
+
+    only_main(world, begin)
+    _write(engine, unfinished, world, more)
+    fits = {"world_size": world.world_size, "zero_stage": engine.zero_optimization_stage()}
+    only_main(world, lambda: write_whole(unfinished / "state.json", json.dumps(asdict(state) | fits)))
+    write_manifest(unfinished, world)
 
     def finish() -> None:
-        fits = {"world_size": world.world_size, "zero_stage": engine.zero_optimization_stage()}
-        write_whole(partial / "state.json", json.dumps(asdict(state) | fits))
         shutil.rmtree(parent / name, ignore_errors=True)
-        os.replace(partial, parent / name)
-        for old in checkpoints(run)[:-keep]:
+        os.replace(unfinished, parent / name)
+        folders = checkpoints(run, kind)
+        for old in set(folders) - _worth_keeping(folders, keep):
             shutil.rmtree(old)
 
     only_main(world, finish)
@@ -182,8 +177,10 @@ def _holds_frozen(engine: Any) -> bool:
     return any(not p.requires_grad for p in engine.module.parameters())
 
 
-def newest(run: Path, resume: str, world: World, *, stage: int, total_steps: int) -> Path | None:
-    """The checkpoint to continue from, the same on every rank.
+def newest(
+    run: Path, resume: str, world: World, *, stage: int, total_steps: int, kind: str = "step"
+) -> tuple[Path | None, list[str]]:
+    """The checkpoint to continue from, the same on every rank; collective.
 
     Args:
         run: The run directory.
@@ -191,43 +188,64 @@ def newest(run: Path, resume: str, world: World, *, stage: int, total_steps: int
         world: This rank.
         stage: ZeRO stage of this start.
         total_steps: Steps of this start.
+        kind: See `step_folder`.
+    Returns:
+        Its folder, None where there is none, and a line for every damaged one that was passed over.
     Raises:
-        UserError: If train.resume names no checkpoint of this run, or it does not fit this start.
+        UserError: If train.resume names no checkpoint of this run, if it does not fit this start, or if every
+            checkpoint is damaged.
     """
+    candidates = only_main(world, lambda: _candidates(run, resume, kind))
+    notes: list[str] = []
+    for folder in candidates:
+        wrong = complaint(folder, world)
+        if wrong is None:
+            only_main(world, partial(_check_fit, folder, world, stage, total_steps))
+            return folder, notes
+        notes.append(f"checkpoint {folder} is not used: {wrong}")
+    if notes:
+        raise UserError(
+            f"{'; '.join(notes)}; there is no whole checkpoint left: delete {run / 'checkpoints'} to start from the"
+            f" beginning"
+        )
+    return None, []
 
-    def find() -> Path | None:
-        if resume in ("auto", "never"):
-            return next(iter(reversed(checkpoints(run))), None)
-        folder = Path(resume).resolve()
-        if folder not in [c.resolve() for c in checkpoints(run)]:
-            raise UserError(
-                f"train.resume {resume} is no checkpoint of {run}; give a folder such as {run}/checkpoints/step-000200"
-            )
-        return run / "checkpoints" / folder.name
 
-    def checked() -> Path | None:
-        folder = find()
-        if folder is None:
-            return None
-        values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if values["world_size"] != world.world_size:
-            raise UserError(
-                f"checkpoint {folder} was written by {values['world_size']} ranks and there are {world.world_size}"
-                f" now; start as many"
-            )
-        if values["zero_stage"] != stage:
-            raise UserError(
-                f"checkpoint {folder} was written under ZeRO-{values['zero_stage']}, this is ZeRO-{stage}; give the"
-                f" same --config"
-            )
-        if values["step"] > total_steps:
-            raise UserError(
-                f"checkpoint {folder} is beyond the {total_steps} steps asked for; raise train.max_steps or"
-                f" train.epochs"
-            )
-        return folder
+def _candidates(run: Path, resume: str, kind: str) -> list[Path]:
+    """Checkpoints to try, in order."""
+    folders = checkpoints(run, kind)
+    if resume in ("auto", "never") or kind != "step":
+        return folders[::-1]
+    folder = Path(resume).resolve()
+    if folder not in [c.resolve() for c in folders]:
+        raise UserError(
+            f"train.resume {resume} is no checkpoint of {run}; give a folder such as {run}/checkpoints/step-000200"
+        )
+    return [run / "checkpoints" / folder.name]
 
-    return only_main(world, checked)
+
+def _check_fit(folder: Path, world: World, stage: int, total_steps: int) -> None:
+    """Refuse a checkpoint that this start cannot take up.
+
+    Raises:
+        UserError: If the number of ranks, the ZeRO stage or the number of steps does not fit.
+    """
+    values = _read_state(folder)
+    if values["world_size"] != world.world_size:
+        raise UserError(
+            f"checkpoint {folder} was written by {values['world_size']} ranks and there are {world.world_size}"
+            f" now; start as many"
+        )
+    if values["zero_stage"] != stage:
+        raise UserError(
+            f"checkpoint {folder} was written under ZeRO-{values['zero_stage']}, this is ZeRO-{stage}; give the"
+            f" same --config"
+        )
+    if values["step"] > total_steps:
+        raise UserError(
+            f"checkpoint {folder} is beyond the {total_steps} steps asked for; raise train.max_steps or"
+            f" train.epochs"
+        )
 
 
 def load(engine: Any, folder: Path, world: World) -> TrainState:
@@ -240,10 +258,10 @@ def load(engine: Any, folder: Path, world: World) -> TrainState:
     """
 
     def state() -> dict[str, Any]:
-        for later in checkpoints(folder.parent.parent):
+        for later in checkpoints(folder.parent.parent, folder.name.split("-")[0]):
             if later.name > folder.name:
                 shutil.rmtree(later)
-        return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return _read_state(folder)
 
     loaded, _ = engine.load_checkpoint(
         str(folder.parent), tag=folder.name, load_module_strict=not _holds_frozen(engine)
@@ -251,7 +269,9 @@ def load(engine: Any, folder: Path, world: World) -> TrainState:
     if loaded is None:
         raise UserError(f"checkpoint {folder} holds no engine state; delete the folder to use the one before")
     values = only_main(world, state)
-    return TrainState(values["step"], values["num_tokens"], tuple(values["unlogged"]), values.get("running", 0.0))
+    return TrainState(
+        values["step"], values["num_tokens"], tuple(values["unlogged"]), values["running"], values["accuracy"]
+    )
 
 
 def publish(folder: Path, write: Callable[[Path], None], world: World) -> None:
@@ -264,12 +284,12 @@ def publish(folder: Path, write: Callable[[Path], None], world: World) -> None:
     """
 
     def make() -> None:
-        partial = folder.with_name(f".partial-{folder.name}")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write(partial)
+        unfinished = folder.with_name(f".partial-{folder.name}")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        write(unfinished)
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+        os.replace(unfinished, folder)
 
     only_main(world, make)
 

@@ -167,15 +167,24 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def any_rank(flag: Tensor) -> bool:
-    """Whether a flag is set on any rank: one all-reduce, and the step's one wait for the device.
+def any_ranks(flags: Tensor) -> list[bool]:
+    """Which flags are set on any rank: one all-reduce, and one wait for the device.
 
     Args:
-        flag: Scalar bool on the rank's device.
+        flags: (n,) bool on the rank's device.
     Returns:
         The same on every rank.
     """
-    raised = flag.to(torch.int32)
+    raised = flags.to(torch.int32)
     if dist.get_world_size() > 1:
         dist.all_reduce(raised, op=dist.ReduceOp.MAX)
-    return bool(raised)
+    return [bool(value) for value in raised.tolist()]
+
+
+def any_rank(flag: Tensor) -> bool:
+    """Whether one flag is set on any rank; as `any_ranks`.
+
+    Args:
+        flag: Scalar bool on the rank's device.
+    """
+    return any_ranks(flag[None])[0]

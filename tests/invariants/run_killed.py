@@ -1,6 +1,8 @@
-"""Train, and die by SIGKILL at a stated moment; started by python or torchrun.
+"""Train, and die by SIGKILL or be asked to stop at a stated moment; started by python or torchrun.
 
-    tests/invariants/run_killed.py {after_sft|in_step:N|in_evaluation:N|in_save:N} [arguments of train_dpo.py]
+    tests/invariants/run_killed.py {after_sft|in_step:N|in_evaluation:N|in_save:N}[:SIGNAL] [arguments of train_dpo.py]
+
+With SIGNAL the last rank alone gets it, at that moment; else every rank dies.
 """
 
 from __future__ import annotations
@@ -22,28 +24,39 @@ def die(*_: Any, **__: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def at_call(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Die in the `number`-th call, halfway for what calls others."""
+def ask(number: int) -> Callable[[], None]:
+    """What a scheduler does, to one of the ranks."""
+
+    def last_rank_alone() -> None:
+        if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+            os.kill(os.getpid(), number)
+
+    return last_rank_alone
+
+
+def at_call(number: int, function: Callable[..., Any], strike: Callable[[], None]) -> Callable[..., Any]:
+    """Strike in the `number`-th call, before it does anything."""
     count = 0
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         nonlocal count
         count += 1
         if count == number:
-            die()
+            strike()
         return function(*args, **kwargs)
 
     return wrapped
 
 
 if __name__ == "__main__":
-    moment, _, number = sys.argv[1].partition(":")
+    moment, number, name = (sys.argv[1] + "::").split(":")[:3]
+    strike = ask(getattr(signal, name)) if name else die
     if moment == "after_sft":
         dpo.train.start_models = die  # type: ignore[assignment]
     elif moment == "in_step":
-        dpo.runtime.engine.step = at_call(int(number), dpo.runtime.engine.step)
+        dpo.runtime.engine.step = at_call(int(number), dpo.runtime.engine.step, strike)
     elif moment == "in_evaluation":
-        dpo.train.evaluate = at_call(int(number), dpo.train.evaluate)
+        dpo.train.evaluate = at_call(int(number), dpo.train.evaluate, strike)
     elif moment == "in_save":
-        checkpoint.write_whole = at_call(int(number), checkpoint.write_whole)
+        checkpoint.write_whole = at_call(int(number), checkpoint.write_whole, strike)
     sys.exit(train_dpo.main(sys.argv[2:]))

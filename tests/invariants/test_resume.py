@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -74,7 +75,7 @@ def uninterrupted(argv, tmp_path_factory) -> dict[int, Path]:
 
 @pytest.mark.parametrize(
     ("moment", "ranks"),
-    [("after_sft", 1), ("in_step:7", 1), ("in_step:10", 2), ("in_save:5", 1)],
+    [("in_step:4", 1), ("after_sft", 1), ("in_step:7", 1), ("in_step:10", 2), ("in_save:5", 1)],
 )
 def test_a_killed_run_ends_in_the_same_metrics_and_the_same_weights(argv, uninterrupted, tmp_path, moment, ranks):
     run = tmp_path / "run"
@@ -85,8 +86,37 @@ def test_a_killed_run_ends_in_the_same_metrics_and_the_same_weights(argv, uninte
     assert numbers(run) == numbers(uninterrupted[ranks])
     assert weights(run) == weights(uninterrupted[ranks])
     assert (run / "samples.jsonl").read_text() == (uninterrupted[ranks] / "samples.jsonl").read_text()
-    assert ("continuing from" in printed) is (moment != "after_sft")
-    assert "SFT" not in printed  # a finished SFT stage is never repeated
+    in_sft = moment == "in_step:4"
+    assert ("continuing SFT from" in printed and "after step 2" in printed) is in_sft
+    assert ("continuing from" in printed) is (moment != "after_sft" and not in_sft)
+    assert in_sft or "SFT" not in printed  # a finished SFT stage is never repeated
+
+
+@pytest.mark.parametrize(
+    ("moment", "ranks", "step"),
+    [
+        ("in_step:3:SIGTERM", 1, 0),  # of the SFT stage
+        ("in_step:9:SIGUSR1", 2, 5),
+        ("in_evaluation:2:SIGINT", 1, 4),
+    ],
+)
+def test_a_run_that_is_asked_to_stop_loses_no_step_and_says_so(argv, uninterrupted, tmp_path, moment, ranks, step):
+    run = tmp_path / "run"
+    here = [*argv, "--train.output_dir", str(run), "--train.save_every", "7"]
+    done = launch(["tests/invariants/run_killed.py", moment], here, ranks)
+    assert done.returncode == (75 if ranks == 1 else 1), done.stderr[-3000:]  # torchrun makes every failure a 1
+    assert "start again to continue" in done.stderr
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("preempted", step)
+    name = moment.split(":")[2]
+    assert status["reason"] in (f"{name} received", "a signal reached another rank")
+    folders = [folder.name for folder in (run / "checkpoints").glob("*-*")]
+    assert folders == [f"step-{step:06d}" if step else "sft-000003"]
+    train(here, ranks)
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+    assert numbers(run) == numbers(uninterrupted[ranks])
+    assert weights(run) == weights(uninterrupted[ranks])
+    assert (run / "samples.jsonl").read_text() == (uninterrupted[ranks] / "samples.jsonl").read_text()
 
 
 def test_a_finished_run_says_so_and_a_raised_number_of_epochs_continues_it(argv, uninterrupted, tmp_path):

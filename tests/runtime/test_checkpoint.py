@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ import yaml
 
 from dpo.config import Config, DataConfig, ModelConfig, to_dict
 from dpo.errors import UserError
-from dpo.runtime import checkpoint
-from dpo.runtime.checkpoint import MAY_CHANGE, TrainState
+from dpo.runtime import checkpoint, run_directory
+from dpo.runtime.checkpoint import TrainState
 from dpo.runtime.distributed import World
+from dpo.runtime.manifest import write_manifest
+from dpo.runtime.run_directory import MAY_CHANGE
 
 ALONE = World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -38,12 +41,12 @@ def begin(run: Path) -> None:
 
 
 def newest(run: Path, resume: str, stage: int = 2, total_steps: int = 100, world: World = ALONE) -> Path | None:
-    return checkpoint.newest(run, resume, world, stage=stage, total_steps=total_steps)
+    return checkpoint.newest(run, resume, world, stage=stage, total_steps=total_steps)[0]
 
 
 def refusal(config: Config) -> str:
     with pytest.raises(UserError) as error:
-        checkpoint.check_run(config, ALONE)
+        run_directory.check_run(config, ALONE)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -57,20 +60,20 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_a_new_or_empty_folder_is_taken_and_checking_writes_nothing(run: Path) -> None:
-    checkpoint.check_run(config_of(run), ALONE)
+    run_directory.check_run(config_of(run), ALONE)
     assert not run.exists()
     run.mkdir(parents=True)
-    checkpoint.check_run(config_of(run), ALONE)
+    run_directory.check_run(config_of(run), ALONE)
     assert not any(run.iterdir())
 
 
 def test_an_opened_run_is_known_the_second_time_and_holds_its_settings(run: Path) -> None:
     config = config_of(run)
-    checkpoint.open_run(config, ALONE)
+    run_directory.open_run(config, ALONE)
     assert [file.name for file in run.iterdir()] == ["config.yaml"]
-    checkpoint.check_run(config, ALONE)
+    run_directory.check_run(config, ALONE)
     longer = config_of(run, train__epochs=3)
-    checkpoint.open_run(longer, ALONE)
+    run_directory.open_run(longer, ALONE)
     assert yaml.safe_load((run / "config.yaml").read_text()) == to_dict(longer)
 
 
@@ -86,19 +89,20 @@ def test_a_file_in_the_way_is_refused(run: Path) -> None:
     run.parent.mkdir()
     run.write_text("mine")
     assert refusal(config_of(run)) == f"train.output_dir {run} is a file; name a folder"
-    assert "cannot be written" in str(pytest.raises(UserError, checkpoint.open_run, config_of(run / "x"), ALONE).value)
+    below = config_of(run / "x")
+    assert "cannot be written" in str(pytest.raises(UserError, run_directory.open_run, below, ALONE).value)
     assert run.read_text() == "mine"
 
 
 def test_a_run_that_never_took_a_step_may_start_with_other_settings(run: Path) -> None:
-    checkpoint.open_run(config_of(run), ALONE)
-    checkpoint.check_run(config_of(run, loss__beta=0.5), ALONE)
+    run_directory.open_run(config_of(run), ALONE)
+    run_directory.check_run(config_of(run, loss__beta=0.5), ALONE)
     begin(run)
     assert "loss.beta was 0.1, now 0.5" in refusal(config_of(run, loss__beta=0.5))
 
 
 def test_another_run_is_refused_and_every_changed_key_is_named(run: Path) -> None:
-    checkpoint.open_run(config_of(run), ALONE)
+    run_directory.open_run(config_of(run), ALONE)
     begin(run)
     before = (run / "config.yaml").read_text()
     message = refusal(config_of(run, loss__beta=0.5, data__train="e", optim__betas=(0.9, 0.95), train__epochs=7))
@@ -110,7 +114,7 @@ def test_another_run_is_refused_and_every_changed_key_is_named(run: Path) -> Non
 
 
 def test_a_key_that_the_old_run_did_not_have_counts_as_changed_unless_it_is_unset(run: Path) -> None:
-    checkpoint.open_run(config_of(run), ALONE)
+    run_directory.open_run(config_of(run), ALONE)
     begin(run)
     old = yaml.safe_load((run / "config.yaml").read_text())
     del old["optim"]["lr"], old["data"]["subset"]
@@ -124,19 +128,19 @@ OTHER_VALUES: dict[type, Any] = {int: 5, float: 0.25, str: "sdpa", bool: True, t
 @pytest.mark.parametrize("key", sorted({*MAY_CHANGE} - {"train.resume", "train.output_dir"}))
 def test_settings_that_move_no_step_may_change(run: Path, key: str) -> None:
     section, name = key.split(".")
-    checkpoint.open_run(config_of(run), ALONE)
+    run_directory.open_run(config_of(run), ALONE)
     other = OTHER_VALUES[type(getattr(getattr(config_of(run), section), name))]
     changed = config_of(run, **{f"{section}__{name}": other})
     assert changed != config_of(run)
-    checkpoint.check_run(changed, ALONE)
+    run_directory.check_run(changed, ALONE)
 
 
 def test_every_setting_that_may_not_change_is_refused(run: Path) -> None:
-    checkpoint.open_run(config_of(run), ALONE)
+    run_directory.open_run(config_of(run), ALONE)
     begin(run)
-    keys = checkpoint._flat(to_dict(config_of(run))).keys() - {*MAY_CHANGE}
+    keys = run_directory._flat(to_dict(config_of(run))).keys() - {*MAY_CHANGE}
     assert {"loss.beta", "optim.lr", "train.seed", "train.global_batch_size", "train.precision"} <= keys
-    assert {*MAY_CHANGE} < checkpoint._flat(to_dict(config_of(run))).keys(), "a key of MAY_CHANGE is no setting"
+    assert {*MAY_CHANGE} < run_directory._flat(to_dict(config_of(run))).keys(), "a key of MAY_CHANGE is no setting"
     path = run / "config.yaml"
     whole = yaml.safe_load(path.read_text())
     for key in keys:
@@ -151,11 +155,11 @@ def test_every_setting_that_may_not_change_is_refused(run: Path) -> None:
 
 
 def test_resume_never_refuses_a_folder_with_a_run(run: Path) -> None:
-    checkpoint.check_run(config_of(run, train__resume="never"), ALONE)
-    checkpoint.open_run(config_of(run), ALONE)
+    run_directory.check_run(config_of(run, train__resume="never"), ALONE)
+    run_directory.open_run(config_of(run), ALONE)
     message = refusal(config_of(run, train__resume="never"))
     assert message == f"train.output_dir {run} holds a run and train.resume is never; name another folder"
-    checkpoint.check_run(config_of(run, train__resume=str(run / "checkpoints" / "step-000001")), ALONE)
+    run_directory.check_run(config_of(run, train__resume=str(run / "checkpoints" / "step-000001")), ALONE)
 
 
 @pytest.mark.parametrize("content", [b"- a\n- b\n", b"{", b"\xff\xfe\x00", b"text"])
@@ -167,12 +171,12 @@ def test_settings_that_cannot_be_read_are_refused(run: Path, content: bytes) -> 
 
 def test_a_finished_run_says_what_to_raise_until_there_are_more_steps(run: Path) -> None:
     run.mkdir(parents=True)
-    assert checkpoint.finished(run, 4) is None
+    assert run_directory.finished(run, 4) is None
     (run / "finished.json").write_text('{"step": 4}')
-    said = checkpoint.finished(run, 4)
+    said = run_directory.finished(run, 4)
     assert said == f"{run} is finished: 4 steps are done; raise train.epochs or train.max_steps to go on"
-    assert checkpoint.finished(run, 3) is not None
-    assert checkpoint.finished(run, 5) is None
+    assert run_directory.finished(run, 3) is not None
+    assert run_directory.finished(run, 5) is None
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
@@ -270,7 +274,7 @@ def test_a_checkpoint_that_was_not_finished_is_never_taken(run: Path, monkeypatc
             checkpoint.save(FakeEngine(), run, TrainState(4, 2), ALONE, keep=2)
     assert newest(run, "auto") is None
     checkpoint.save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=2)
-    (run / "checkpoints" / "step-000009").mkdir()
+    (run / "checkpoints" / "partial-step-000009").mkdir()
     assert newest(run, "auto") == run / "checkpoints" / "step-000002"
     checkpoint.save(FakeEngine(), run, TrainState(4, 2), ALONE, keep=2)
     assert newest(run, "auto") == run / "checkpoints" / "step-000004"
@@ -283,13 +287,105 @@ def test_nothing_to_resume_is_no_error_but_a_named_checkpoint_must_be_there(run:
         newest(run, str(run / "none"))
 
 
+TRAIN_STATE = {"step": 2, "num_tokens": 1, "unlogged": [], "running": 0.0, "accuracy": None}
+
+
 def test_a_checkpoint_of_other_ranks_names_both_numbers(run: Path) -> None:
     folder = checkpoint.save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=2)
     state = json.loads((folder / "state.json").read_text())
-    assert state == {"step": 2, "num_tokens": 1, "unlogged": [], "world_size": 1, "zero_stage": 2}
+    assert state == TRAIN_STATE | {"world_size": 1, "zero_stage": 2}
     (folder / "state.json").write_text(json.dumps(state | {"world_size": 3}))
+    write_manifest(folder, ALONE)
     with pytest.raises(UserError, match="was written by 3 ranks and there are 1 now; start as many"):
         newest(run, "auto")
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+def cut(folder: Path) -> str:
+    os.truncate(folder / "weights", 3)
+    return "weights has 3 bytes of "
+
+
+def flip_a_bit(folder: Path) -> str:
+    content = bytearray((folder / "weights").read_bytes())
+    content[2] ^= 1
+    (folder / "weights").write_bytes(content)
+    return "weights is not what was written (checksum)"
+
+
+def lose_a_file(folder: Path) -> str:
+    (folder / "weights").unlink()
+    return "weights is missing"
+
+
+def lose_the_manifest(folder: Path) -> str:
+    (folder / "manifest.json").unlink()
+    return "manifest.json is missing"
+
+
+def cut_the_manifest(folder: Path) -> str:
+    os.truncate(folder / "manifest.json", 40)
+    return "manifest.json is damaged"
+
+
+def edit_the_manifest(folder: Path) -> str:
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"bytes": ', '"bytes": 1'))
+    return "manifest.json is damaged"
+
+
+DAMAGE = [cut, flip_a_bit, lose_a_file, lose_the_manifest, cut_the_manifest, edit_the_manifest]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_taken(run: Path, damage: Any) -> None:
+    before, last = (checkpoint.save(FakeEngine(), run, TrainState(step, 1), ALONE, keep=2) for step in (2, 4))
+    wrong = damage(last)
+    found, notes = checkpoint.newest(run, "auto", ALONE, stage=2, total_steps=9)
+    assert found == before and len(notes) == 1
+    assert notes[0].startswith(f"checkpoint {last} is not used: {wrong}")
+    damage(before)
+    with pytest.raises(UserError, match=r"no whole checkpoint left: delete .*/checkpoints to start from the beginning"):
+        newest(run, "auto")
+
+
+def test_the_checkpoint_with_the_best_accuracy_outlives_newer_ones(run: Path) -> None:
+    for step, accuracy in ((1, 0.6), (2, 0.9), (3, 0.9), (4, None), (5, 0.7), (6, 0.8)):
+        checkpoint.save(FakeEngine(), run, TrainState(step, 1, accuracy=accuracy), ALONE, keep=2)
+    assert names(run) == ["step-000003", "step-000005", "step-000006"]
+
+
+def test_checkpoints_of_the_sft_stage_are_apart_from_those_of_dpo(run: Path) -> None:
+    checkpoint.save(FakeEngine(), run, TrainState(8, 1), ALONE, keep=1, kind="sft")
+    assert newest(run, "auto") is None
+    checkpoint.save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=1)
+    found, _ = checkpoint.newest(run, "auto", ALONE, stage=2, total_steps=9, kind="sft")
+    assert found == run / "checkpoints" / "sft-000008"
+    assert newest(run, "auto") == run / "checkpoints" / "step-000002"
+
+
+def test_too_little_disk_is_seen_before_anything_is_written(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    last = checkpoint.save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=1)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=5 * 2**30))
+    with pytest.raises(UserError, match=f"takes 6.000 GiB and .* has 5.000 GiB left; {last} is whole; make room"):
+        checkpoint.save(FakeEngine(), run, TrainState(4, 1), ALONE, keep=1, expected_bytes=6 * 2**30)
+    assert names(run) == ["step-000002"] and newest(run, "auto") == last
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
+    with pytest.raises(UserError, match="make room"):  # the last one's size counts where it is the larger
+        checkpoint.save(FakeEngine(), run, TrainState(4, 1), ALONE, keep=1)
+
+
+def test_a_disk_that_is_full_during_the_write_leaves_the_last_checkpoint(run: Path) -> None:
+    last = checkpoint.save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=1)
+
+    def full(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="cannot be written by rank 0 on .*No space left on device; the checkpoints be"):
+        checkpoint.save(FakeEngine(), run, TrainState(4, 1), ALONE, 1, full)
+    assert newest(run, "auto") == last
 
 
 # --- whole or not at all ---------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -217,3 +218,53 @@ def test_a_cancelled_job_lets_training_finish_its_own_end(cpu_cluster, stand_in)
     cpu_cluster.call("scancel", job)
     assert cpu_cluster.finish(job) == "CANCELLED"
     assert (stand_in / "saved-0").exists() and (stand_in / "saved-1").exists()
+
+
+def _wait_for_step(run: Path, step: int, seconds: float = JOB_SECONDS) -> None:
+    """Until metrics.jsonl has a line of a training step of at least `step`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists() and any(line["step"] >= step for line in _training_lines(run)):
+            return
+        time.sleep(0.1)
+    pytest.fail(f"{run} does not reach step {step}")
+
+
+def _status(run: Path) -> str:
+    return json.loads((run / "status.json").read_text())["state"]
+
+
+def test_a_job_that_is_cancelled_and_one_that_runs_out_of_time_lose_no_step(
+    cpu_cluster, clone, rows, path_with_torchrun, tmp_path
+):
+    """A job on two nodes is cancelled; another continues it, is told that its time is up, and ends when requeued."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    longer = ["--train.max_steps", "120", "--train.epochs", "99", "--train.save_every", "500"]
+    environment = _environment(tmp_path / "cache", path_with_torchrun)
+    submit = ["--nodes=2", "slurm/dpo.sh", *_train_arguments(rows, run), *longer]
+
+    job = cpu_cluster.submit(*submit, cwd=clone, **environment)
+    _wait_for_step(run, 3)
+    cpu_cluster.call("scancel", job)
+    assert cpu_cluster.finish(job, 60) == "CANCELLED"
+    assert _status(run) == "preempted", (clone / f"dpo-{job}.out").read_text()
+    reached = json.loads((run / "status.json").read_text())["step"]
+    assert [f.name for f in (run / "checkpoints").glob("*-*")] == [f"step-{reached:06d}"] and 3 <= reached < 120
+
+    job = cpu_cluster.submit(*submit, cwd=clone, **environment)
+    _wait_for_step(run, reached + 3)
+    cpu_cluster.call("scancel", "--batch", "--signal=USR1", job)
+    state = cpu_cluster.finish(job, JOB_SECONDS)
+    output = (clone / f"dpo-{job}.out").read_text()
+    assert state == "COMPLETED", output
+    assert f"checkpointed; job {job} goes back into the queue" in output
+    assert output.count("slurm/dpo.sh: job") == 2 and "SIGUSR1 received; start again to continue" in output
+    assert _status(run) == "finished" and not list(clone.glob(".dpo-status-*"))
+    assert [line["step"] for line in _training_lines(run)] == list(range(1, 121))
+
+    done = subprocess.run(
+        ["torchrun", "--standalone", "--nproc_per_node", "2", "train_dpo.py", *_train_arguments(rows, whole), *longer],
+        cwd=clone, env=os.environ | environment, capture_output=True, text=True, timeout=JOB_SECONDS, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (run / "final/model.safetensors").read_bytes() == (whole / "final/model.safetensors").read_bytes()

@@ -1,0 +1,104 @@
+"""The run directory: whose it is, and whether it is finished.
+
+    config.yaml      the resolved settings; a run started again must have the same ones
+    status.json      running, preempted, failed or finished
+    finished.json    written last: the step
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpo.config import Config, to_dict
+from dpo.errors import UserError
+from dpo.runtime.distributed import World, only_main
+from dpo.runtime.files import write_whole
+
+MAY_CHANGE = (
+    "train.epochs", "train.max_steps", "train.eval_every", "train.save_every", "train.keep_checkpoints",
+    "train.export_dtype", "train.resume", "train.output_dir", "train.tokens_per_micro_batch", "train.micro_batch_size",
+    "train.layout", "train.static_shapes", "model.gradient_checkpointing", "model.attention",
+    "model.loss_in_forward", "model.vocabulary_multiple", "model.compile",
+    "data.workers", "data.cache_dir", "log.every", "log.backends", "log.samples", "log.sample_every",
+    "log.sample_tokens",
+)
+"""Settings that a continued run may change: none of them moves what a step computes."""
+
+
+def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def check_run(config: Config, world: World) -> None:
+    """Refuse an output directory that holds something else; writes nothing.
+
+    Raises:
+        UserError: If the directory holds another run or other files, or train.resume forbids to continue.
+    """
+    only_main(world, lambda: _check_run(config))
+
+
+def open_run(config: Config, world: World) -> None:
+    """Create the run directory, or take up the run that is there.
+
+    Raises:
+        UserError: If the directory cannot be written.
+    """
+    run = Path(config.train.output_dir)
+
+    def work() -> None:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            write_whole(run / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+        except OSError as error:
+            raise UserError(f"train.output_dir {run} cannot be written: {error.strerror}; name another") from None
+
+    only_main(world, work)
+
+
+def finished(run: Path, total_steps: int) -> str | None:
+    """A line that says so if the run has already done all its steps and written its results."""
+    path = run / "finished.json"
+    if not path.exists() or json.loads(path.read_text())["step"] < total_steps:
+        return None
+    return f"{run} is finished: {total_steps} steps are done; raise train.epochs or train.max_steps to go on"
+
+
+def _check_run(config: Config) -> None:
+    run = Path(config.train.output_dir)
+    path = run / "config.yaml"
+    if run.exists() and not run.is_dir():
+        raise UserError(f"train.output_dir {run} is a file; name a folder")
+    if not path.exists():
+        if run.exists() and any(run.iterdir()):
+            raise UserError(f"train.output_dir {run} holds other files and no run; name a new or empty folder")
+        return
+    if config.train.resume == "never":
+        raise UserError(f"train.output_dir {run} holds a run and train.resume is never; name another folder")
+    try:
+        old = _flat(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
+        raise UserError(f"{path} is not the settings of a run; name another train.output_dir") from None
+    new = _flat(to_dict(config))
+    changed = [key for key in sorted((old.keys() | new.keys()) - {*MAY_CHANGE}) if old.get(key) != new.get(key)]
+    if changed and _has_begun(run):
+        listed = ", ".join(f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in changed)
+        raise UserError(
+            f"train.output_dir {run} holds another run: {listed}; name another folder, or give the old values to"
+            f" continue"
+        )
+
+
+def _has_begun(run: Path) -> bool:
+    """Whether there is anything in a run directory that other settings would spoil."""
+    metrics = run / "metrics.jsonl"
+    if any((run / "checkpoints").glob("*-*")) or (run / "reference").exists():
+        return True
+    return metrics.exists() and metrics.stat().st_size > 0

@@ -1,0 +1,59 @@
+"""Signals raise a flag once; their echo is nothing new, a later one is the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dpo.runtime import distributed, preemption
+from dpo.runtime.preemption import Preempted
+
+
+@pytest.fixture(autouse=True)
+def world() -> None:
+    distributed.start()
+
+
+@pytest.mark.parametrize("number", preemption.SIGNALS)
+def test_a_signal_stops_at_the_next_check_and_handlers_are_put_back(number):
+    before = signal.getsignal(number)
+    with preemption.listening():
+        preemption.check(torch.device("cpu"))
+        os.kill(os.getpid(), number)
+        assert preemption.is_asked()
+        with pytest.raises(Preempted, match=f"{signal.Signals(number).name} received"):
+            preemption.check(torch.device("cpu"))
+    assert signal.getsignal(number) == before and not preemption.is_asked()
+
+
+def test_the_echo_of_a_launcher_is_nothing_new_and_a_later_signal_ends_the_process_at_once(monkeypatch):
+    left: list[int] = []
+    now = [100.0]
+    monkeypatch.setattr(preemption.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(preemption.os, "_exit", left.append)
+    with preemption.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        now[0] += 1
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert left == []
+        now[0] += preemption.ECHO_SECONDS
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert left == [128 + signal.SIGTERM]
+
+
+def test_a_signal_that_was_held_back_since_before_the_start_counts_as_soon_as_we_listen():
+    script = (
+        "import os, signal; os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "from dpo.runtime import preemption\n"
+        "with preemption.listening(): print(preemption.is_asked())"
+    )
+    hold = "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1]); "
+    hold += "os.execv(sys.executable, [sys.executable, '-c', sys.argv[1]])"
+    command = [sys.executable, "-c", hold, script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "True\n", done.stderr
