@@ -259,7 +259,7 @@ def test_a_job_that_is_cancelled_and_one_that_runs_out_of_time_lose_no_step(
     assert state == "COMPLETED", output
     assert f"checkpointed; job {job} goes back into the queue" in output
     assert output.count("slurm/dpo.sh: job") == 2 and "SIGUSR1 received; start again to continue" in output
-    assert _status(run) == "finished" and not list(clone.glob(".dpo-status-*"))
+    assert _status(run) == "finished" and not (clone / f".dpo-status-{job}.json").exists()
     assert [line["step"] for line in _training_lines(run)] == list(range(1, 121))
 
     done = subprocess.run(
