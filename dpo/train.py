@@ -179,16 +179,9 @@ def _train_dpo(
     loss = Objective(config.loss, state.running)
     loader = setup.loader(setup.train_pairs, policy.layout)
     per_epoch = setup.epochs.steps_per_epoch
-    validation: dict[str, ValidationShare] = {}
-    if setup.validation_pairs is not None:
-        every, lengths = setup.loader(setup.validation_pairs, policy.layout), setup.validation_pairs.lengths
-        validation = {
-            name: ValidationShare(whole_pass(every, ids), float(lengths[ids, 1].mean()))
-            for name, ids in setup.data.validation_sets().items()
-        }
+    validation = _validation(setup, policy)
     known_reference = remembered(reference.validation)
     report = Refresher(setup.run, tracker.say)
-
     meter = meter_for(setup, policy)
 
     def evaluate_after(step: int) -> float | None:
@@ -209,18 +202,8 @@ def _train_dpo(
         if "samples/kl" not in seen and config.log.samples and _due(step, every, per_epoch, total):
             take_samples(setup, policy, reference, step, tracker)
         if not seen and _due(step, config.train.save_every, per_epoch, total):
-            save(state)
+            _save(setup, policy, reference, replace(state, unlogged=meter.carried()))
         return state
-
-    def save(state: TrainState) -> None:
-        whole = replace(state, unlogged=meter.carried())
-        more = None if sync_steps is None else partial(save_reference, reference, world)
-        checkpoint.save(
-            policy.engine, setup.run, whole, world, config.train.keep_checkpoints, more,
-            expected_bytes=_checkpoint_bytes(setup, policy),
-        )
-        if world.is_main:
-            write_status(setup.run, "running", state.step)
 
     meter.take_up(state.unlogged, world.is_main)
     if state.step == 0:
@@ -248,8 +231,31 @@ def _train_dpo(
     except preemption.Preempted:
         here = setup.run / "checkpoints" / checkpoint.step_folder(state.step)
         if not distributed.only_main(world, lambda: state.step == 0 or here.is_dir()):
-            save(state)
+            _save(setup, policy, reference, replace(state, unlogged=meter.carried()))
         raise
+
+
+def _validation(setup: Setup, policy: Policy) -> dict[str, ValidationShare]:
+    """This rank's share of every validation set."""
+    if setup.validation_pairs is None:
+        return {}
+    every, lengths = setup.loader(setup.validation_pairs, policy.layout), setup.validation_pairs.lengths
+    return {
+        name: ValidationShare(whole_pass(every, ids), float(lengths[ids, 1].mean()))
+        for name, ids in setup.data.validation_sets().items()
+    }
+
+
+def _save(setup: Setup, policy: Policy, reference: FrozenReference, state: TrainState) -> None:
+    """A checkpoint, the reference in it where it moves; status.json says so."""
+    config, world = setup.config, setup.world
+    more = None if config.reference.sync_steps is None else partial(save_reference, reference, world)
+    checkpoint.save(
+        policy.engine, setup.run, state, world, config.train.keep_checkpoints, more,
+        expected_bytes=_checkpoint_bytes(setup, policy),
+    )
+    if world.is_main:
+        write_status(setup.run, "running", state.step)
 
 
 def _names_at(run: Path, step: int) -> set[str]:

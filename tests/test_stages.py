@@ -60,8 +60,8 @@ def test_nothing_of_the_sft_engine_is_left_when_dpo_starts(builtin, stage, shard
     left: list[int] = []
     trained, started = dpo.sft._train, dpo.train.start_models
 
-    def remember(setup, policy, tracker):
-        trained(setup, policy, tracker)
+    def remember(setup, policy, *rest):
+        trained(setup, policy, *rest)
         held.extend(weakref.ref(p) for p in (policy.engine, policy.scorer, *policy.scorer.parameters()))
 
     def count(*args):

@@ -60,19 +60,19 @@ def test_nothing_waits_for_the_device_between_the_first_forward_and_the_last_bac
 ):
     """In the padded layout transformers itself looks at the positions once a forward pass."""
     steps: list[tuple[list[str], list[str]]] = []
-    take_step, any_rank = dpo.step.take_step, dpo.step.distributed.any_rank
+    take_step, any_ranks = dpo.step.take_step, dpo.step.distributed.any_ranks
 
     def watched(*args):
         with Waits() as waits:
             def flag(tensor):
                 before = list(waits.found)
-                result = any_rank(tensor)
+                result = any_ranks(tensor)
                 steps.append((before, list(waits.found[len(before):])))
                 return result
 
-            monkeypatch.setattr(dpo.step.distributed, "any_rank", flag)
+            monkeypatch.setattr(dpo.step.distributed, "any_ranks", flag)
             take_step(*args)
-            monkeypatch.setattr(dpo.step.distributed, "any_rank", any_rank)
+            monkeypatch.setattr(dpo.step.distributed, "any_ranks", any_ranks)
 
     monkeypatch.setattr(dpo.train, "take_step", watched)
     several = ["--train.micro_batch_size", "3", "--log.samples", "0"]
