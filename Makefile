@@ -3,8 +3,8 @@
 # make lint         ruff, mypy and shellcheck
 
 PYTHON ?= python3
-# Tests start jobs of two processes themselves; WORKERS=2 runs two tests at a time on top of that.
-WORKERS ?= 0
+# Tests at a time; some start jobs of two processes themselves. WORKERS=0 runs them one after another.
+WORKERS ?= 2
 PYTEST_ARGS ?=
 
 # What some tests need from Debian: command:package.
