@@ -233,6 +233,7 @@ def prepare(config: Config, world: World, deepspeed_json: str | None, *, for_els
         model_config, tokenizer = model_and_tokenizer(config)
         if not for_elsewhere:
             for path in filter(None, (config.model.policy, config.reference.path)):
+                load.check_weights(path)  # of the adapter, where it is one
                 load.check_weights(adapters.base_of(path)[0])
         longest = _longest(config, model_config)
         roles.check_reference_path(config, tokenizer, longest)

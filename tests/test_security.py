@@ -124,6 +124,19 @@ def test_a_pickle_among_the_weights_is_never_unpickled_as_code(
     assert not left.exists()
 
 
+def test_a_pickle_in_the_place_of_an_adapter_is_refused(
+    tiny_policy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder, left = tmp_path / "adapter", tmp_path / "left"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(tiny_policy)})
+    )
+    torch.save({"weight": Exploit(left)}, folder / "adapter_model.bin")
+    assert f"{folder}/adapter_model.bin: no readable weights" in refusal(arguments(tmp_path, folder), capfd)
+    assert not left.exists() and not (tmp_path / "run").exists()
+
+
 def test_plain_tensors_in_a_pickle_are_read(tiny_policy: Path, tmp_path: Path) -> None:
     """Else the test above might refuse every .bin."""
     folder = copied(tiny_policy, tmp_path / "model")

@@ -109,7 +109,7 @@ def check_weights(path: str) -> None:
     folder = Path(path)
     if path == BUILTIN or not folder.is_dir():
         return
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*model*.bin"))
     if not files:
         raise UserError(f"model.policy {path}: no weights there; name a folder with .safetensors or pytorch_model.bin")
     for file in files:
