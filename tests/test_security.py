@@ -148,7 +148,7 @@ def test_plain_tensors_in_a_pickle_are_read(tiny_policy: Path, tmp_path: Path) -
     assert all(torch.equal(loaded[name], value) for name, value in weights.items())
 
 
-@pytest.mark.parametrize("spoil", ["cut", "empty", "none", "config"])
+@pytest.mark.parametrize("spoil", ["cut", "empty", "none", "config", "tokenizer"])
 def test_a_damaged_model_folder_is_refused_before_the_run_begins(
     spoil: str, tiny_policy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,6 +156,9 @@ def test_a_damaged_model_folder_is_refused_before_the_run_begins(
     weights = folder / "model.safetensors"
     if spoil == "none":
         weights.unlink()
+    elif spoil == "tokenizer":
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": []}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     elif spoil == "config":
         (folder / "config.json").write_text('{"model_type": "llama", "vocab_size": "many"}')
     else:

@@ -62,7 +62,9 @@ def load_tokenizer(
     if path == BUILTIN:
         return example.build_tokenizer()
     try:
-        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer("a")  # a damaged one may load, and fail here
+        return tokenizer
     except Exception as error:  # tokenizers raises no narrower class for a broken file
         raise _explain("tokenizer", path, error) from None
 
