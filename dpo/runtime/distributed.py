@@ -178,7 +178,9 @@ def any_ranks(flags: Tensor) -> list[bool]:
     raised = flags.to(torch.int32)
     if dist.get_world_size() > 1:
         dist.all_reduce(raised, op=dist.ReduceOp.MAX)
-    return [bool(value) for value in raised.tolist()]
+    places = torch.arange(len(flags), device=flags.device)
+    bits = int((raised << places).sum())  # one number to wait for, however many flags
+    return [bool(bits >> place & 1) for place in range(len(flags))]
 
 
 def any_rank(flag: Tensor) -> bool:
