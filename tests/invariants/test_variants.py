@@ -152,7 +152,7 @@ def test_a_checkpoint_without_the_moving_reference_is_refused(tiny_policy, tmp_p
     assert train_dpo.main([*argv, "--train.max_steps", "2"]) == 0
     (tmp_path / "run/checkpoints/step-000002/reference.safetensors").unlink()
     assert train_dpo.main([*argv, "--train.max_steps", "3"]) == 2
-    assert "holds no reference.safetensors, the moving reference" in capsys.readouterr().err
+    assert "is not used: reference.safetensors is missing; there is no whole checkpoint" in capsys.readouterr().err
 
 
 def test_samples_after_a_move_are_answers_of_the_reference_that_moved(tiny_policy, tmp_path):
