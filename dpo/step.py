@@ -184,7 +184,7 @@ def take_step(
     if is_bad:
         _stop_at(setup, work, losses)
     meter.grad_norm = deepspeed_engine.step(policy.engine, lr)
-    if meter.grad_norm is None and setup.precision != "fp16":
+    if setup.precision != "fp16" and not deepspeed_engine.has_stepped(policy.engine):
         _stop_at(setup, work, None)
     meter.pairs += work.num_pairs
     meter.tokens += work.num_tokens

@@ -154,4 +154,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_step_and_names_the_r
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"train_dpo.py: step 2: the loss is not finite for rows 6 of {short_rows}")
     assert [line["step"] for line in read_lines(tmp_path / "run")] == [1]
+    (dumped,) = map(json.loads, (tmp_path / "run/nonfinite.jsonl").read_text().splitlines())
+    assert dumped["step"] == 2 and dumped["rows"].startswith("rows 6 of") and dumped["chosen"]
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "failed"
     assert [path.name for path in (tmp_path / "run/checkpoints").glob("step-*")] == ["step-000001"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -135,3 +137,33 @@ def test_mfu_is_the_operations_of_the_formula_over_time_and_the_peak_beside_it(t
             total += 12 * sizes["attention_width"] * products
     seconds = 16 / line["perf/pairs_per_second"]
     assert line["perf/mfu"] == pytest.approx(total / seconds / 2e12, rel=1e-9)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
+def test_a_gradient_that_is_not_finite_stops_the_run_though_every_loss_is(
+    stage, precision, tiny_policy, tmp_path, monkeypatch, capsys
+):
+    losses_of, calls = dpo.step.losses_of, []
+
+    def poisoned(*args):
+        total, output, logps = losses_of(*args)
+        calls.append(1)
+        # The square root of 0 times anything adds nothing to the loss, and 0 times infinity to its gradient.
+        return total + ((total * 0).sqrt() if len(calls) == 2 else 0), output, logps
+
+    monkeypatch.setattr(dpo.step, "losses_of", poisoned)
+    flags = ["--config", f"ds_configs/{stage}.json", "--train.precision", precision, "--log.samples", "0"]
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, *flags)) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("train_dpo.py: step 2: the gradient is not finite though every loss is, over rows ")
+    lines = [json.loads(text) for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1]
+    assert len((tmp_path / "run/nonfinite.jsonl").read_text().splitlines()) == 8
+
+
+def test_a_run_that_is_told_not_to_compute_the_norm_of_its_gradient_still_steps(tiny_policy, tmp_path):
+    config = tmp_path / "no_norm.json"
+    config.write_text('{"zero_optimization": {"stage": 2, "compute_grad_norm": false}}')
+    flags = ["--config", str(config), "--optim.max_grad_norm", "0", "--log.samples", "0"]
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, *flags)) == 0

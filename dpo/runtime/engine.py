@@ -249,7 +249,7 @@ def step(engine: Any, lr: float) -> float | None:
         engine: After the step's last `backward`.
         lr: Learning rate of this step.
     Returns:
-        Gradient norm before clipping; None where an fp16 overflow made DeepSpeed skip the step.
+        Gradient norm before clipping; None where DeepSpeed left the step out, or was told not to compute it.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
@@ -258,6 +258,11 @@ def step(engine: Any, lr: float) -> float | None:
         return None
     norm = engine.get_global_grad_norm()
     return None if norm is None else float(norm)
+
+
+def has_stepped(engine: Any) -> bool:
+    """Whether the last `step` changed the weights: DeepSpeed leaves out one whose gradient is not finite, on all ranks."""
+    return bool(engine.was_step_applied())
 
 
 def fingerprint(model: nn.Module) -> str:
