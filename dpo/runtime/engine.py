@@ -261,7 +261,7 @@ def step(engine: Any, lr: float) -> float | None:
 
 
 def has_stepped(engine: Any) -> bool:
-    """Whether the last `step` changed the weights: DeepSpeed leaves out one whose gradient is not finite, on all ranks."""
+    """Whether the last `step` changed the weights: DeepSpeed leaves one out whose gradient is not finite."""
     return bool(engine.was_step_applied())
 
 
