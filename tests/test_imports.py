@@ -20,7 +20,7 @@ ORDER = [
     "objective.objective", "objective.metrics",
     "runtime.files", "runtime.distributed", "runtime.preemption", "runtime.status", "runtime.run_directory",
     "runtime.manifest", "runtime.schedule", "runtime.deepspeed_json", "runtime.engine", "runtime.weights",
-    "runtime.checkpoint", "runtime.trackers", "runtime.tracking",
+    "runtime.universal", "runtime.checkpoint", "runtime.trackers", "runtime.tracking",
     "report.pairs", "report.content", "report.figures", "report.charts", "report.panels", "report.card", "report.page",
     "reference_cache", "sample", "estimate", "run_data", "roles", "setup", "audit", "load_models", "policy", "budget",
     "sync", "context", "start", "step", "export", "sft", "evaluate", "forecast", "plan", "judge", "ask", "export_run",

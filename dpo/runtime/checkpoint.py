@@ -25,6 +25,8 @@ from dpo.errors import UserError
 from dpo.runtime.distributed import World, only_main
 from dpo.runtime.files import write_whole
 from dpo.runtime.manifest import complaint, size_of, write_manifest
+from dpo.runtime.universal import differs, load_converted
+from dpo.runtime.weights import without_code
 
 GIB = 2**30
 
@@ -190,7 +192,8 @@ def newest(
         total_steps: Steps of this start.
         kind: See `step_folder`.
     Returns:
-        Its folder, None where there is none, and a line for every damaged one that was passed over.
+        Its folder, None where there is none, and lines for the log: damaged ones that were passed over, and whether
+        it is converted.
     Raises:
         UserError: If train.resume names no checkpoint of this run, if it does not fit this start, or if every
             checkpoint is damaged.
@@ -201,6 +204,11 @@ def newest(
         wrong = complaint(folder, world)
         if wrong is None:
             only_main(world, partial(_check_fit, folder, world, stage, total_steps))
+            values = only_main(world, partial(_read_state, folder))
+            if differs(values, world, stage):
+                old = f"{values['world_size']} ranks under ZeRO-{values['zero_stage']}"
+                new = f"{world.world_size} under ZeRO-{stage}"
+                notes.append(f"checkpoint {folder} was written by {old}; it is converted to {new}")
             return folder, notes
         notes.append(f"checkpoint {folder} is not used: {wrong}")
     if notes:
@@ -228,18 +236,18 @@ def _check_fit(folder: Path, world: World, stage: int, total_steps: int) -> None
     """Refuse a checkpoint that this start cannot take up.
 
     Raises:
-        UserError: If the number of ranks, the ZeRO stage or the number of steps does not fit.
+        UserError: If the ZeRO stage or the number of steps does not fit.
     """
     values = _read_state(folder)
-    if values["world_size"] != world.world_size:
+    old, ranks = values["zero_stage"], values["world_size"]
+    if (old == 0) != (stage == 0):
         raise UserError(
-            f"checkpoint {folder} was written by {values['world_size']} ranks and there are {world.world_size}"
-            f" now; start as many"
+            f"checkpoint {folder} was written under ZeRO-{old}, this is ZeRO-{stage}; give a --config of"
+            f" {'stage 0' if old == 0 else 'stage 1, 2 or 3'}"
         )
-    if values["zero_stage"] != stage:
+    if stage and (old, ranks) != (stage, world.world_size) and (folder / "offloaded_tensors").exists():
         raise UserError(
-            f"checkpoint {folder} was written under ZeRO-{values['zero_stage']}, this is ZeRO-{stage}; give the"
-            f" same --config"
+            f"checkpoint {folder} holds an optimizer that {ranks} ranks kept on NVMe; start as many under ZeRO-{old}"
         )
     if values["step"] > total_steps:
         raise UserError(
@@ -257,18 +265,24 @@ def load(engine: Any, folder: Path, world: World) -> TrainState:
         UserError: If DeepSpeed finds nothing in the folder.
     """
 
-    def state() -> dict[str, Any]:
+    def drop_later() -> None:
         for later in checkpoints(folder.parent.parent, folder.name.split("-")[0]):
             if later.name > folder.name:
                 shutil.rmtree(later)
-        return _read_state(folder)
 
-    loaded, _ = engine.load_checkpoint(
-        str(folder.parent), tag=folder.name, load_module_strict=not _holds_frozen(engine)
-    )
-    if loaded is None:
+    values = only_main(world, partial(_read_state, folder))
+    stage = engine.zero_optimization_stage()
+    if differs(values, world, stage):
+        is_there = load_converted(engine, folder, world, values["world_size"], values["zero_stage"])
+    else:
+        with without_code(folder):
+            loaded, _ = engine.load_checkpoint(
+                str(folder.parent), tag=folder.name, load_module_strict=not _holds_frozen(engine)
+            )
+        is_there = loaded is not None
+    if not is_there:
         raise UserError(f"checkpoint {folder} holds no engine state; delete the folder to use the one before")
-    values = only_main(world, state)
+    only_main(world, drop_later)
     return TrainState(
         values["step"], values["num_tokens"], tuple(values["unlogged"]), values["running"], values["accuracy"]
     )

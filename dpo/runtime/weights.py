@@ -1,9 +1,15 @@
-"""Weights across ranks and files: mixed, restored, put together from a checkpoint without an engine."""
+"""Weights across ranks and files: mixed, restored, put together from a checkpoint without an engine.
+
+Files of DeepSpeed are read `without_code` here and wherever else they are.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import os
+import pickle
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,6 +17,40 @@ from torch import Tensor, nn
 
 from dpo.errors import UserError
 from dpo.runtime.engine import deepspeed
+
+
+@contextlib.contextmanager
+def without_code(folder: Path) -> Iterator[None]:
+    """Within it torch.load builds tensors, plain values and four classes of DeepSpeed, whatever its caller allows.
+
+    DeepSpeed reads its files with weights_only=False, which runs what a pickle says.
+
+    Args:
+        folder: The checkpoint, for the message.
+    Raises:
+        UserError: If a file asks for anything else.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    known = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+    names = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": None}
+    before = {name: os.environ.pop(name, None) for name in names}
+    os.environ |= {name: value for name, value in names.items() if value is not None}
+    try:
+        with torch.serialization.safe_globals(known):
+            yield
+    except pickle.UnpicklingError as error:
+        asked = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"checkpoint {folder} holds more than tensors and is not loaded, it could run code: {asked}; delete the"
+            f" folder if it is not yours"
+        ) from None
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            os.environ |= {} if value is None else {name: value}
 
 
 @torch.no_grad()
@@ -59,7 +99,7 @@ def checkpoint_weights(folder: Path) -> dict[str, Tensor]:
 
     chatter = io.StringIO()
     try:
-        with contextlib.redirect_stdout(chatter), contextlib.redirect_stderr(chatter):
+        with without_code(folder), contextlib.redirect_stdout(chatter), contextlib.redirect_stderr(chatter):
             return get_fp32_state_dict_from_zero_checkpoint(
                 str(folder.parent), tag=folder.name, exclude_frozen_parameters=True
             )

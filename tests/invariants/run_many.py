@@ -46,7 +46,8 @@ def watch_reference(seen: dict[str, Any], policy: Any, scorer: Any) -> None:
     """What the reference is, and whether it stays so."""
     seen["reference_dtypes"] = sorted({str(p.dtype) for p in scorer.parameters()})
     seen["reference_wants_gradient"] = any(p.requires_grad for p in scorer.parameters())
-    optimized = {id(p) for g in policy.engine.optimizer.optimizer.param_groups for p in g["params"]}
+    outer = policy.engine.optimizer  # without ZeRO there is no inner one
+    optimized = {id(p) for g in getattr(outer, "optimizer", outer).param_groups for p in g["params"]}
     seen["reference_in_optimizer"] = any(id(p) in optimized for p in scorer.parameters())
     weights = [p.detach().clone() for p in scorer.parameters()]
     seen["reference_moved"] = lambda: not all(

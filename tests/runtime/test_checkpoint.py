@@ -243,12 +243,21 @@ def test_a_checkpoint_of_another_run_is_refused(run: Path, tmp_path: Path) -> No
         newest(run, str(other))
 
 
-def test_a_checkpoint_of_another_stage_or_beyond_the_end_is_refused(run: Path) -> None:
+def test_a_checkpoint_beyond_the_end_is_refused(run: Path) -> None:
     checkpoint.save(FakeEngine(), run, TrainState(4, 1), ALONE, keep=1)
-    with pytest.raises(UserError, match="was written under ZeRO-2, this is ZeRO-3; give the same --config"):
-        newest(run, "auto", stage=3)
     with pytest.raises(UserError, match="is beyond the 3 steps asked for; raise train.max_steps"):
         newest(run, "auto", total_steps=3)
+
+
+def test_a_checkpoint_whose_optimizer_another_start_cannot_take_is_refused(run: Path) -> None:
+    folder = checkpoint.save(FakeEngine(), run, TrainState(4, 1), ALONE, keep=1)
+    with pytest.raises(UserError, match="was written under ZeRO-2, this is ZeRO-0; give a --config of stage 1, 2 or 3"):
+        newest(run, "auto", stage=0)
+    assert newest(run, "auto", stage=3) == folder
+    (folder / "offloaded_tensors").mkdir()
+    with pytest.raises(UserError, match="an optimizer that 1 ranks kept on NVMe; start as many under ZeRO-2"):
+        newest(run, "auto", stage=3)
+    assert newest(run, "auto") == folder
 
 
 def test_a_checkpoint_written_again_replaces_the_old_one(run: Path) -> None:
@@ -290,14 +299,15 @@ def test_nothing_to_resume_is_no_error_but_a_named_checkpoint_must_be_there(run:
 TRAIN_STATE = {"step": 2, "num_tokens": 1, "unlogged": [], "running": 0.0, "accuracy": None}
 
 
-def test_a_checkpoint_of_other_ranks_names_both_numbers(run: Path) -> None:
+def test_a_checkpoint_of_other_ranks_is_taken_and_the_log_says_that_it_is_converted(run: Path) -> None:
     folder = checkpoint.save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=2)
     state = json.loads((folder / "state.json").read_text())
     assert state == TRAIN_STATE | {"world_size": 1, "zero_stage": 2}
     (folder / "state.json").write_text(json.dumps(state | {"world_size": 3}))
     write_manifest(folder, ALONE)
-    with pytest.raises(UserError, match="was written by 3 ranks and there are 1 now; start as many"):
-        newest(run, "auto")
+    found, notes = checkpoint.newest(run, "auto", ALONE, stage=2, total_steps=9)
+    assert found == folder
+    assert notes == [f"checkpoint {folder} was written by 3 ranks under ZeRO-2; it is converted to 1 under ZeRO-2"]
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
