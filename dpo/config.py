@@ -479,6 +479,8 @@ class TrainConfig:
     """Steps between checkpoints, or epoch."""
     keep_checkpoints: int = 2
     """Newest checkpoints to keep."""
+    save_weights_only: bool = False
+    """Checkpoints of the weights alone, for small disks; from one of them AdamW's moments start anew."""
     export_dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     """Dtype of final/; auto: that of the starting weights."""
     resume: str = "auto"

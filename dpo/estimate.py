@@ -124,12 +124,14 @@ def memory(
     return {name: counts[name] * size / GIB for name, size in per_parameter.items()}
 
 
-def checkpoint_bytes(num_parameters: int, *, stage: int, half: bool) -> int:
+def checkpoint_bytes(num_parameters: int, *, stage: int, half: bool, weights_only: bool = False) -> int:
     """Disk space of one checkpoint, over all ranks.
 
     The fp32 master weights and AdamW's two states, and, below stage 3, the weights themselves: 14 bytes a parameter at
-    half precision, 16 in fp32.
+    half precision, 16 in fp32. Of the weights alone 2 and 4.
     """
+    if weights_only:
+        return num_parameters * (2 if half else 4)
     return num_parameters * (12 + (0 if stage == 3 else 2 if half else 4))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -48,3 +49,10 @@ def write_weights(setup: Setup, policy: Policy, folder: Path, dtype: torch.dtype
             (target / "README.md").write_text(card, encoding="utf-8")
 
     publish(folder, write, setup.world)
+
+
+def weights_alone(setup: Setup, policy: Policy) -> Callable[[Path], None] | None:
+    """What writes the weights of a checkpoint that holds nothing else of the engine; None where it holds all."""
+    if not setup.config.train.save_weights_only:
+        return None
+    return lambda folder: write_weights(setup, policy, folder, setup.dtype, card=None)

@@ -24,6 +24,7 @@ from dpo.report.card import model_card
 from dpo.runtime import checkpoint
 from dpo.runtime.distributed import World
 from dpo.runtime.engine import full_state
+from dpo.runtime.run_directory import versions
 from dpo.runtime.tracking import read_lines
 from dpo.runtime.weights import checkpoint_weights
 from dpo.setup import model_and_tokenizer
@@ -73,7 +74,7 @@ def export_run(options: Options) -> Path:
             return
         _write(config, source, folder, merge=options.merge, adapted=adapted)
         is_adapter = adapted and not options.merge
-        card = model_card(to_dict(config), read_lines(run), checkpoint.versions(), adapter=is_adapter)
+        card = model_card(to_dict(config), read_lines(run), versions(), adapter=is_adapter)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     checkpoint.publish(target, write, World(0, 1, 0, torch.device("cpu")))
@@ -112,12 +113,17 @@ def _model(config: Config, source: Path, *, adapted: bool) -> Any:
     settings = config.model
     assert settings.policy is not None
     base, revision = adapters.base_of(settings.policy, settings.revision)
+    alone = source / checkpoint.WEIGHTS
+    if alone.is_dir():
+        base, revision = str(alone), None
     model = load.load_model(
         base, dtype=torch.float32, seed=config.train.seed, revision=revision,
         trust_remote_code=settings.trust_remote_code,
     )
     if source.name == "final":
         adapters.take_up(model, str(source))
+        return model
+    if alone.is_dir():
         return model
     if adapters.is_adapter(settings.policy):
         adapters.take_up(model, settings.policy)

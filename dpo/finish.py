@@ -21,10 +21,10 @@ from dpo.report.page import Refresher, write_or_say
 from dpo.report.pairs import PairTable, read_pairs, write_pairs
 from dpo.report.panels import calibration, displacement
 from dpo.runtime import preemption
-from dpo.runtime.checkpoint import versions
 from dpo.runtime.distributed import only_main
 from dpo.runtime.engine import zero_stage
 from dpo.runtime.files import read_records, write_whole
+from dpo.runtime.run_directory import versions
 from dpo.runtime.status import write_status
 from dpo.runtime.tracking import Tracker, read_lines
 from dpo.sample import Decoding, answer_logps, answers_to, world_rewards, write_samples

@@ -261,7 +261,8 @@ def host_rows(setup: Setup, machine: Machine, hardware: Hardware) -> Rows:
     neighbours = min(ranks, hardware.gpus_per_node)
     loaded = machine.width + machine.copied_bytes if machine.stage < 3 else setup.start_dtype.itemsize
     host = neighbours * shape.parameters * loaded
-    one = checkpoint_bytes(machine.trained, stage=machine.stage, half=machine.half)
+    alone = train.save_weights_only
+    one = checkpoint_bytes(machine.trained, stage=machine.stage, half=machine.half, weights_only=alone)
     held = min(train.keep_checkpoints + 1, max(1, setup.total_steps))
     rows = [
         ("host memory of a node while loading, at most", f"{_size(host)} ({neighbours} ranks)"),

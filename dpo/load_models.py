@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +47,16 @@ def load_weights(
     if adapters.is_adapter(path):
         together(lambda: adapters.take_up(loaded, path))
     return loaded
+
+
+def read_whole(setup: Setup, folder: Path) -> Any:
+    """A model that the run wrote, in the dtype of training; on the rank that calls.
+
+    Raises:
+        UserError: If it cannot be loaded.
+    """
+    trust = setup.config.model.trust_remote_code
+    return load.load_model(str(folder), dtype=setup.dtype, seed=setup.config.train.seed, trust_remote_code=trust)
 
 
 def add_adapter(setup: Setup, path: str, model: Any) -> None:

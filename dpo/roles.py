@@ -65,6 +65,11 @@ def check_roles(config: Config, zero: dict[str, Any], device: torch.device, *, f
             f"reference.sync_steps with reference.path {reference.path}: only the policy's own start can follow it;"
             f" leave one out"
         )
+    if config.train.save_weights_only and adapted:
+        raise UserError(
+            "train.save_weights_only with adapters, whose checkpoints are small: the frozen weights are not in them;"
+            " leave it out"
+        )
     if model.load_in_4bit:
         _check_four_bits(config, mode, adapted, zero)
         _needs_gpu("model.load_in_4bit is true", "false", device, for_elsewhere)

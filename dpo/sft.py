@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from dpo.data.planner import Layout, num_tokens
-from dpo.export import write_weights
+from dpo.export import weights_alone, write_weights
+from dpo.load_models import read_whole
 from dpo.policy import Policy, start_policy
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime import preemption
@@ -62,7 +64,7 @@ def _resume(setup: Setup, policy: Policy, total: int, tracker: Tracker) -> Train
         tracker.say(note)
     state = TrainState()
     if folder is not None:
-        state = load(policy.engine, folder, setup.world)
+        state = load(policy.engine, folder, setup.world, partial(read_whole, setup))
         tracker.say(f"continuing SFT from {folder} after step {state.step}")
     only_main(setup.world, lambda: keep_lines(setup.run, lambda line: line.get("sft_step", total + 1) <= state.step))
     return state
@@ -113,7 +115,8 @@ def _train(setup: Setup, policy: Policy, state: TrainState, total: int, tracker:
         if stop or _due(done, config.train.save_every, setup.epochs.steps_per_epoch) and done < total:
             unlogged = tuple(sum_over_ranks(sums.clone()).tolist())
             here = TrainState(done, tokens_seen, unlogged)
-            save(policy.engine, setup.run, here, world, config.train.keep_checkpoints, kind="sft")
+            alone = weights_alone(setup, policy)
+            save(policy.engine, setup.run, here, world, config.train.keep_checkpoints, kind="sft", weights=alone)
         preemption.stop_if(stop)
 
 

@@ -22,8 +22,9 @@ from dpo.data.loader import whole_pass
 from dpo.errors import UserError
 from dpo.estimate import checkpoint_bytes
 from dpo.evaluate import ValidationShare, evaluate
-from dpo.export import final_dtype, write_weights
+from dpo.export import final_dtype, weights_alone, write_weights
 from dpo.finish import card_of, closing, keep_evaluation, take_samples
+from dpo.load_models import read_whole
 from dpo.model import adapters
 from dpo.model.load import fetch_weights
 from dpo.model.reference import remembered
@@ -154,8 +155,9 @@ def _resume(
     setup: Setup, policy: Policy, reference: FrozenReference, folder: Path | None, tracker: Tracker
 ) -> TrainState:
     """Bring engine, a reference that moves, and metrics.jsonl to a checkpoint, if there is one."""
-    state = checkpoint.load(policy.engine, folder, setup.world) if folder is not None else TrainState()
+    state = TrainState()
     if folder is not None:
+        state = checkpoint.load(policy.engine, folder, setup.world, partial(read_whole, setup))
         if setup.config.reference.sync_steps is not None:
             restore_reference(reference, folder)
         tracker.say(f"continuing from {folder} after step {state.step}")
@@ -252,7 +254,7 @@ def _save(setup: Setup, policy: Policy, reference: FrozenReference, state: Train
     more = None if config.reference.sync_steps is None else partial(save_reference, reference, world)
     checkpoint.save(
         policy.engine, setup.run, state, world, config.train.keep_checkpoints, more,
-        expected_bytes=_checkpoint_bytes(setup, policy),
+        weights=weights_alone(setup, policy), expected_bytes=_checkpoint_bytes(setup, policy),
     )
     if world.is_main:
         write_status(setup.run, "running", state.step)
@@ -278,7 +280,8 @@ def _checkpoint_bytes(setup: Setup, policy: Policy) -> int:
     """What a checkpoint takes on disk at least."""
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in policy.scorer.parameters() if p.requires_grad)
     stage = deepspeed_engine.zero_stage(setup.engine_config)
-    return checkpoint_bytes(trained, stage=stage, half=setup.precision != "fp32")
+    alone = setup.config.train.save_weights_only
+    return checkpoint_bytes(trained, stage=stage, half=setup.precision != "fp32", weights_only=alone)
 
 
 def _sample_every(every: int | str, total: int) -> int | str:

@@ -1,6 +1,7 @@
 """Checkpoints that resume, and folders that appear whole.
 
     checkpoints/step-000200/     engine state of every rank, state.json, manifest.json; sft-000200 of the SFT stage
+                                 (train.save_weights_only: weights/ in place of engine state)
     reference/                   after SFT: the frozen start of DPO
     final/                       the trained policy
 
@@ -21,14 +22,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from dpo.errors import UserError
-from dpo.runtime.distributed import World, only_main
+from dpo.runtime.distributed import World, only_main, together
 from dpo.runtime.files import write_whole
 from dpo.runtime.manifest import complaint, size_of, write_manifest
-from dpo.runtime.universal import differs, load_converted
-from dpo.runtime.weights import without_code
+from dpo.runtime.universal import check_convertible, conversion, differs, load_converted
+from dpo.runtime.weights import give_weights, without_code
 
-GIB = 2**30
+GIB, WEIGHTS = 2**30, "weights"
+Write = Callable[[Path], None]
 
 @dataclass(frozen=True)
 class TrainState:
@@ -61,6 +65,10 @@ def checkpoints(run: Path, kind: str = "step") -> list[Path]:
 
 def _read_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+
+
+def _weights_only(folder: Path) -> bool:
+    return (folder / WEIGHTS).is_dir()
 
 
 def _accuracy(folder: Path) -> float:
@@ -96,8 +104,8 @@ def _check_disk(parent: Path, expected_bytes: int) -> None:
         )
 
 
-def _write(engine: Any, folder: Path, world: World, more: Callable[[Path], None] | None) -> None:
-    """DeepSpeed's part of a checkpoint; collective.
+def _write(engine: Any, folder: Path, world: World, more: Write | None, weights: Write | None) -> None:
+    """What a checkpoint holds; collective.
 
     Raises:
         UserError: If it cannot be written, by one process alone. With several, the ranks that wait for this one can
@@ -106,10 +114,13 @@ def _write(engine: Any, folder: Path, world: World, more: Callable[[Path], None]
     # DeepSpeed's universal checkpoint format, which other world sizes read, wants this mark under ZeRO-2.
     mark = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
     try:
-        engine.save_checkpoint(
-            str(folder.parent), tag=folder.name, client_state=mark, save_latest=False,
-            exclude_frozen_parameters=_holds_frozen(engine),
-        )
+        if weights is not None:
+            weights(folder / WEIGHTS)
+        else:
+            engine.save_checkpoint(
+                str(folder.parent), tag=folder.name, client_state=mark, save_latest=False,
+                exclude_frozen_parameters=_holds_frozen(engine),
+            )
         if more is not None:
             more(folder)
     except (OSError, RuntimeError) as error:
@@ -129,8 +140,9 @@ def save(
     state: TrainState,
     world: World,
     keep: int,
-    more: Callable[[Path], None] | None = None,
+    more: Write | None = None,
     *,
+    weights: Write | None = None,
     kind: str = "step",
     expected_bytes: int = 0,
 ) -> Path:
@@ -143,6 +155,7 @@ def save(
         world: This rank.
         keep: Newest checkpoints to keep; of the older ones only the best by validation accuracy stays.
         more: Writes into the folder what else the run needs; called on every rank.
+        weights: Writes the weights as a folder, which then stand for the engine; called on every rank.
         kind: See `step_folder`.
         expected_bytes: What it will take on disk at least.
     Returns:
@@ -158,7 +171,7 @@ def save(
         _check_disk(parent, expected_bytes)
 
     only_main(world, begin)
-    _write(engine, unfinished, world, more)
+    _write(engine, unfinished, world, more, weights)
     fits = {"world_size": world.world_size, "zero_stage": engine.zero_optimization_stage()}
     only_main(world, lambda: write_whole(unfinished / "state.json", json.dumps(asdict(state) | fits)))
     write_manifest(unfinished, world)
@@ -205,10 +218,10 @@ def newest(
         if wrong is None:
             only_main(world, partial(_check_fit, folder, world, stage, total_steps))
             values = only_main(world, partial(_read_state, folder))
-            if differs(values, world, stage):
-                old = f"{values['world_size']} ranks under ZeRO-{values['zero_stage']}"
-                new = f"{world.world_size} under ZeRO-{stage}"
-                notes.append(f"checkpoint {folder} was written by {old}; it is converted to {new}")
+            if only_main(world, partial(_weights_only, folder)):
+                notes.append(f"checkpoint {folder} holds the weights alone: AdamW's moments start anew")
+            elif differs(values, world, stage):
+                notes.append(f"checkpoint {folder} {conversion(values, world, stage)}")
             return folder, notes
         notes.append(f"checkpoint {folder} is not used: {wrong}")
     if notes:
@@ -239,16 +252,8 @@ def _check_fit(folder: Path, world: World, stage: int, total_steps: int) -> None
         UserError: If the ZeRO stage or the number of steps does not fit.
     """
     values = _read_state(folder)
-    old, ranks = values["zero_stage"], values["world_size"]
-    if (old == 0) != (stage == 0):
-        raise UserError(
-            f"checkpoint {folder} was written under ZeRO-{old}, this is ZeRO-{stage}; give a --config of"
-            f" {'stage 0' if old == 0 else 'stage 1, 2 or 3'}"
-        )
-    if stage and (old, ranks) != (stage, world.world_size) and (folder / "offloaded_tensors").exists():
-        raise UserError(
-            f"checkpoint {folder} holds an optimizer that {ranks} ranks kept on NVMe; start as many under ZeRO-{old}"
-        )
+    if not _weights_only(folder):
+        check_convertible(folder, values, world, stage)
     if values["step"] > total_steps:
         raise UserError(
             f"checkpoint {folder} is beyond the {total_steps} steps asked for; raise train.max_steps or"
@@ -256,9 +261,14 @@ def _check_fit(folder: Path, world: World, stage: int, total_steps: int) -> None
         )
 
 
-def load(engine: Any, folder: Path, world: World) -> TrainState:
+def load(engine: Any, folder: Path, world: World, read: Callable[[Path], nn.Module] | None = None) -> TrainState:
     """Bring an engine to a checkpoint, and drop later ones, whose steps are done again; collective.
 
+    Args:
+        engine: Newly started.
+        folder: Of the checkpoint.
+        world: This rank.
+        read: Makes a model of the folder of a checkpoint of the weights alone; called on rank 0.
     Returns:
         Where the run stood.
     Raises:
@@ -266,13 +276,15 @@ def load(engine: Any, folder: Path, world: World) -> TrainState:
     """
 
     def drop_later() -> None:
-        for later in checkpoints(folder.parent.parent, folder.name.split("-")[0]):
-            if later.name > folder.name:
-                shutil.rmtree(later)
+        every = checkpoints(folder.parent.parent, folder.name.split("-")[0])
+        for later in every[every.index(folder) + 1 :]:
+            shutil.rmtree(later)
 
-    values = only_main(world, partial(_read_state, folder))
-    stage = engine.zero_optimization_stage()
-    if differs(values, world, stage):
+    values, is_there = only_main(world, partial(_read_state, folder)), True
+    if only_main(world, partial(_weights_only, folder)):
+        assert read is not None
+        give_weights(engine, engine.module.model, together(lambda: read(folder / WEIGHTS) if world.is_main else None))
+    elif differs(values, world, engine.zero_optimization_stage()):
         is_there = load_converted(engine, folder, world, values["world_size"], values["zero_stage"])
     else:
         with without_code(folder):
@@ -306,11 +318,3 @@ def publish(folder: Path, write: Callable[[Path], None], world: World) -> None:
         os.replace(unfinished, folder)
 
     only_main(world, make)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computed a run."""
-    from importlib.metadata import version
-
-    names = ("torch", "transformers", "deepspeed", "datasets", "numpy")
-    return {"python": platform.python_version()} | {name: version(name) for name in names}

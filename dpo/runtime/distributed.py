@@ -167,6 +167,16 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def from_main(tensor: Tensor) -> None:
+    """Overwrite a tensor with that of rank 0; collective.
+
+    Args:
+        tensor: Any shape, the same on all ranks, on the rank's device.
+    """
+    if dist.get_world_size() > 1:
+        dist.broadcast(tensor, src=0)
+
+
 def any_ranks(flags: Tensor) -> list[bool]:
     """Which flags are set on any rank: one all-reduce, and one wait for the device.
 

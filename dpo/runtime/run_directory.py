@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from dpo.runtime.files import write_whole
 
 MAY_CHANGE = (
     "train.epochs", "train.max_steps", "train.eval_every", "train.save_every", "train.keep_checkpoints",
+    "train.save_weights_only",
     "train.export_dtype", "train.resume", "train.output_dir", "train.tokens_per_micro_batch", "train.micro_batch_size",
     "train.layout", "train.static_shapes", "model.gradient_checkpointing", "model.attention",
     "model.loss_in_forward", "model.vocabulary_multiple", "model.compile",
@@ -61,6 +63,14 @@ def open_run(config: Config, world: World) -> None:
             raise UserError(f"train.output_dir {run} cannot be written: {error.strerror}; name another") from None
 
     only_main(world, work)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed a run."""
+    from importlib.metadata import version
+
+    names = ("torch", "transformers", "deepspeed", "datasets", "numpy")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
 def finished(run: Path, total_steps: int) -> str | None:

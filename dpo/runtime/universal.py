@@ -43,6 +43,30 @@ def differs(values: dict[str, Any], world: World, stage: int) -> bool:
     return stage > 0 and (values["world_size"], values["zero_stage"]) != (world.world_size, stage)
 
 
+def conversion(values: dict[str, Any], world: World, stage: int) -> str:
+    """What is told of a checkpoint that `differs`."""
+    old = f"{values['world_size']} ranks under ZeRO-{values['zero_stage']}"
+    return f"was written by {old}; it is converted to {world.world_size} under ZeRO-{stage}"
+
+
+def check_convertible(folder: Path, values: dict[str, Any], world: World, stage: int) -> None:
+    """Refuse a checkpoint that another start cannot take up; arguments as of `differs`.
+
+    Raises:
+        UserError: If one of the two is without ZeRO, or its optimizer is on NVMe.
+    """
+    old, ranks = values["zero_stage"], values["world_size"]
+    if (old == 0) != (stage == 0):
+        raise UserError(
+            f"checkpoint {folder} was written under ZeRO-{old}, this is ZeRO-{stage}; give a --config of"
+            f" {'stage 0' if old == 0 else 'stage 1, 2 or 3'}"
+        )
+    if differs(values, world, stage) and (folder / "offloaded_tensors").exists():
+        raise UserError(
+            f"checkpoint {folder} holds an optimizer that {ranks} ranks kept on NVMe; start as many under ZeRO-{old}"
+        )
+
+
 def _read(path: Path) -> dict[str, Any]:
     with without_code(path.parent):
         return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)

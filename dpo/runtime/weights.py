@@ -11,11 +11,13 @@ import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dpo.errors import UserError
+from dpo.runtime.distributed import from_main
 from dpo.runtime.engine import deepspeed
 
 
@@ -83,6 +85,27 @@ def set_state(model: nn.Module, state: dict[str, Tensor]) -> None:
         sharded = hasattr(parameter, "ds_id")
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=sharded):
             parameter.copy_(state[name])
+
+
+@torch.no_grad()
+def give_weights(engine: Any, model: nn.Module, source: nn.Module | None) -> None:
+    """Weights for an engine that has not stepped, its fp32 masters included; collective.
+
+    Args:
+        engine: Of `start_training`.
+        model: The transformers model within it.
+        source: On rank 0 a model of the same architecture; None on the others.
+    """
+    given = {} if source is None else dict(source.named_parameters())
+    for name, parameter in model.named_parameters():
+        sharded = hasattr(parameter, "ds_id")
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=sharded):
+            if given:
+                parameter.copy_(given[name])
+            if not sharded:
+                from_main(parameter)
+    if hasattr(engine.optimizer, "refresh_fp32_params"):
+        engine.optimizer.refresh_fp32_params()
 
 
 def checkpoint_weights(folder: Path) -> dict[str, Tensor]:

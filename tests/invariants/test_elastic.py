@@ -10,9 +10,12 @@ import pytest
 from tests.invariants.jobs import Run, train_all
 from tests.invariants.test_variants import LORA, MOVING, common
 
-KINDS = {"plain": ["--optim.weight_decay", "0.1", "--optim.schedule", "linear"], "lora": LORA, "moving": MOVING}
+KINDS = {
+    "plain": ["--optim.weight_decay", "0.1", "--optim.schedule", "linear"], "lora": LORA, "moving": MOVING,
+    "alone": ["--train.save_weights_only", "true"],
+}  # fmt: skip
 # The uninterrupted runs, on two ranks: kind and ZeRO stage.
-WHOLE = [("plain", 0), ("plain", 1), ("plain", 2), ("plain", 3), ("lora", 2), ("moving", 2)]
+WHOLE = [("plain", 0), ("plain", 1), ("plain", 2), ("plain", 3), ("lora", 2), ("moving", 2), ("alone", 3)]
 # Those that go on, in the order in which they run: ranks, and name: (kind, stage, whose checkpoint, after which step).
 CHAIN: list[tuple[int, dict[str, tuple[str, int, str, int]]]] = [
     (4, {
@@ -28,6 +31,7 @@ CHAIN: list[tuple[int, dict[str, tuple[str, int, str, int]]]] = [
     }),
     (2, {
         "one_to_two": ("plain", 2, "two_to_one_zero3_to_2", 3),
+        "two_to_two_weights_alone_zero3_to_2": ("alone", 2, "alone3", 3),
         "four_to_two_zero3": ("plain", 3, "two_to_four_zero1_to_3", 3),
     }),
 ]  # fmt: skip
@@ -76,6 +80,8 @@ def test_another_number_of_ranks_or_stage_goes_on_with_the_same_numbers(runs, na
     assert pairs_of(resumed, slice(0, 4)) == pairs_of(whole, slice(step, 4))
     assert [line["step"] for line in resumed.lines] == [line["step"] for line in whole.lines]
     for a, b in zip(whole.lines, resumed.lines, strict=True):
+        if kind == "alone" and "eval_loss" in a:
+            continue  # after an update with new moments
         for key in (k for k in a if not k.startswith("perf/")):
             near = 1e-5 if key.startswith("eval_logps") else 1e-4
             same = b[key] is None if a[key] is None else b[key] == pytest.approx(a[key], rel=near, abs=1e-7)

@@ -154,6 +154,12 @@ def test_every_setting_that_may_not_change_is_refused(run: Path) -> None:
         assert f": {key} was 'other', now " in refusal(config_of(run))
 
 
+def test_the_settings_that_may_change_are_listed_in_the_guide() -> None:
+    guide = (Path(__file__).resolve().parents[2] / "docs/reliability.md").read_text(encoding="utf-8")
+    listed = guide.split("## What a run that goes on may change")[1].split(".\n\n")[0]
+    assert sorted(listed.strip().replace("\n", " ").split(", ")) == sorted(f"`{key}`" for key in MAY_CHANGE)
+
+
 def test_resume_never_refuses_a_folder_with_a_run(run: Path) -> None:
     run_directory.check_run(config_of(run, train__resume="never"), ALONE)
     run_directory.open_run(config_of(run), ALONE)
@@ -434,4 +440,4 @@ def test_a_reader_sees_the_old_text_or_the_new(tmp_path: Path, monkeypatch: pyte
 
 
 def test_versions_name_what_computed_a_run() -> None:
-    assert {"python", "torch", "transformers", "deepspeed"} <= checkpoint.versions().keys()
+    assert {"python", "torch", "transformers", "deepspeed"} <= run_directory.versions().keys()
