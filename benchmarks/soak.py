@@ -36,7 +36,7 @@ from dpo.runtime.tracking import read_lines
 RANKS = 2
 LIMIT = 300.0
 """Seconds for one start; the machine may be busy with other things."""
-CHAIN = ("sft", "checkpoint", "cache", "cache", "evaluation", "step", "checkpoint", "step", "evaluation")
+CHAIN = ("sft", "sft", "checkpoint", "cache", "cache", "evaluation", "step", "checkpoint", "step", "evaluation")
 """Phases in which one run is to be killed, in this order: each leaves the next one ahead of it."""
 
 

@@ -72,9 +72,9 @@ def test_a_run_that_ends_otherwise_than_undisturbed_is_reported(monkeypatch, tmp
     monkeypatch.setattr(soak.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(soak.tempfile, "mkdtemp", lambda prefix: str(tmp_path))
     FakeJob.change = staticmethod(change)
-    code = soak.main(["--kills", "9", "--json", str(tmp_path / "figures.json")])
+    code = soak.main(["--kills", "10", "--json", str(tmp_path / "figures.json")])
     printed = capsys.readouterr().out
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert len(figures["kills"]) == 9 and sum(kill["whole_job"] for kill in figures["kills"]) == 5
+    assert len(figures["kills"]) == 10 and sum(kill["whole_job"] for kill in figures["kills"]) == 5
     assert (code, bool(figures["different"])) == ((1, True) if complaint else (0, False))
     assert complaint in printed
