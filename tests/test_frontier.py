@@ -65,5 +65,5 @@ def test_the_experiment_fills_its_page(quick):
     assert [(p["method"], p["step"]) for p in points] == [("SFT", 0), ("DPO", 1), ("DPO", 2)]
     assert points[0]["kl"] == 0 and points[2]["kl"] != points[1]["kl"]
     text = (quick / "frontier.md").read_text()
-    assert f"| DPO | 0.03 | 2 | {points[2]['kl']:.2f}" in text
+    assert f"| DPO | 0.1 | 2 | {points[2]['kl']:.2f}" in text
     assert (quick / "frontier.png").stat().st_size > 10_000
