@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 import train_dpo
-from benchmarks.frontier_report import figure, tables
+from benchmarks.frontier_report import Point, figure, tables
 from benchmarks.report import write_block
 from dpo.data import example
 from dpo.data.tokenize import encode_prompt
@@ -47,27 +47,6 @@ METHODS: dict[str, tuple[dict[str, str], str, tuple[float, ...]]] = {
     "Preferred-FT": ({"name": "sft"}, "beta", (0.1,)),
 }
 """Name: settings of the loss, what its strength is called here, the strengths. Preferred-FT has none."""
-
-
-@dataclass(frozen=True)
-class Point:
-    """One policy.
-
-    Attributes:
-        method, strength, step: What it was trained by, and for how many optimizer steps.
-        reward: Mean ground-truth reward of its answers; reward_error: standard error.
-        kl: Nats an answer; kl_error: standard error.
-        parsed: Share of its answers that are sentences of the world.
-    """
-
-    method: str
-    strength: float
-    step: int
-    reward: float
-    reward_error: float
-    kl: float
-    kl_error: float
-    parsed: float
 
 
 @dataclass(frozen=True)

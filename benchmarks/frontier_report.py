@@ -3,37 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from benchmarks.report import table
 
 BUDGETS = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Nats an answer."""
 Lines = dict[str, list[tuple[float, float]]]
 
 
-class Point(Protocol):
-    """See `benchmarks.frontier.Point`."""
+@dataclass(frozen=True)
+class Point:
+    """One policy.
 
-    @property
-    def method(self) -> str: ...
-    @property
-    def strength(self) -> float: ...
-    @property
-    def step(self) -> int: ...
-    @property
-    def reward(self) -> float: ...
-    @property
-    def reward_error(self) -> float: ...
-    @property
-    def kl(self) -> float: ...
-    @property
-    def kl_error(self) -> float: ...
-    @property
-    def parsed(self) -> float: ...
+    Attributes:
+        method, strength, step: What it was trained by, and for how many optimizer steps.
+        reward: Mean ground-truth reward of its answers; reward_error: standard error.
+        kl: Nats an answer; kl_error: standard error.
+        parsed: Share of its answers that are sentences of the world.
+    """
+
+    method: str
+    strength: float
+    step: int
+    reward: float
+    reward_error: float
+    kl: float
+    kl_error: float
+    parsed: float
 
 
 def _methods(points: Sequence[Point]) -> list[str]:
@@ -51,11 +53,6 @@ def reached(line: Sequence[tuple[float, float]], budget: float) -> float | None:
     ordered = sorted(line)
     kls = [kl for kl, _ in ordered]
     return float(np.interp(budget, kls, [reward for _, reward in ordered])) if kls[0] <= budget <= kls[-1] else None
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-    return "\n".join(lines)
 
 
 def tables(points: Sequence[Point], lines: Lines, pairs: int) -> str:
@@ -78,9 +75,9 @@ def tables(points: Sequence[Point], lines: Lines, pairs: int) -> str:
     earned = f"{start.reward:.2f} ± {start.reward_error:.2f}"
     return (
         f"The reference (SFT) earns {earned}; the methods train on {pairs:,} pairs of its own answers.\n\n"
-        + _table(["best reward at KL of at most", *(f"{budget:g} nats" for budget in BUDGETS)], rows)
+        + table(["best reward at KL of at most", *(f"{budget:g} nats" for budget in BUDGETS)], rows)
         + "\n\n<details><summary>All points</summary>\n\n"
-        + _table(["method", "strength", "steps", "KL", "reward", "parse"], every)
+        + table(["method", "strength", "steps", "KL", "reward", "parse"], every)
         + "\n\n</details>"
     )
 

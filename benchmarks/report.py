@@ -91,7 +91,8 @@ def _by_system(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return {system: [r for r in runs if r["system"] == system] for system in dict.fromkeys(r["system"] for r in runs)}
 
 
-def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose first column is text and the others numbers."""
     lines = [heading, ["---"] + ["---:"] * (len(heading) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -124,7 +125,7 @@ def systems_table(runs: Sequence[Run], missing: dict[str, str], work: dict[str, 
     rows += [[NAMES[system], f"not measured: {why}", *["-"] * 5] for system, why in missing.items()]
     heading = ["system", "pairs/s", "useful tokens/s", "peak memory, GiB", "MFU", "loss, farthest from the first row",
                "building the reference's scores"]
-    return _table(heading, rows)
+    return table(heading, rows)
 
 
 def ratios(runs: Sequence[Run], device: str) -> list[dict[str, Any]]:
@@ -168,7 +169,7 @@ def ratios_table(found: Sequence[dict[str, Any]]) -> str:
         ]
         for ratio in found
     ]
-    return _table(["ratio", "median (range)", "target", ""], rows)
+    return table(["ratio", "median (range)", "target", ""], rows)
 
 
 def describe(options: dict[str, Any]) -> str:
@@ -189,7 +190,7 @@ def sweep_table(tried: Sequence[dict[str, Any]]) -> str:
     rows = [
         [describe(t), f"{t['pairs_per_second']:.3g}" if t["pairs_per_second"] else "out of memory"] for t in ordered
     ]
-    return _table(["TRL, options tried", "pairs/s"], rows)
+    return table(["TRL, options tried", "pairs/s"], rows)
 
 
 def write_block(path: Path, block: str, text: str) -> None:

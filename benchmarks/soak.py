@@ -131,11 +131,12 @@ def arguments(seed: int, caches: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def _weights(run: Path) -> str:
+def weights(run: Path) -> str:
+    """Fingerprint of the final weights."""
     return hashlib.sha256((run / "final" / "model.safetensors").read_bytes()).hexdigest()
 
 
-def _numbers(run: Path) -> list[dict[str, Any]]:
+def numbers(run: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what the clock decides."""
     return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in read_lines(run)]
 
@@ -199,9 +200,9 @@ def soak_one(seed: int, wanted: int, folder: Path, result: Result) -> None:
     result.starts += 1
     if any(codes):
         result.different.append(f"seed {seed}: the last start ended with {codes}, see {folder}")
-    elif _weights(run) != _weights(whole):
+    elif weights(run) != weights(whole):
         result.different.append(f"seed {seed}: other weights, see {folder}")
-    elif _numbers(run) != _numbers(whole):
+    elif numbers(run) != numbers(whole):
         result.different.append(f"seed {seed}: other metrics, see {folder}")
     else:
         shutil.rmtree(folder)

@@ -111,7 +111,7 @@ def _write(engine: Any, folder: Path, world: World, more: Write | None, weights:
         UserError: If it cannot be written, by one process alone. With several, the ranks that wait for this one can
             only be ended: it says why and leaves.
     """
-    # DeepSpeed's universal checkpoint format, which other world sizes read, wants this mark under ZeRO-2.
+    # For DeepSpeed's own converter, which refuses a ZeRO-2 checkpoint without this mark; ours does without it.
     mark = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
     try:
         if weights is not None:

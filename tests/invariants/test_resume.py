@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.soak import numbers, weights
 from dpo.runtime.tracking import read_lines
 
 
@@ -37,16 +37,6 @@ def kill(moment: str, argv: list[str], ranks: int) -> None:
     """Run until the moment of death."""
     done = launch(["tests/invariants/run_killed.py", moment], argv, ranks)
     assert "SIGKILL" in done.stderr or done.returncode == -9, done.stderr[-5000:]
-
-
-def numbers(run: Path) -> list[dict[str, object]]:
-    """metrics.jsonl without what the clock decides."""
-    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in read_lines(run)]
-
-
-def weights(run: Path) -> str:
-    """Fingerprint of the final weights."""
-    return hashlib.sha256((run / "final" / "model.safetensors").read_bytes()).hexdigest()
 
 
 @pytest.fixture(scope="module")
