@@ -485,6 +485,8 @@ class TrainConfig:
     """Dtype of final/; auto: that of the starting weights."""
     resume: str = "auto"
     """auto: continue what is in output_dir; never: refuse if something is there; or the path of a checkpoint."""
+    hang_timeout: int = 600
+    """Seconds after which a rank without a sign of life, or that stands still within a step, ends the job; 0: never."""
 
     def __post_init__(self) -> None:
         for key in ("epochs", "global_batch_size", "keep_checkpoints"):
@@ -496,7 +498,7 @@ class TrainConfig:
                 value is None or isinstance(value, str) or value >= 1,
                 f"train.{key} is {value}; use a whole number of at least 1",
             )
-        for key in ("sft_epochs", "seed"):
+        for key in ("sft_epochs", "seed", "hang_timeout"):
             _require(getattr(self, key) >= 0, f"train.{key} is {getattr(self, key)}; use 0 or more")
         _require(bool(self.output_dir), "train.output_dir is empty; name a folder")
 

@@ -20,7 +20,7 @@ from dpo.report.figures import plot
 from dpo.report.page import Refresher, write_or_say
 from dpo.report.pairs import PairTable, read_pairs, write_pairs
 from dpo.report.panels import calibration, displacement
-from dpo.runtime import preemption
+from dpo.runtime import heartbeat, preemption
 from dpo.runtime.distributed import only_main
 from dpo.runtime.engine import zero_stage
 from dpo.runtime.files import read_records, write_whole
@@ -44,6 +44,7 @@ def take_samples(setup: Setup, policy: Policy, reference: FrozenReference, step:
     Raises:
         Preempted: On every rank, if any was asked to stop; nothing has been recorded.
     """
+    heartbeat.at(f"in the samples after step {step}")
     device, decoding = setup.world.device, Decoding(setup.config.log.sample_tokens)
     preemption.check(device)
     before = reference.answer(setup)

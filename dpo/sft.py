@@ -19,7 +19,7 @@ from dpo.export import weights_alone, write_weights
 from dpo.load_models import read_whole
 from dpo.policy import Policy, start_policy
 from dpo.runtime import engine as deepspeed_engine
-from dpo.runtime import preemption
+from dpo.runtime import heartbeat, preemption
 from dpo.runtime.checkpoint import TrainState, checkpoints, load, newest, save
 from dpo.runtime.distributed import any_rank, only_main, sum_over_ranks
 from dpo.runtime.schedule import learning_rate
@@ -38,6 +38,7 @@ def run_sft(setup: Setup, tracker: Tracker) -> None:
     """
     config = setup.config
     assert config.model.policy is not None
+    heartbeat.at("loading the model of SFT")
     policy = start_policy(setup, config.model.policy, for_sft=True)
     for note in policy.notes:
         tracker.say(note)
@@ -85,14 +86,17 @@ def _train(setup: Setup, policy: Policy, state: TrainState, total: int, tracker:
             warmup_steps=config.optim.warmup_steps,
         )
         for index, batch in enumerate(work.batches):
+            heartbeat.at(f"in SFT step {work.step + 1}, micro-batch {index + 1}", in_step=True)
             nll = -policy.score(batch.to(world.device)).sum()
             scale = world.world_size / work.num_target_tokens
             loss = nll * scale + policy.router_loss(len(batch.target_ids) * scale)
             deepspeed_engine.backward(policy.engine, loss, index == len(work.batches) - 1)
             sums[0] += nll.detach()
         sums[1] += work.num_target_tokens / world.world_size
-        grad_norm = deepspeed_engine.step(policy.engine, lr)
         done = work.step + 1
+        heartbeat.at(f"in the update of SFT step {done}", in_step=True)
+        grad_norm = deepspeed_engine.step(policy.engine, lr)
+        heartbeat.at(f"after SFT step {done}")
         tokens_seen += int(num_tokens(setup.train_pairs.lengths[setup.epochs.batch(work.step)], "chosen").sum())
         if done % config.log.every == 0 or done == total:
             nll_sum, target_tokens = sum_over_ranks(sums).tolist()
@@ -118,6 +122,8 @@ def _train(setup: Setup, policy: Policy, state: TrainState, total: int, tracker:
             alone = weights_alone(setup, policy)
             save(policy.engine, setup.run, here, world, config.train.keep_checkpoints, kind="sft", weights=alone)
         preemption.stop_if(stop)
+        heartbeat.at(f"waiting for the rows of SFT step {done + 1}", in_step=True)
+    heartbeat.at("writing the result of SFT")
 
 
 def _due(done: int, every: int | str, steps_per_epoch: int) -> bool:

@@ -21,7 +21,7 @@ from dpo.model.shape import Shape, shape_of
 from dpo.objective.metrics import averages, sums
 from dpo.objective.objective import Objective
 from dpo.policy import FrozenReference, Policy
-from dpo.runtime import distributed, preemption
+from dpo.runtime import distributed, heartbeat, preemption
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.files import write_whole
 from dpo.setup import Setup
@@ -165,9 +165,11 @@ def take_step(
     """
     world, started = setup.world, time.perf_counter()
     losses = []
+    heartbeat.at(f"at the beginning of step {work.step + 1}", in_step=True)
     known = look_ahead(policy, reference.train, work.batches, world.device) if loss.couples else None
     contexts = contexts_of(loss, work.batches, known, work.chosen_length, world, is_step=True)
     for index, (batch, context) in enumerate(zip(work.batches, contexts, strict=True)):
+        heartbeat.at(f"in step {work.step + 1}, micro-batch {index + 1}", in_step=True)
         meter.totals[8] += batch.input_ids.numel()
         meter.totals[9] += batch.num_padding_tokens
         on_device = batch.to(world.device)
@@ -179,10 +181,12 @@ def take_step(
         meter.totals[:8] += sums(output, policy_logps)
         losses.append(output.losses.detach())
     bad = ~torch.cat(losses).isfinite().all()
+    heartbeat.at(f"at the end of step {work.step + 1}, asking the others", in_step=True)
     asked = torch.full_like(bad, preemption.is_asked())
     is_bad, stop = distributed.any_ranks(torch.stack((bad, asked)))
     if is_bad:
         _stop_at(setup, work, losses)
+    heartbeat.at(f"in the update of step {work.step + 1}", in_step=True)
     meter.grad_norm = deepspeed_engine.step(policy.engine, lr)
     if setup.precision != "fp16" and not deepspeed_engine.has_stepped(policy.engine):
         _stop_at(setup, work, None)
@@ -192,6 +196,7 @@ def take_step(
         lengths, head = setup.train_pairs.lengths[setup.epochs.batch(work.step)], shape.hidden * shape.vocabulary
         meter.flops += useful_flops(lengths, body=shape.body, head=head, attention_width=shape.attention_width)
     meter.seconds += time.perf_counter() - started
+    heartbeat.at(f"after step {work.step + 1}")
     return stop
 
 

@@ -32,9 +32,10 @@ from dpo.objective.objective import Objective
 from dpo.plan import show_plan
 from dpo.policy import FrozenReference, Policy, start_models
 from dpo.report.page import Refresher
-from dpo.runtime import checkpoint, distributed, preemption, run_directory
+from dpo.runtime import checkpoint, distributed, heartbeat, preemption, run_directory
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.checkpoint import TrainState
+from dpo.runtime.distributed import World
 from dpo.runtime.schedule import learning_rate
 from dpo.runtime.status import State, write_status
 from dpo.runtime.tracking import Recorder, Silent, Tracker, keep_lines, read_lines
@@ -58,9 +59,15 @@ def train(command: Command) -> None:
     Raises:
         UserError: The same line on every rank.
     """
+    world, train = distributed.start(), command.config.train
+    with heartbeat.watching(world, Path(train.output_dir), train.hang_timeout):
+        _run(command, world)
+
+
+def _run(command: Command, world: World) -> None:
+    """Everything that the ranks do together."""
     began = time.perf_counter()
     config = command.config
-    world = distributed.start()
     run_directory.check_run(config, world)
     setup = prepare(config, world, command.deepspeed_json, for_elsewhere=command.prepare_only)
     if command.prepare_only:
@@ -93,12 +100,14 @@ def train(command: Command) -> None:
         tracker = _tracker(setup)
         for note in _greeting(command) + list(setup.notes) + damaged + audit_run(setup):
             tracker.say(note)
-        with preemption.listening():
+        with preemption.listening(), heartbeat.explaining():
             if config.train.sft_epochs and not sft_is_done:
                 run_sft(setup, tracker)
+            heartbeat.at("loading the models")
             policy, reference = start_models(setup, start, tracker.say)
             state = _resume(setup, policy, reference, folder, tracker)
             _train_dpo(setup, policy, reference, state, tracker)
+        heartbeat.at("writing final/")
         write_weights(setup, policy, setup.run / "final", final_dtype(setup), card_of(setup))
         closing(setup, tracker, time.perf_counter() - began)
         tracker.close()
@@ -189,6 +198,7 @@ def _train_dpo(
     def evaluate_after(step: int) -> float | None:
         if not validation:
             return None
+        heartbeat.at(f"in the evaluation after step {step}")
         metrics, pairs = evaluate(policy, known_reference, validation, loss, world)
         tracker.record({"step": step, "epoch": step / per_epoch} | metrics)
         tracker.say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if "logps" not in k))
@@ -230,6 +240,7 @@ def _train_dpo(
                 _log(setup, tracker, state, meter.line(world.device) | {"learning_rate": lr})
             preemption.stop_if(stop)
             state = after(state)
+            heartbeat.at(f"waiting for the pairs of step {step + 1}", in_step=True)
     except preemption.Preempted:
         here = setup.run / "checkpoints" / checkpoint.step_folder(state.step)
         if not distributed.only_main(world, lambda: state.step == 0 or here.is_dir()):
@@ -251,6 +262,7 @@ def _validation(setup: Setup, policy: Policy) -> dict[str, ValidationShare]:
 def _save(setup: Setup, policy: Policy, reference: FrozenReference, state: TrainState) -> None:
     """A checkpoint, the reference in it where it moves; status.json says so."""
     config, world = setup.config, setup.world
+    heartbeat.at(f"writing the checkpoint of step {state.step}")
     more = None if config.reference.sync_steps is None else partial(save_reference, reference, world)
     checkpoint.save(
         policy.engine, setup.run, state, world, config.train.keep_checkpoints, more,

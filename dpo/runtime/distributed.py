@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -84,6 +84,12 @@ def start() -> World:
             dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
             _control[0] = dist.new_group(backend="gloo", timeout=PATIENCE)
     return World(rank, world_size, local_rank, device)
+
+
+def store() -> Any:
+    """A connection of its own to the key-value store over which the ranks of a launcher met."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
 
 
 def stop() -> None:
