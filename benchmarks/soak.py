@@ -125,7 +125,7 @@ def arguments(seed: int, caches: Path) -> list[str]:
     return [
         "--config", "ds_configs/zero2.json", "--recipe", "recipes/quickstart.yaml", "--train.seed", str(seed),
         "--data.train_limit", "64", "--data.validation_limit", "32", "--train.global_batch_size", "16",
-        "--train.sft_epochs", "2", "--train.epochs", "2", "--train.save_every", "2", "--train.eval_every", "4",
+        "--train.sft_epochs", "4", "--train.epochs", "2", "--train.save_every", "2", "--train.eval_every", "4",
         "--log.every", "3", "--log.samples", "0", "--optim.warmup_steps", "2", "--reference.mode", "cached",
         "--data.cache_dir", str(caches / "tokens"),
     ]  # fmt: skip
