@@ -88,8 +88,8 @@ def test_hh_with_sft_runs_to_the_end_on_two_ranks(launcher, shared_data, gpt2_fo
     done = subprocess.run(
         [*starts[launcher], "train_dpo.py", "--config", "ds_configs/zero2.json", "--model.policy", str(gpt2_folder),
          "--data.train", str(hh / "train.jsonl.gz"), "--data.validation", str(hh / "validation.jsonl.gz"),
-         "--data.train_limit", "64", "--data.validation_limit", "16", "--data.on_bad_row", "skip",
-         "--data.max_length", "256", "--train.sft_epochs", "1", "--train.global_batch_size", "16",
+         "--data.train_limit", "64", "--data.validation_limit", "8", "--data.on_bad_row", "skip",
+         "--data.max_length", "128", "--train.sft_epochs", "1", "--train.global_batch_size", "16",
          "--optim.lr", "1e-5", "--log.samples", "1", "--log.sample_tokens", "4",
          "--data.cache_dir", str(tmp_path / "cache"), "--train.output_dir", str(tmp_path / "run")],
         env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
