@@ -1,6 +1,6 @@
 # make quickstart   install into .venv and run the main job on the built-in example
 # make test         lint, types and tests, after installing what they need
-# make lint         ruff, mypy and shellcheck
+# make lint         ruff, mypy, hadolint and shellcheck
 
 PYTHON ?= python3
 # Tests at a time; some start jobs of two processes themselves. WORKERS=0 runs them one after another.
@@ -23,6 +23,7 @@ test: .venv/installed-dev .venv/installed-debian lint
 lint: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/mypy
+	.venv/bin/hadolint Dockerfile
 	@if command -v shellcheck >/dev/null; then set -x; shellcheck slurm/dpo.sh slurm/env.example.sh .ci/run; fi
 
 clean:
