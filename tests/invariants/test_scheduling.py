@@ -10,7 +10,7 @@ import pytest
 from dpo.report.pairs import read_pairs
 from tests.invariants.jobs import Run, train_all
 
-STEPS = 5
+STEPS = 3
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
            "logps/rejected")
 # name: (ranks, flags)
@@ -45,7 +45,7 @@ EQUAL = [name for name in VARIANTS if name not in ("plain", "fp16_reference", "b
 
 @pytest.fixture(scope="module")
 def runs(shared_data, tmp_path_factory) -> dict[str, Run]:
-    """Every variant: 9 pairs a step of 43, so that the last step of the epoch is smaller and odd."""
+    """Every variant: 9 pairs a step of 26, so that the last step of the epoch is smaller and odd."""
     folder = tmp_path_factory.mktemp("scheduling")
     # A tiny model's weights stay gathered under ZeRO-3 unless these are 0, and then the stage proves nothing.
     always = ("stage3_param_persistence_threshold", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size")
@@ -53,8 +53,8 @@ def runs(shared_data, tmp_path_factory) -> dict[str, Run]:
     (folder / "zero3.json").write_text(json.dumps(sharded))
     common = [
         "--model.policy", str(shared_data / "stories260k-llama"), "--data.on_bad_row", "skip",
-        "--data.train", str(shared_data / "hh-rlhf/train.jsonl.gz"), "--data.train_limit", "44",
-        "--data.validation", str(shared_data / "hh-rlhf/validation.jsonl.gz"), "--data.validation_limit", "13",
+        "--data.train", str(shared_data / "hh-rlhf/train.jsonl.gz"), "--data.train_limit", "26",
+        "--data.validation", str(shared_data / "hh-rlhf/validation.jsonl.gz"), "--data.validation_limit", "9",
         "--data.max_length", "256", "--data.cache_dir", str(folder / "cache"), "--train.global_batch_size", "9",
         "--train.max_steps", str(STEPS), "--train.eval_every", "2", "--optim.lr", "3e-4", "--optim.warmup_steps", "0",
         "--optim.weight_decay", "0.1", "--log.samples", "3", "--log.sample_tokens", "8",
@@ -73,11 +73,11 @@ def runs(shared_data, tmp_path_factory) -> dict[str, Run]:
 
 def test_the_baseline_learns_and_ends_on_a_smaller_batch(runs):
     lines = [line for line in runs["plain"].lines if "loss" in line]
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
-    assert [line["step"] for line in runs["plain"].lines if "eval_loss" in line] == [0, 2, 4, 5]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert [line["step"] for line in runs["plain"].lines if "eval_loss" in line] == [0, 2, 3]
     assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-6)
     assert lines[0]["rewards/margins"] == 0 and lines[0]["rewards/accuracies"] == 0.5
-    assert abs(lines[-1]["loss"] - lines[0]["loss"]) > 0.02
+    assert max(abs(line["loss"] - lines[0]["loss"]) for line in lines) > 0.02
     assert sum(map(len, runs["plain"].seen[0]["pairs"][-1])) < 9
 
 
@@ -101,7 +101,7 @@ def test_every_pair_of_the_first_and_last_evaluation_equals_the_baseline(runs, n
     truth, found = read_pairs(runs["plain"].folder), read_pairs(runs[name].folder)
     assert [table.step for table in found] == [0, STEPS]
     for expected, table in zip(truth, found, strict=True):
-        assert table["pair_id"].tolist() == list(range(len(expected.values))) and len(table.values) == 13
+        assert table["pair_id"].tolist() == list(range(len(expected.values))) and len(table.values) == 9
         np.testing.assert_allclose(table.values, expected.values, atol=5e-3, rtol=1e-4)
     assert np.ptp(truth[1].margins) > 0.01
 
