@@ -241,7 +241,8 @@ def test_every_setting_that_is_named_exists(document):
 @pytest.mark.parametrize("document", DOCS, ids=lambda path: path.name)
 def test_every_path_that_is_named_exists(document):
     text = document.read_text(encoding="utf-8")
-    here = r"(?<![\w./-])((?:dpo|ds_configs|recipes|slurm|docs|tests|benchmarks)/[\w./-]*\w|[A-Z]+\.md|LICENSE\b)"
+    folders = "dpo|ds_configs|recipes|slurm|docs|tests|benchmarks|notebooks"
+    here = rf"(?<![\w./-])((?:{folders})/[\w./-]*\w|[A-Z]+\.md|LICENSE\b)"
     named = set(re.findall(here, text))
     # Recipes quote files of other projects, which they name; and env.sh is the user's to write.
     elsewhere = {"recipes/zephyr-7b-beta/dpo/config_full.yaml", "slurm/env.sh"}
