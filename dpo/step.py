@@ -33,12 +33,14 @@ class Meter:
     """What has happened since the last line of metrics.jsonl.
 
     Attributes:
-        totals: (10,) fp64 on the device: metric sums and pairs, tokens of the forward passes, padding among them.
+        totals: (11,) fp64 on the device: metric sums and pairs, tokens of the forward passes, padding among them, and
+            the load-balancing loss of a mixture of experts times pairs.
         pairs, tokens: Over all ranks.
         seconds: Of training alone: evaluations and checkpoints are not counted.
         flops: Operations that the pairs need, over all ranks; see `estimate.useful_flops`.
         shape: Sizes of the policy, where the peak is known.
         peak_tflops: Of all ranks together, 1e12 operations a second; None where it is not known.
+        with_router: Show the load-balancing loss.
     """
 
     totals: torch.Tensor
@@ -48,6 +50,7 @@ class Meter:
     flops: float = 0.0
     shape: Shape | None = None
     peak_tflops: float | None = None
+    with_router: bool = False
     grad_norm: float | None = field(default=None)
 
     def carried(self) -> tuple[float, ...]:
@@ -67,7 +70,7 @@ class Meter:
 
     def line(self, device: torch.device) -> dict[str, float | None]:
         """Means over all ranks' pairs, and speed; one all-reduce; the meter is empty afterwards."""
-        *_, forward_tokens, padding = (totals := distributed.sum_over_ranks(self.totals)).tolist()
+        *_, pairs, forward_tokens, padding, router = (totals := distributed.sum_over_ranks(self.totals)).tolist()
         values: dict[str, float | None] = dict(averages(totals[:8]))
         values |= {
             "grad_norm": self.grad_norm,
@@ -76,6 +79,8 @@ class Meter:
             "perf/padding_fraction": padding / forward_tokens,
             "perf/peak_memory_gib": _peak_memory_gib(device),
         }
+        if self.with_router:
+            values["aux_loss"] = router / pairs
         if self.peak_tflops is not None:
             values["perf/mfu"] = self.flops / self.seconds / (self.peak_tflops * 1e12)
             values["perf/peak_tflops"] = self.peak_tflops
@@ -90,11 +95,12 @@ def meter_for(setup: Setup, policy: Policy) -> Meter:
     """An empty meter, which knows the peak of the ranks' devices where it is known."""
     device, config = setup.world.device, policy.scorer.model.config
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak, totals = peak_tflops(name, setup.precision), torch.zeros(10, dtype=torch.float64, device=device)
+    peak, totals = peak_tflops(name, setup.precision), torch.zeros(11, dtype=torch.float64, device=device)
+    with_router = bool(policy.router_coefficient)
     if peak is None:
-        return Meter(totals)
+        return Meter(totals, with_router=with_router)
     shape = shape_of(config, setup.dtype, trust_remote_code=setup.config.model.trust_remote_code)
-    return Meter(totals, shape=shape, peak_tflops=peak * setup.world.world_size)
+    return Meter(totals, shape=shape, peak_tflops=peak * setup.world.world_size, with_router=with_router)
 
 
 def _peak_memory_gib(device: torch.device) -> float:
@@ -179,6 +185,9 @@ def take_step(
         scaled = total * scale + policy.router_loss(len(batch.pair_ids) * scale)
         deepspeed_engine.backward(policy.engine, scaled, index == len(work.batches) - 1)
         meter.totals[:8] += sums(output, policy_logps)
+        if policy.router_coefficient:
+            assert policy.scorer.router_loss is not None
+            meter.totals[10] += len(batch.pair_ids) * policy.scorer.router_loss.detach()
         losses.append(output.losses.detach())
     bad = ~torch.cat(losses).isfinite().all()
     heartbeat.at(f"at the end of step {work.step + 1}, asking the others", in_step=True)

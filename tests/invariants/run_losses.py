@@ -79,7 +79,7 @@ def run(case: dict[str, Any], world: World, pairs: tiny.Pairs) -> dict[str, Any]
     policy, reference = dpo.policy.start_models(setup, "tiny", said.say)
     loss, loader = Objective(setup.config.loss), setup.loader(setup.train_pairs, policy.layout)
     check_start(setup, policy, reference, loss, loader[0], said)  # type: ignore[arg-type]
-    meter, lines = Meter(torch.zeros(10, dtype=torch.float64)), []
+    meter, lines = Meter(torch.zeros(11, dtype=torch.float64)), []
     for work in loader.steps(0, case.get("steps", STEPS)):
         assert len(work.batches) == case["micro_batches"]
         take_step(setup, policy, reference, loss, work, LR, meter)

@@ -135,15 +135,19 @@ def test_a_step_adds_the_weighted_loss_to_the_gradient(flags, start, tmp_path, m
     norm = torch.stack([p.grad.norm() for p in fresh.parameters() if p.grad is not None]).norm()
     assert with_router[0]["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
     assert abs(without[0]["grad_norm"] - float(norm)) > 1e-3 * float(norm)
+    # Shown beside the objective, unweighted; not where it is switched off.
+    assert with_router[0]["aux_loss"] == pytest.approx(float(scorer.router_loss.detach()), rel=1e-5)
+    assert "aux_loss" not in without[0]
 
 
 def test_micro_batches_count_with_their_share_of_the_pairs(start, tmp_path):
     # Equal pairs, so that every micro-batch has the same load-balancing loss as all of them together.
     rows = [plain_rows(3)[2]] * 8
-    norms = [
-        run(tmp_path / size, start, "--train.micro_batch_size", size, rows=rows)[0]["grad_norm"] for size in ("8", "2")
-    ]
-    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    whole, parts = (
+        run(tmp_path / size, start, "--train.micro_batch_size", size, rows=rows)[0] for size in ("8", "2")
+    )
+    assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
+    assert parts["aux_loss"] == pytest.approx(whole["aux_loss"], rel=1e-5)
 
 
 def pairs_of(rows: list[dict[str, str]]) -> list[TokenizedPair]:
