@@ -111,7 +111,7 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Run modelling code that comes with the model. Only for sources you have read."""
     load_in_4bit: bool = False
-    """Hold the frozen weights under adapters in 4 bits (QLoRA); needs a GPU and bitsandbytes."""
+    """Hold the frozen weights under adapters in 4 bits (QLoRA); needs bitsandbytes."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank adapters in place of training all weights"""
 

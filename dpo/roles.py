@@ -72,11 +72,13 @@ def check_roles(config: Config, zero: dict[str, Any], device: torch.device, *, f
         )
     if model.load_in_4bit:
         _check_four_bits(config, mode, adapted, zero)
-        _needs_gpu("model.load_in_4bit is true", "false", device, for_elsewhere)
+        _needs_bitsandbytes("model.load_in_4bit is true", "false", for_elsewhere)
     if config.optim.name == "adamw_8bit":
         if zero.get("offload_optimizer", {}).get("device", "none") != "none":
             raise UserError("optim.name is adamw_8bit with offload_optimizer, whose steps run on the CPU; use adamw")
-        _needs_gpu("optim.name is adamw_8bit", "adamw", device, for_elsewhere)
+        if device.type != "cuda" and not for_elsewhere:
+            raise UserError("optim.name is adamw_8bit, which needs a GPU, and this is a CPU; use adamw")
+        _needs_bitsandbytes("optim.name is adamw_8bit", "adamw", for_elsewhere)
 
 
 def _check_four_bits(config: Config, mode: str, adapted: bool, zero: dict[str, Any]) -> None:
@@ -88,12 +90,8 @@ def _check_four_bits(config: Config, mode: str, adapted: bool, zero: dict[str, A
         raise UserError("model.load_in_4bit is true under ZeRO-3, which cannot shard 4-bit weights; use zero2.json")
 
 
-def _needs_gpu(what: str, instead: str, device: torch.device, for_elsewhere: bool) -> None:
-    if for_elsewhere:
-        return
-    if device.type != "cuda":
-        raise UserError(f"{what}, which needs a GPU, and this is a CPU; use {instead}")
-    if find_spec("bitsandbytes") is None:
+def _needs_bitsandbytes(what: str, instead: str, for_elsewhere: bool) -> None:
+    if not for_elsewhere and find_spec("bitsandbytes") is None:
         raise UserError(f"{what}, which needs bitsandbytes; pip install bitsandbytes, or use {instead}")
 
 

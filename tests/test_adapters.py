@@ -184,6 +184,25 @@ def test_checkpoints_hold_no_base_weights(tied, lora, tiny_policy, tmp_path, mon
     assert stored["frozen_param_fragments"] is None
 
 
+def test_adapters_learn_beside_4_bit_weights_and_resume_bit_equal(tiny_policy, tmp_path, monkeypatch):
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="the 4-bit kernels are in bitsandbytes")
+    argv = arguments(tmp_path, tiny_policy, *LORA, "--model.load_in_4bit", "true", "--log.samples", "0")
+    seen = seen_run(argv, monkeypatch)
+    layers = [m for m in seen["model"].modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    assert len(layers) == 14 and all(layer.weight.dtype == torch.uint8 for layer in layers)  # all but the head
+    moved = {name for name, p in seen["model"].named_parameters() if not torch.equal(p, seen["start"][name])}
+    assert moved == trained_names(seen)
+    whole = [line["loss"] for line in seen["lines"] if "loss" in line]
+    assert whole[0] == pytest.approx(0.693147, abs=1e-6) and whole[-1] < 0.5
+
+    stored = torch.load(tmp_path / "run/checkpoints/step-000002/mp_rank_00_model_states.pt", weights_only=False)
+    assert all(".lora_" in name for name in stored["module"])
+    argv[argv.index(str(tmp_path / "run"))] = str(tmp_path / "again")
+    assert train_dpo.main([*argv, "--train.max_steps", "2"]) == 0
+    assert train_dpo.main(argv) == 0
+    assert losses(tmp_path / "again") == whole
+
+
 # --- final/ and export -----------------------------------------------------------------------------------------------
 
 
@@ -375,7 +394,6 @@ def test_frozen_weights_cost_their_own_bytes_alone(lora, tiny_policy, tmp_path, 
         ([*LORA, "--reference.sync_steps", "2"], "reference.sync_steps with adapters: a mean of two adapters' factors"),
         ([*LORA, "--model.lora.dora", "true", "--config", "ds_configs/zero3.json"], "DoRA under ZeRO-3"),
         (["--model.load_in_4bit", "true"], "model.load_in_4bit is true and no adapters are trained"),
-        ([*LORA, "--model.load_in_4bit", "true"], "model.load_in_4bit is true, which needs a GPU, and this is a CPU"),
         ([*LORA, "--model.load_in_4bit", "true", "--config", "ds_configs/zero3.json"], "cannot shard 4-bit weights"),
         ([*LORA, "--model.load_in_4bit", "true", "--reference.mode", "online"], "with reference.mode online, a second"),
         (["--optim.name", "adamw_8bit"], "optim.name is adamw_8bit, which needs a GPU, and this is a CPU; use adamw"),
@@ -404,7 +422,7 @@ def test_missing_packages_are_named(monkeypatch, tiny_policy, tmp_path, capsys):
     from dpo import roles
 
     with pytest.raises(roles.UserError, match="which needs bitsandbytes; pip install bitsandbytes, or use adamw"):
-        roles._needs_gpu("optim.name is adamw_8bit", "adamw", torch.device("cuda"), for_elsewhere=False)
+        roles._needs_bitsandbytes("optim.name is adamw_8bit", "adamw", for_elsewhere=False)
 
 
 @pytest.mark.parametrize(

@@ -145,10 +145,13 @@ def sums_by_sequence(of_tokens: Tensor, batch: PackedBatch) -> Tensor:
 
 def _without_frozen(scorer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Leave weights that never learn out of a checkpoint, under all their names: DeepSpeed knows one name a weight, and
-    an output embedding has up to three."""
-    for name, parameter in scorer.named_parameters(remove_duplicate=False):
-        if not parameter.requires_grad:
-            state.pop(prefix + name, None)
+    an output embedding has up to three. What is stored beneath a weight's name goes with it: the scales of 4 bits."""
+    named = scorer.named_parameters(remove_duplicate=False)
+    frozen = {prefix + name for name, parameter in named if not parameter.requires_grad}
+    for key in list(state):
+        parts = key.split(".")
+        if any(".".join(parts[:count]) in frozen for count in range(1, len(parts) + 1)):
+            del state[key]
 
 
 def pair_logps(

@@ -151,7 +151,7 @@ def load_model(
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Run code that comes with the model.
         zero3_config: DeepSpeed config with stage 3: the weights arrive partitioned, no rank holds the whole model.
-        four_bit_on: GPU on which the weights of all linear layers but the head are to be held in 4 bits.
+        four_bit_on: Device on which the weights of all linear layers but the head are to be held in 4 bits.
     Returns:
         The transformers model; its dropout never acts.
     Raises:
@@ -170,6 +170,10 @@ def load_model(
     except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError, SafetensorError) as error:
         raise _explain("model.policy", path, error) from None
     del sharded
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes 0.50 on a CPU with bf16 repacks weights for inference in mid-run, scales rounded to bf16.
+            module.support_avx512bf16_for_cpu = False
     fuse_gelu(model)
     if model.get_output_embeddings() is None:
         raise UserError(f"model.policy {path}: {type(model).__name__} has no output embedding; use a causal LM")
