@@ -159,6 +159,8 @@ def fit_budget(setup: Setup, policy: Policy, reference: Reference, say: Callable
     config, world = setup.config, setup.world
     if not can_run_out(world.device) or deepspeed_engine.zero_stage(setup.engine_config) == 3:
         return setup
+    if config.train.sequence_parallel_size > 1:
+        return setup  # a rank out of memory would leave its group waiting
     model, path = policy.scorer.model, setup.run / "micro_batches.json"
     key = {"asked": config.train.tokens_per_micro_batch, "world_size": world.world_size, "layout": policy.layout}
     recomputed = load.recomputes_activations(model)

@@ -469,6 +469,9 @@ class TrainConfig:
     running the costliest micro-batch; 16384 on a GPU under ZeRO-3, 4096 on a CPU."""
     static_shapes: Literal["auto"] | bool = "auto"
     """Fill packed rows with a dummy tail, so that all have one shape. auto: on a GPU, if the tail is under 10 %."""
+    sequence_parallel_size: int = 1
+    """GPUs that compute a row of pairs together, each a cut of its tokens: for pairs that do not fit on one GPU
+    (docs/long_context.md). 1: a row a GPU."""
     layout: Literal["shared", "packed", "padded"] = "shared"
     """shared: a pair's prompt is computed once; packed: no padding; padded: one sequence a row."""
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
@@ -489,7 +492,7 @@ class TrainConfig:
     """Seconds after which a rank without a sign of life, or that stands still within a step, ends the job; 0: never."""
 
     def __post_init__(self) -> None:
-        for key in ("epochs", "global_batch_size", "keep_checkpoints"):
+        for key in ("epochs", "global_batch_size", "keep_checkpoints", "sequence_parallel_size"):
             value = getattr(self, key)
             _require(value >= 1, f"train.{key} is {value}; use a whole number of at least 1")
         for key in ("max_steps", "micro_batch_size", "eval_every", "save_every", "tokens_per_micro_batch"):
@@ -597,13 +600,19 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def check_world_size(config: Config, world_size: int) -> None:
-    """Refuse more ranks than pairs in a step.
+    """Refuse more ranks than pairs in a step, and ranks that cannot be grouped.
 
     Raises:
         UserError: If a rank could never get a pair.
     """
-    if world_size > config.train.global_batch_size:
+    together = config.train.sequence_parallel_size
+    if world_size % together:
         raise UserError(
-            f"train.global_batch_size is {config.train.global_batch_size} pairs for {world_size} ranks: some would"
-            f" never have a pair; use at least {world_size}, or fewer ranks"
+            f"train.sequence_parallel_size is {together} for {world_size} ranks; use a number that divides {world_size}"
+        )
+    groups, of = world_size // together, "ranks" if together == 1 else f"groups of {together} ranks"
+    if groups > config.train.global_batch_size:
+        raise UserError(
+            f"train.global_batch_size is {config.train.global_batch_size} pairs for {groups} {of}: some would"
+            f" never have a pair; use at least {groups}, or fewer ranks"
         )

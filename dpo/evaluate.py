@@ -68,7 +68,10 @@ def evaluate(
     for name, own in zip(sets, totals, strict=True):
         if name:
             found |= {f"eval_{name}_{key}": value for key, value in averages(own).items()}
-    pairs = np.concatenate(distributed.gather(torch.cat(parts).cpu().numpy()))
+    across = policy.scorer.across
+    # Ranks that compute a row together all know its pairs.
+    of_groups = distributed.gather(torch.cat(parts).cpu().numpy())[:: across.size if across else 1]
+    pairs = np.concatenate(of_groups)
     return found, pairs[np.argsort(pairs[:, 0])]
 
 

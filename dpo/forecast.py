@@ -30,7 +30,8 @@ from dpo.model import adapters, load
 from dpo.model.head import CHUNK_ROWS
 from dpo.model.shape import Shape, adapter_parameters, shape_of
 from dpo.objective.catalog import couples_pairs
-from dpo.policy import CHECKPOINTING_FROM, reference_dtype
+from dpo.policy import CHECKPOINTING_FROM
+from dpo.roles import reference_dtype
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import World
 from dpo.setup import Setup, prepare

@@ -19,9 +19,12 @@ from dpo.model import adapters, load, router
 from dpo.model.check import settle, use_layout
 from dpo.model.forward import Scorer, pair_logps
 from dpo.model.reference import Reference, from_scores, nothing, online, online_with_tokens
+from dpo.model.sequence import sequence_notes
 from dpo.reference_cache import cached_scores, manifest_of
+from dpo.roles import reference_dtype
 from dpo.run_data import Pairs
 from dpo.runtime import engine as deepspeed_engine
+from dpo.runtime import sequence
 from dpo.runtime.distributed import gather, together
 from dpo.sample import Answer, Decoding, answers_to
 from dpo.setup import Setup
@@ -124,9 +127,11 @@ def start_policy(setup: Setup, path: str, model: Any = None, *, for_sft: bool = 
         notes.append("activations: recomputed in backward (model.gradient_checkpointing)")
     scorer = Scorer(model, with_certainty=config.loss.wpo and not for_sft)
     engine = deepspeed_engine.start_training(scorer, setup.engine_config, config.optim)
+    scorer.across = sequence.join(config.train.sequence_parallel_size, model.config)
     coefficient = together(lambda: router.coefficient(model, config.loss.router_aux_coef))
     wanted: Layout = "packed" if coefficient else config.train.layout
     layout, given_up = _settled(setup, scorer, wanted)
+    notes += sequence_notes(scorer.across, layout, coefficient, given_up)
     if coefficient:
         notes.append(
             f"router: load-balancing loss x {coefficient:g} on every micro-batch; layout packed, where every token of a"
@@ -230,6 +235,7 @@ def _start_reference(setup: Setup, path: str, model: Any, dtype: torch.dtype, *,
 
 def _set_layout(setup: Setup, scorer: Scorer, policy: Policy) -> None:
     """Make a reference score batches as the policy does; another model is asked whether that is exact for it."""
+    scorer.across = policy.scorer.across
     if setup.config.reference.path is None:
         use_layout(scorer, policy.layout, policy.scorer.own_head, policy.scorer.attention)
         return
@@ -291,22 +297,6 @@ def _cached_reference(
     frozen.answers = frozen.answer(setup)
     frozen.scorer = None
     return frozen
-
-
-def reference_dtype(
-    wanted: str, policy_dtype: torch.dtype, device: torch.device, *, sharded: bool, mode: str
-) -> tuple[torch.dtype, str]:
-    """The reference's dtype and why."""
-    if wanted not in ("auto", "policy"):
-        return deepspeed_engine.DTYPES[wanted], "reference.dtype"
-    if mode == "adapter":
-        return policy_dtype, "the frozen weights beneath the adapters: no second copy"
-    if wanted == "policy" or sharded or mode == "cached":
-        why = " under ZeRO-3" if sharded else ": the policy scores before its first step" if mode == "cached" else ""
-        return policy_dtype, f"the policy's dtype{why}"
-    if device.type == "cuda":
-        return torch.float16, "half the memory, and log-probs closer than bf16"
-    return policy_dtype, "the policy's dtype: half precision products are slow on a CPU"
 
 
 def _count(model: torch.nn.Module, *, trained: bool = False) -> int:

@@ -92,6 +92,8 @@ class Setup:
     def loss_in_forward(self) -> bool:
         """Whether the gradient of the loss is taken in the forward pass of the head."""
         wanted = self.config.model.loss_in_forward
+        if self.config.train.sequence_parallel_size > 1:
+            return False  # no rank knows the sum of a completion before its tile is gone
         return self.world.device.type == "cuda" if wanted == "auto" else wanted
 
     @property
@@ -133,10 +135,12 @@ class Setup:
         budget = self.token_budget or train.tokens_per_micro_batch
         if budget == "auto":
             budget = 16384 if self.world.device.type == "cuda" else 4096
+        of_row = train.sequence_parallel_size  # ranks of a group get the same rows and hold a cut of each
         loss = self.config.loss
         weighs_tokens = layout not in ("chosen", "padded_chosen")  # SFT does not
         loader = Loader(
-            pairs, self.epochs, self.world.rank, self.world.world_size, layout, budget, train.micro_batch_size,
+            pairs, self.epochs, self.world.rank // of_row, self.world.world_size // of_row, layout,
+            budget * of_row, train.micro_batch_size,
             pin_memory=self.world.device.type == "cuda",
             token_weights=weigher("sampo" in loss.names, loss.ld_alpha, train.seed) if weighs_tokens else None,
         )
@@ -231,6 +235,7 @@ def prepare(config: Config, world: World, deepspeed_json: str | None, *, for_els
         zero = engine_config.get("zero_optimization", {})
         roles.check_roles(config, zero, world.device, for_elsewhere=for_elsewhere)
         model_config, tokenizer = model_and_tokenizer(config)
+        roles.check_sequence(config, zero, model_config)
         if not for_elsewhere:
             for path in filter(None, (config.model.policy, config.reference.path)):
                 load.check_weights(path)  # of the adapter, where it is one

@@ -60,6 +60,8 @@ def check_start(
         _loss_sum(setup, loss, work, scored), _loss_sum(setup, loss, work, equal), torch.cat(gaps).double().sum(),
         torch.cat(tokens).double().sum(),
     ])  # fmt: skip
+    # Ranks that compute a row together all know its pairs.
+    totals /= setup.config.train.sequence_parallel_size
     loss_sum, equal_sum, gap_sum, token_sum = distributed.sum_over_ranks(totals).tolist()
     mean, expected, per_token = loss_sum / work.num_pairs, equal_sum / work.num_pairs, gap_sum / token_sum
     if not loss.needs_reference:

@@ -215,7 +215,7 @@ def _stop_at(setup: Setup, work: StepBatches, losses: list[torch.Tensor] | None)
     ids = [pair_id for batch in work.batches for pair_id in batch.pair_ids]
     values = [math.nan] * len(ids) if losses is None else torch.cat(losses).tolist()
     bad = [pair_id for pair_id, value in zip(ids, values, strict=True) if not math.isfinite(value)]
-    pairs = sorted(sum(distributed.gather(bad), []))
+    pairs = sorted(set(sum(distributed.gather(bad), [])))
     distributed.only_main(setup.world, lambda: _dump(setup, work.step + 1, pairs))
     what = f"the loss is not finite for {setup.name_rows(pairs[:10])}"
     if losses is None:

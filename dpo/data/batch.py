@@ -13,6 +13,7 @@ token of both completions; in the shared layout its row therefore stands in `sco
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -119,6 +120,30 @@ def index_segments(items: Sequence[Segment]) -> Segments:
 
 def _tail(start: int, end: int) -> list[Segment]:
     return [Segment(at, min(at + TAIL_SEGMENT, end)) for at in range(start, end, TAIL_SEGMENT)]
+
+
+def filled(batch: PackedBatch, multiple: int) -> PackedBatch:
+    """A batch of one packed row with a dummy tail that makes its length a multiple.
+
+    Args:
+        batch: On any device; with segments.
+        multiple: Of which the length is to be one.
+    Returns:
+        The batch itself, if it is.
+    """
+    length = len(batch.input_ids)
+    tail = -length % multiple
+    if tail == 0:
+        return batch
+    assert batch.segments is not None
+    segments = index_segments([*batch.segments.items, *_tail(length, length + tail)])
+    return replace(
+        batch,
+        input_ids=torch.nn.functional.pad(batch.input_ids, (0, tail)),
+        position_ids=torch.nn.functional.pad(batch.position_ids, (0, tail)),
+        segments=segments.map(lambda tensor: tensor.to(batch.input_ids.device)),
+        num_tail_tokens=batch.num_tail_tokens + tail,
+    )
 
 
 def _dummy(layout: Layout, row_tokens: int | None) -> PackedBatch:

@@ -26,6 +26,7 @@ from transformers import AttentionInterface
 
 from dpo.data.batch import index_segments
 from dpo.model import attention_flex, attention_sdpa, attention_varlen
+from dpo.model.sequence import SequenceGroup
 from dpo.types import Segment, Segments
 
 BACKENDS: dict[str, Callable[..., Tensor]] = {
@@ -76,19 +77,21 @@ def segment_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     segments: Segments | None = None,
+    across: SequenceGroup | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend within segments; after the backend the signature is that of transformers' attention functions.
 
     Args:
         backend: Name in BACKENDS.
-        module: The attention layer; not used.
+        module: The attention layer.
         query: (1, heads, T, head_dim).
         key, value: (1, kv_heads, T, head_dim); kv_heads divides heads.
         attention_mask: Must be None: segments say everything.
         scaling: Factor on the scores; None for 1 / sqrt(head_dim).
         dropout: Ignored: policy and reference are compared token by token, so both are deterministic.
         segments: Which rows see which.
+        across: The ranks that hold the row in cuts, where this is not the whole of it; then T is that of the cut.
     Returns:
         (1, T, heads, head_dim) and None for the attention weights.
     Raises:
@@ -97,7 +100,14 @@ def segment_attention(
     """
     if segments is None or attention_mask is not None:
         raise UnsupportedAttention("the model does not hand keyword arguments down to its attention layers")
-    return BACKENDS[backend](query, key, value, segments, scaling, **_extras(backend, kwargs, segments)), None
+    extras = _extras(backend, kwargs, segments)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return BACKENDS[backend](query, key, value, segments, scaling, **extras)
+
+    if across is not None:
+        return across.exchange(attend, module, query, key, value), None
+    return attend(query, key, value), None
 
 
 def _name(backend: str) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dpo.model.head import CHUNK_ROWS, Head, logps_of_logits
 from dpo.model.loss_in_forward import Chunk, PairLosses, chunks_of, total_loss
 from dpo.model.router import Balance
+from dpo.model.sequence import SequenceGroup
 from dpo.model.vocabulary import Certainty, token_kls
 from dpo.types import FrozenTokens, PackedBatch, PairLogps, TokenizedPair
 
@@ -33,6 +34,7 @@ class Scorer(nn.Module):
         certainty: Says how sure the policy is of every token, for loss.wpo; else None.
         attention: Kernel of packed rows, a name in attention.BACKENDS.
         balance: The load-balancing loss of a mixture of experts, where it is to be trained on; see router.py.
+        across: The ranks that compute a row together, each a cut of it; None for a row a rank.
         router_loss: Its value for the last batch that was scored with gradient, in a layout without padding.
     """
 
@@ -46,6 +48,7 @@ class Scorer(nn.Module):
         self.attention = "sdpa"
         self.balance: Balance | None = None
         self.router_loss: Tensor | None = None
+        self.across: SequenceGroup | None = None
         self.register_state_dict_post_hook(_without_frozen)
 
     def forward(
@@ -73,6 +76,8 @@ class Scorer(nn.Module):
             assert chunks is not None
             in_forward = partial(total_loss, batch=batch, chunks=chunks, pair_losses=pair_losses)
             return self.head(self.hidden(batch), batch.target_ids, in_forward)
+        if self.across is not None:
+            return self._sums_across(self.across, batch)
         if frozen is None and not certain:
             token_logps = self._own_token_logps(batch) if self.own_head else self._token_logps(batch)
             return sums_by_sequence(self._weighted(token_logps, batch), batch)
@@ -86,6 +91,11 @@ class Scorer(nn.Module):
         rows = self._weighted(token_logps, batch), second
         return torch.stack([sums_by_sequence(row, batch) for row in rows])
 
+    def _sums_across(self, across: SequenceGroup, batch: PackedBatch) -> Tensor:
+        cut = across.cut(batch)
+        own = sums_by_sequence(self._weighted(self._token_logps(cut), cut), cut)
+        return across.add(own) if batch.num_sequences else own
+
     def chunks(self, batch: PackedBatch) -> list[Chunk] | None:
         """How the gradient of a loss can be taken in the forward pass; None where it cannot."""
         return None if self.own_head else chunks_of(batch.completion_sizes, self.head.chunk_rows)
@@ -97,7 +107,10 @@ class Scorer(nn.Module):
         inputs = {"input_ids": batch.input_ids.view(batch.num_rows, -1), "use_cache": False}
         if batch.segments is None:
             return inputs  # positions of a padded row are the model's own, and not every model takes them
-        return inputs | {"position_ids": batch.position_ids.view(batch.num_rows, -1), "segments": batch.segments}
+        packed: dict[str, Any] = {
+            "position_ids": batch.position_ids.view(batch.num_rows, -1), "segments": batch.segments
+        }  # fmt: skip
+        return inputs | packed | ({} if self.across is None else {"across": self.across})
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """(N, H): the hidden states that predict the completion tokens."""

@@ -125,7 +125,8 @@ def token_logps(
 
 def _logps_of_nothing(hidden: Tensor, weight: Tensor) -> Tensor:
     """(0,): no log-probs, yet a function of hidden and weight, so that an empty micro-batch reaches both."""
-    return (hidden @ weight.T[:, :1]).squeeze(1).float()
+    nothing = (hidden @ weight.T[:, :1]).squeeze(1)
+    return nothing.to(torch.promote_types(hidden.dtype, torch.float32))
 
 
 class Head(nn.Module):

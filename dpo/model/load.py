@@ -170,7 +170,8 @@ def load_model(
     except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError, SafetensorError) as error:
         raise _explain("model.policy", path, error) from None
     del sharded
-    for module in model.modules():
+    modules: list[Any] = list(model.modules())
+    for module in modules:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes 0.50 on a CPU with bf16 repacks weights for inference in mid-run, scales rounded to bf16.
             module.support_avx512bf16_for_cpu = False

@@ -160,16 +160,29 @@ def only_main(world: World, function: Callable[[], T]) -> T:
     return answer[0]  # type: ignore[return-value]
 
 
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """Add a tensor over all ranks, in place: one all-reduce.
+def neighbours(size: int) -> tuple[Any, int]:
+    """The ranks k size to (k + 1) size - 1 among which this one is, on the device's channel; collective.
+
+    Args:
+        size: Divides the world.
+    Returns:
+        The process group, and this rank's place in it.
+    """
+    group, _ = dist.new_subgroups(group_size=size, timeout=COLLECTIVE_TIMEOUT)
+    return group, dist.get_rank(group)
+
+
+def sum_over_ranks(tensor: Tensor, group: Any = None) -> Tensor:
+    """Add a tensor over all ranks, or those of a group, in place: one all-reduce.
 
     Args:
         tensor: Any shape, the same on all ranks, on the rank's device.
+        group: Of `neighbours`; None for all ranks.
     Returns:
         The same tensor.
     """
     if dist.get_world_size() > 1:
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=group)
     return tensor
 
 

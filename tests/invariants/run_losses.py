@@ -3,7 +3,7 @@
     torchrun --nproc_per_node N tests/invariants/run_losses.py CASES.json OUT.json
 
 CASES.json: name -> {"loss": the loss section, "layout", "micro_batches", maybe "stage" (of ZeRO), "steps", "shuffle",
-"loss_in_forward"}.
+"loss_in_forward", "ranks_a_row", "keep_weights"}.
 OUT.json: name -> the lines of three steps and of the evaluation after them, as rank 0 logs them. Models, pairs and
 steps are those of a run: only the reading of files is left out.
 """
@@ -32,6 +32,7 @@ from dpo.setup import Setup
 from dpo.start import check_start
 from dpo.step import Meter, take_step
 from tests import tiny
+from tests.invariants import cut
 
 PAIRS_A_STEP, STEPS, LR = 9, 3, 1e-3
 
@@ -48,7 +49,7 @@ class Said:
 
 def setup_of(case: dict[str, Any], world: World, pairs: tiny.Pairs) -> Setup:
     """The setup of a case."""
-    a_rank = -(-PAIRS_A_STEP // world.world_size)
+    a_rank = -(-PAIRS_A_STEP * case.get("ranks_a_row", 1) // world.world_size)
     optim = OptimConfig(lr=LR, schedule="constant", warmup_steps=0)
     config = Config(
         model=ModelConfig(policy="tiny", loss_in_forward=case.get("loss_in_forward", False)),
@@ -58,6 +59,7 @@ def setup_of(case: dict[str, Any], world: World, pairs: tiny.Pairs) -> Setup:
         train=TrainConfig(
             global_batch_size=PAIRS_A_STEP, layout=case["layout"], precision="fp32",
             micro_batch_size=-(-a_rank // case["micro_batches"]),
+            sequence_parallel_size=case.get("ranks_a_row", 1),
         ),
     )  # fmt: skip
     # A tiny model's weights stay gathered under ZeRO-3 unless these are 0.
@@ -77,6 +79,10 @@ def run(case: dict[str, Any], world: World, pairs: tiny.Pairs) -> dict[str, Any]
     """Three steps and an evaluation; what was said at the start, and whether a reference was made."""
     setup, said = setup_of(case, world, pairs), Said()
     policy, reference = dpo.policy.start_models(setup, "tiny", said.say)
+    tokens: list[int] = []
+    policy.scorer.model.base_model.register_forward_pre_hook(
+        lambda _, __, inputs: tokens.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
     loss, loader = Objective(setup.config.loss), setup.loader(setup.train_pairs, policy.layout)
     check_start(setup, policy, reference, loss, loader[0], said)  # type: ignore[arg-type]
     meter, lines = Meter(torch.zeros(11, dtype=torch.float64)), []
@@ -85,8 +91,12 @@ def run(case: dict[str, Any], world: World, pairs: tiny.Pairs) -> dict[str, Any]
         take_step(setup, policy, reference, loss, work, LR, meter)
         lines.append(meter.line(world.device))
     share = ValidationShare(whole_pass(loader, range(len(pairs))), float(pairs.lengths[:, 1].mean()))
-    found, _ = evaluate(policy, reference.validation, {"": share}, loss, world)
-    return {"lines": lines, "evaluation": found, "said": said.lines, "has_reference": reference.scorer is not None}
+    found, per_pair = evaluate(policy, reference.validation, {"": share}, loss, world)
+    seen = {"lines": lines, "evaluation": found, "said": said.lines, "has_reference": reference.scorer is not None}
+    if case.get("keep_weights"):
+        weights = torch.cat([p.detach().reshape(-1) for p in policy.scorer.model.parameters()])
+        seen |= {"weights": weights.tolist(), "tokens": tokens, "pairs": len(per_pair)}
+    return seen
 
 
 if __name__ == "__main__":
@@ -95,5 +105,7 @@ if __name__ == "__main__":
     dpo.policy.load_weights = lambda *_, **__: copy.deepcopy(model)  # type: ignore[assignment]
     data = tiny.Pairs([replace(p, margin=0.5 + p.pair_id % 4) for p in tiny.pairs(PAIRS_A_STEP * 2, longest=9)])
     results = {name: run(case, here, data) for name, case in json.loads(Path(sys.argv[1]).read_text()).items()}
+    if here.world_size == 2:
+        results["fp64 cut"] = cut.gaps()
     if here.is_main:
         Path(sys.argv[2]).write_text(json.dumps(results))

@@ -25,6 +25,7 @@ OTHERS = [
     if (ranks, layout, micro) != (1, "shared", 1)
 ]  # fmt: skip
 WITHOUT_REFERENCE = {"sft", "simpo", "orpo", "cpo", "reference_free"}
+CUT = (("sigmoid", "shared", 2), ("simpo", "packed", 1), ("sampo", "shared", 1))
 SHARDED = ("wpo", "aot", "simpo", "sampo")
 
 
@@ -63,6 +64,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             }
             for objective in SHARDED if ranks == 2
         } | {
+            f"{objective}, {ranks} ranks a row": {
+                "loss": OBJECTIVES[objective], "layout": layout, "micro_batches": micro, "ranks_a_row": ranks,
+                "keep_weights": True,
+            }
+            for objective, layout, micro in CUT
+        } | {
             f"{objective}, in forward": {
                 "loss": loss, "layout": "shared", "micro_batches": 3, "loss_in_forward": True
             }
@@ -96,6 +103,25 @@ def test_a_loss_is_the_same_under_zero_3(found, objective):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_loss_is_the_same_with_its_gradient_taken_in_the_forward_pass(found, objective):
     assert_same_steps(found[f"{objective}, in forward"], found[name_of(objective, 1, "shared", 1)])
+
+
+@pytest.mark.parametrize(("objective", "layout", "micro"), CUT)
+def test_two_ranks_that_cut_every_row_train_as_one_that_has_it_whole(found, objective, layout, micro):
+    cut, whole = found[f"{objective}, 2 ranks a row"], found[f"{objective}, 1 ranks a row"]
+    for mine, theirs in zip(cut["lines"], whole["lines"], strict=True):
+        for name in ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), name
+    assert cut["weights"] == pytest.approx(whole["weights"], abs=1e-5)
+    assert cut["evaluation"] == pytest.approx(whole["evaluation"], rel=1e-5, abs=1e-5)
+    assert cut["said"][-1].split(" (")[0] == whole["said"][-1].split(" (")[0]  # start: loss 0.693147
+    assert cut["pairs"] == whole["pairs"] == 18  # each once
+    assert cut["tokens"] == [-(-tokens // 2) for tokens in whole["tokens"]] and max(cut["tokens"]) > 20
+    assert any(line.startswith("long context: 2 ranks compute a row together") for line in cut["said"])
+
+
+def test_the_parts_of_the_gradient_of_a_cut_row_add_up_in_fp64(found):
+    gaps = found["fp64 cut"]
+    assert gaps["logps"] < 1e-11 and gaps["gradient"] < 1e-11 and gaps["largest_gradient"] > 1
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -1,0 +1,114 @@
+"""Rows cut over ranks: which pairs a rank gets, how a row is cut, and what is refused beside it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dpo.__main__
+from dpo.config import Config, DataConfig, LogConfig, ModelConfig, TrainConfig, check_world_size
+from dpo.data.batch import collate
+from dpo.errors import UserError
+from dpo.model.sequence import SequenceGroup
+from dpo.roles import check_sequence
+from dpo.runtime.distributed import World
+from tests import tiny
+from tests.invariants.run_losses import setup_of
+
+
+def config(size: int = 2, **sections: Any) -> Config:
+    """Settings that two ranks a row can do, and changes to them."""
+    made = Config(
+        model=ModelConfig(policy="tiny"), data=DataConfig(train="pairs"), log=LogConfig(samples=0),
+        train=TrainConfig(sequence_parallel_size=size),
+    )  # fmt: skip
+    return replace(made, **{name: replace(getattr(made, name), **values) for name, values in sections.items()})
+
+
+def test_ranks_of_a_row_get_the_same_pairs_and_a_budget_for_all_of_them():
+    pairs, case = tiny.Pairs(tiny.pairs(18)), {"loss": {}, "layout": "shared", "micro_batches": 2, "ranks_a_row": 2}
+    loaders = [
+        setup_of(case, World(rank, 4, rank, torch.device("cpu")), pairs).loader(pairs, "shared") for rank in range(4)
+    ]
+    shares = [[batch.pair_ids for batch in loader[0].batches] for loader in loaders]
+    assert shares[0] == shares[1] and shares[2] == shares[3]
+    ids = [pair_id for share in (shares[0], shares[2]) for batch in share for pair_id in batch]
+    assert sorted(ids) == sorted(loaders[0].epochs.batch(0).tolist())
+    assert loaders[0].token_budget == 2 * 4096
+
+
+@pytest.mark.parametrize("size", [3, 7])
+def test_cuts_of_a_row_hold_every_token_and_every_scored_token_once(size):
+    batch = collate(tiny.pairs(4), "shared", [(torch.rand(len(p.chosen_ids)).numpy(), torch.rand(len(p.rejected_ids))
+                                               .numpy()) for p in tiny.pairs(4)])  # fmt: skip
+    cuts = [SequenceGroup(rank, size, lambda x: x, None).cut(batch) for rank in range(size)]  # type: ignore[arg-type]
+    length = len(batch.input_ids)
+    assert {len(cut.input_ids) for cut in cuts} == {-(-length // size)} and length % size
+    assert torch.equal(torch.cat([cut.input_ids for cut in cuts])[:length], batch.input_ids)
+    assert torch.equal(torch.cat([cut.position_ids for cut in cuts])[:length], batch.position_ids)
+    assert {cut.segments.items[-1].end for cut in cuts if cut.segments} == {len(cuts[0].input_ids) * size}
+    for name in ("target_ids", "sequence_ids", "token_weights"):
+        found = torch.cat([getattr(cut, name) for cut in cuts])
+        assert torch.equal(found.sort().values, getattr(batch, name).sort().values), name
+    for rank, cut in enumerate(cuts):
+        starts = cut.score_index + rank * len(cut.input_ids)
+        assert torch.isin(starts, batch.score_index).all() and (cut.score_index < len(cut.input_ids)).all()
+
+
+@pytest.mark.parametrize(
+    ("sections", "stage", "line"),
+    [
+        ({"train": {"layout": "padded"}}, 2, "with train.layout padded, and packed rows are cut; use shared"),
+        ({}, 3, "with ZeRO-3; use zero2.json"),
+        ({"model": {"lora": replace(ModelConfig().lora, r=4)}}, 2, "with adapters; train all weights"),
+        ({"train": {"sft_epochs": 1}}, 2, "with train.sft_epochs; do SFT in a run of its own"),
+        ({"loss": {"name": ("sigmoid", "aot")}}, 2, "with loss.name aot, which couples pairs; use sigmoid"),
+        ({"loss": {"name": "tdpo"}}, 2, "with loss.name tdpo, which needs whole next-token distributions"),
+        ({"loss": {"wpo": True}}, 2, "with loss.wpo; leave it out"),
+        ({"reference": {"mode": "cached"}}, 2, "with reference.mode cached; use online"),
+        ({"reference": {"path": "x"}}, 2, "with reference.path; leave it out"),
+        ({"reference": {"sync_steps": 2}}, 2, "with reference.sync_steps; leave it out"),
+        ({"model": {"compile": True}}, 2, "with model.compile; leave it out"),
+        ({"model": {"loss_in_forward": True}}, 2, "with model.loss_in_forward, which needs whole completions on a"),
+        ({"log": {"samples": 4}}, 2, "with log.samples; use 0, and python -m dpo sample afterwards"),
+    ],
+)
+def test_what_a_cut_row_cannot_do_is_refused_by_name(sections, stage, line):
+    model_config = tiny.model("llama").config
+    check_sequence(config(), {"stage": 2}, model_config)
+    with pytest.raises(UserError, match=f"train.sequence_parallel_size is 2 {line}"):
+        check_sequence(config(**sections), {"stage": stage}, model_config)
+    check_sequence(config(size=1, **sections), {"stage": stage}, model_config)
+
+
+@pytest.mark.parametrize(
+    ("size", "kv_heads", "line"),
+    [(3, 2, "its 4 attention heads are no multiple of 3"), (4, 3, "its 3 key heads are neither a multiple nor a")],
+)
+def test_heads_that_cannot_be_shared_out_are_refused(size, kv_heads, line):
+    model_config = tiny.model("llama").config
+    check_sequence(config(size=4), {"stage": 2}, model_config)  # four ranks, two key heads: each is held twice
+    model_config.num_key_value_heads = kv_heads
+    with pytest.raises(UserError, match=f"with model.policy tiny: {line}"):
+        check_sequence(config(size=size), {"stage": 2}, model_config)
+
+
+def test_ranks_must_fall_into_whole_groups_that_all_have_pairs():
+    with pytest.raises(UserError, match="train.sequence_parallel_size is 2 for 3 ranks; use a number that divides 3"):
+        check_world_size(config(), 3)
+    check_world_size(config(train={"global_batch_size": 2}), 4)
+    with pytest.raises(UserError, match="is 2 pairs for 3 groups of 2 ranks: some would never have a pair"):
+        check_world_size(config(train={"global_batch_size": 2}), 6)
+    with pytest.raises(ValueError, match="train.sequence_parallel_size is 0"):
+        config(size=0)
+
+
+def test_the_plan_for_other_hardware_refuses_it(tiny_policy: Path, tmp_path: Path, capsys: Any):
+    argv = ["--model.policy", str(tiny_policy), "--data.train", "builtin:world", "--log.samples", "0"]
+    argv += ["--data.cache_dir", str(tmp_path), "--train.sequence_parallel_size", "2", "--ranks", "2", "--gpu", "t4"]
+    assert dpo.__main__.main(["plan", *argv]) == 2
+    assert "train.sequence_parallel_size is not known to python -m dpo plan" in capsys.readouterr().err
