@@ -109,17 +109,17 @@ def report(data: str, tokenizer: str, max_lengths: list[int], draws: int, cache_
     return [*lines, "\\* more pairs than the file has: drawn with replacement.", ""]
 
 
-def write_between(path: Path, lines: list[str]) -> None:
-    """Replace what stands between the markers of a file.
+def write_between(path: Path, lines: list[str], begin: str = BEGIN, end: str = END) -> None:
+    """Replace what stands between two markers of a file.
 
     Raises:
         UserError: If it has no markers.
     """
     text = path.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise UserError(f"{path}: expected one line {BEGIN} and one line {END}")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    path.write_text(before + BEGIN + "\n" + "\n".join(lines) + END + after, encoding="utf-8")
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise UserError(f"{path}: expected one line {begin} and one line {end}")
+    before, after = text.split(begin)[0], text.split(end)[1]
+    path.write_text(before + begin + "\n" + "\n".join(lines) + end + after, encoding="utf-8")
 
 
 def main(argv: list[str]) -> int:

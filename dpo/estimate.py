@@ -144,12 +144,13 @@ def traffic(
     width: int,
     reference_width: int,
     trained: int | None = None,
+    to_owner: bool = False,
 ) -> dict[str, float]:
     """Bytes that one rank sends in one optimizer step, by purpose; it receives as many.
 
-    A ring sends (W-1)/W of the data to gather or scatter them, twice that to all-reduce. Stage 2 reduces after every
-    micro-batch, and DeepSpeed 0.19 does so by all-reduce of buckets that hold parts of several ranks (its default
-    use_multi_rank_bucket_allreduce). Stage 3 gathers the weights for every forward and every backward pass.
+    A ring sends (W-1)/W of the data to gather, scatter or reduce them, twice that to all-reduce. Stage 2 reduces after
+    every micro-batch. Stage 3 gathers the weights for every forward and every backward pass.
+    benchmarks/collectives.py counts the same in DeepSpeed's own steps.
 
     Args:
         num_parameters: N of the policy; the reference has as many.
@@ -159,6 +160,8 @@ def traffic(
         width: Bytes a parameter, of weights and of gradients on the wire.
         reference_width: Bytes a parameter of a reference that is sharded at stage 3; 0 for none.
         trained: Parameters that learn, where the others are frozen; None for all.
+        to_owner: Whether stage 2 reduces a part of the gradient to the rank that steps on it, and not to all ranks as
+            DeepSpeed 0.19 does by default (use_multi_rank_bucket_allreduce).
     Returns:
         Purpose -> bytes.
     Source:
@@ -172,9 +175,9 @@ def traffic(
             "gradients scattered": learning * width * micro_steps,
             "reference gathered": once * reference_width * micro_steps,
         }
-    reductions = micro_steps if stage == 2 else 1
+    passes = (1 if to_owner else 2) * micro_steps if stage == 2 else 2
     return {
-        "gradients reduced": 2 * learning * width * reductions,
+        "gradients reduced": passes * learning * width,
         "weights gathered": learning * width if stage else 0.0,
     }
 

@@ -280,9 +280,11 @@ def host_rows(setup: Setup, machine: Machine, hardware: Hardware) -> Rows:
 def speed_rows(setup: Setup, machine: Machine, schedule: Schedule, hardware: Hardware) -> Rows:
     """Traffic and an estimate of time."""
     ranks, gpu = setup.world.world_size, GPUS[hardware.gpu]
+    zero = setup.engine_config.get("zero_optimization", {})
     sent = traffic(
         machine.shape.parameters, stage=machine.stage, world_size=ranks, micro_steps=float(schedule.micro_steps.mean()),
         width=machine.width, reference_width=machine.reference_bytes, trained=machine.trained,
+        to_owner=not zero.get("use_multi_rank_bucket_allreduce", True),
     )
     within = ranks <= hardware.gpus_per_node
     link = gpu.link_gb if within else min(gpu.link_gb, hardware.network_gb)

@@ -231,11 +231,10 @@ def test_a_pair_of_hh_costs_gpt2_what_is_known() -> None:
     assert computed(recompute=False, reference=False, look_ahead=True) == computed(recompute=False, reference=True)
 
 
-def sent(stage: int, world_size: int = 8, micro_steps: float = 1, reference_width: int = 2) -> dict[str, float]:
+def sent(stage: int, world_size: int = 8, **changes: float) -> dict[str, float]:
     """GB sent for 8e9 parameters in 16 bits."""
-    found = traffic(
-        8 * 10**9, stage=stage, world_size=world_size, micro_steps=micro_steps, width=2, reference_width=reference_width
-    )
+    kwargs = dict(micro_steps=1, width=2, reference_width=2) | changes
+    found = traffic(8 * 10**9, stage=stage, world_size=world_size, **kwargs)  # type: ignore[arg-type]
     return {name: count / 1e9 for name, count in found.items()}
 
 
@@ -244,6 +243,8 @@ def test_stage_2_reduces_after_every_micro_batch_and_stage_1_once() -> None:
     assert sent(2, micro_steps=3) == {"gradients reduced": 84, "weights gathered": 14}
     assert sent(1, micro_steps=3) == {"gradients reduced": 28, "weights gathered": 14}
     assert sent(0) == {"gradients reduced": 28, "weights gathered": 0}
+    assert sent(2, micro_steps=3, to_owner=True) == {"gradients reduced": 42, "weights gathered": 14}
+    assert sent(1, micro_steps=3, to_owner=True) == sent(1)  # under 16 bits DeepSpeed has no such choice there
 
 
 def test_stage_3_gathers_weights_twice_a_micro_batch_and_the_reference_once() -> None:

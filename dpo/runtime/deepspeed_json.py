@@ -6,6 +6,7 @@ before anything is loaded. What DeepSpeed's own models know of a section's value
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import os
@@ -14,7 +15,13 @@ from typing import Any
 
 from dpo.errors import UserError
 
-DEFAULT_JSON = {"zero_optimization": {"stage": 2}}
+DEFAULT_JSON = {
+    "zero_optimization": {
+        "stage": 2, "overlap_comm": False, "contiguous_gradients": True, "reduce_scatter": True,
+        "use_multi_rank_bucket_allreduce": False, "reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000,
+    }
+}  # fmt: skip
+"""The content of ds_configs/zero2.json."""
 DTYPES = ("fp16", "bf16", "fp32")
 KEYS: dict[str, type | tuple[type, ...]] = {
     "zero_optimization": dict, "fp16": dict, "bf16": dict, "data_types": dict, "optimizer": dict, "scheduler": dict,
@@ -41,14 +48,14 @@ def read_json(path: str | None) -> dict[str, Any]:
     """The DeepSpeed JSON of a run.
 
     Args:
-        path: File given by --config; None for ZeRO stage 2 with DeepSpeed's defaults.
+        path: File given by --config; None for `DEFAULT_JSON`.
     Returns:
         Its content, "auto" and all.
     Raises:
         UserError: If the file is missing, no JSON object, or gives a key twice.
     """
     if path is None:
-        return dict(DEFAULT_JSON)
+        return copy.deepcopy(DEFAULT_JSON)
     if not os.path.isfile(path):
         raise UserError(f"--config {path}: no such file; the ones that come with the project are in ds_configs/")
     try:
@@ -56,7 +63,7 @@ def read_json(path: str | None) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:  # bad UTF-8, bad JSON and endless numbers are ValueErrors
         raise UserError(f"--config {path}: not valid JSON: {error}; mend it") from None
     if not isinstance(content, dict):
-        kind, example = type(content).__name__, json.dumps(DEFAULT_JSON)
+        kind, example = type(content).__name__, '{"zero_optimization": {"stage": 2}}'
         raise UserError(f"--config {path}: expected a JSON object, got {kind}; write one such as {example}")
     return content
 

@@ -17,6 +17,7 @@ import torch
 import dpo.finish
 import dpo.train
 import train_dpo
+from benchmarks.collectives import Collectives
 from dpo.runtime import distributed, tracking
 from dpo.runtime.engine import deepspeed
 
@@ -31,7 +32,11 @@ def watch(seen: dict[str, Any]) -> Any:
 
     def start_models(*args: Any, **kwargs: Any) -> Any:
         policy, reference = original(*args, **kwargs)
+        model = policy.scorer.model
         seen["stage"] = policy.engine.zero_optimization_stage()
+        seen["parameters"] = sum(getattr(p, "ds_numel", p.numel()) for p in policy.scorer.parameters())
+        head, embedding = (f().weight for f in (model.get_output_embeddings, model.get_input_embeddings))
+        seen["tied"] = getattr(head, "ds_numel", head.numel()) if head is embedding else 0
         scorers = {"policy": policy.scorer} | ({"reference": reference.scorer} if reference.scorer else {})
         seen["weights_are_whole"] = any(p.numel() > 0 for s in scorers.values() for p in s.parameters())
         for name, scorer in scorers.items():
@@ -69,7 +74,7 @@ def watch_calls(seen: dict[str, Any], name: str, scorer: Any) -> None:
 
 def run(name: str, argv: list[str], out: Path) -> None:
     """One training run under observation."""
-    seen: dict[str, Any] = {"sums": 0, "recorders": 0, "pairs": [], "own_losses": [], "engines": 0}
+    seen: dict[str, Any] = {"sums": 0, "recorders": 0, "pairs": [], "own_losses": [], "engines": 0, "collectives": []}
     seen |= {f"{who}_{what}": [] for who in ("policy", "reference") for what in ("calls", "rows")}
     originals = dpo.train.start_models, distributed.sum_over_ranks, tracking.Recorder.__init__, dpo.train.take_step
     initialize = deepspeed.initialize
@@ -88,7 +93,9 @@ def run(name: str, argv: list[str], out: Path) -> None:
 
     def seen_step(setup: Any, policy: Any, reference: Any, loss: Any, work: Any, lr: float, meter: Any) -> None:
         before = len(seen["policy_calls"]), len(seen["reference_calls"])
-        originals[3](setup, policy, reference, loss, work, lr, meter)
+        with Collectives() as collectives:
+            originals[3](setup, policy, reference, loss, work, lr, meter)
+        seen["collectives"].append(collectives.found)
         seen["own_losses"].append(float(meter.totals[0] / meter.totals[7]))  # of this rank's pairs alone
         after = len(seen["policy_calls"]), len(seen["reference_calls"])
         seen["pairs"].append([list(b.pair_ids) for b in work.batches])

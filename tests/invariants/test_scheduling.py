@@ -7,6 +7,8 @@ import json
 import numpy as np
 import pytest
 
+from benchmarks.collectives import counted
+from dpo.estimate import traffic
 from dpo.report.pairs import read_pairs
 from tests.invariants.jobs import Run, train_all
 
@@ -190,3 +192,30 @@ def test_under_zero_3_the_reference_is_sharded_by_an_engine_of_its_own(runs):
 def test_an_fp16_reference_starts_within_the_stated_distance(runs):
     line = next(line for line in runs["fp16_reference"].lines if "loss" in line)
     assert 0 < abs(line["loss"] - 0.693147) < 0.05
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if "two_ranks" in name])
+def test_a_step_sends_the_bytes_that_the_plan_foretells(runs, name):
+    """Under ZeRO-3 a head tied to the embedding is gathered for each of its two uses, which the plan leaves out."""
+    for seen in runs[name].seen:
+        number, weights = seen["parameters"], 4 * seen["parameters"]
+        for batches, found in zip(seen["pairs"], seen["collectives"], strict=True):
+            expected = traffic(
+                number, stage=seen["stage"], world_size=2, micro_steps=len(batches), width=4,
+                reference_width=4 if seen["engines"] == 2 else 0, to_owner=True,
+            )
+            gradients = expected.pop("gradients reduced", 0) + expected.pop("gradients scattered", 0)
+            twice = 1 + seen["tied"] / number if seen["stage"] == 3 else 1
+            count = counted(found, 2, weights, error=0.0)
+            assert count.gradient_bytes * weights == pytest.approx(gradients, rel=0.002)
+            assert count.weight_bytes * weights == pytest.approx(sum(expected.values()) * twice, rel=0.002)
+
+
+def test_gradients_are_reduced_once_a_step_whatever_the_number_of_micro_batches_under_zero_1_alone(runs):
+    """Bytes as multiples of the weights'. ZeRO-2 sends each part to its owner alone: half of an all-reduce."""
+    for name, whole_step, micro_batch in (("two_ranks_zero1", 1.0, 0.0), ("two_ranks_static", 0.0, 0.5)):
+        seen = runs[name].seen[0]
+        for batches, found in zip(seen["pairs"], seen["collectives"], strict=True):
+            assert len(batches) > 1
+            count = counted(found, 2, 4 * seen["parameters"], error=0.0)
+            assert count.gradient_bytes == pytest.approx(whole_step + micro_batch * len(batches), rel=0.002)
