@@ -104,16 +104,18 @@ def test_the_page_forbids_scripts_and_network_by_itself(hostile_run: Path, tmp_p
 
 
 def test_a_report_of_2000_steps_is_small_and_quick(long_run: Path, tmp_path: Path, open_page: Open) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     write_report([long_run], tmp_path / "again.html")
-    written = time.perf_counter() - started
+    assert time.process_time() - started < 10  # of work, since the machine may do other things as well
     assert (long_run / "report.html").stat().st_size < 5_000_000
-    started = time.perf_counter()
-    page = open_page(long_run / "report.html")
-    opened = time.perf_counter() - started
-    assert page.asked == [(long_run / "report.html").as_uri()]
-    # 1.2 s and 0.4 s on two quiet cores; the bounds are for machines that do other things as well.
-    assert written < 60 and opened < 20
+    for _ in range(10):  # a machine that does other things as well may be late now and then
+        started = time.perf_counter()
+        page = open_page(long_run / "report.html")
+        opened = time.perf_counter() - started
+        assert page.asked == [(long_run / "report.html").as_uri()]
+        if opened < 2:
+            break
+    assert opened < 2
     assert page.evaluate("() => document.querySelectorAll('svg').length") >= 10
 
 
