@@ -47,42 +47,85 @@ def test_the_counter_sees_what_waits():
     assert waits.found == []
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        [],
-        ["--reference.mode", "cached", "--model.loss_in_forward", "true", "--train.static_shapes", "true"],
-        ["--train.layout", "packed", "--train.precision", "bf16"],
-        ["--loss.name", "ipo", "--config", "ds_configs/zero1.json"],
-    ],
-    ids=["online", "cached_in_forward_static", "packed_bf16", "ipo_zero1"],
-)
-def test_nothing_waits_for_the_device_between_the_first_forward_and_the_last_backward(
-    flags, tiny_policy, tmp_path, monkeypatch
-):
-    """In the padded layout transformers itself looks at the positions once a forward pass."""
-    steps: list[tuple[list[str], list[str]]] = []
+CACHED = ["--reference.mode", "cached"]
+IN_FORWARD = ["--model.loss_in_forward", "true"]
+SEVERAL = ["--train.micro_batch_size", "3", "--log.samples", "0"]
+
+
+def until_the_flag(monkeypatch, enter, leave):
+    """Have every step call enter() first and leave() when its last backward pass is done, before the ranks' flag."""
     take_step, any_ranks = dpo.step.take_step, dpo.step.distributed.any_ranks
 
     def watched(*args):
-        with Waits() as waits:
-            def flag(tensor):
-                before = list(waits.found)
-                result = any_ranks(tensor)
-                steps.append((before, list(waits.found[len(before):])))
-                return result
+        def flag(tensor):
+            leave()
+            return any_ranks(tensor)
 
-            monkeypatch.setattr(dpo.step.distributed, "any_ranks", flag)
-            take_step(*args)
-            monkeypatch.setattr(dpo.step.distributed, "any_ranks", any_ranks)
+        monkeypatch.setattr(dpo.step.distributed, "any_ranks", flag)
+        enter()
+        result = take_step(*args)
+        monkeypatch.setattr(dpo.step.distributed, "any_ranks", any_ranks)
+        return result
 
     monkeypatch.setattr(dpo.train, "take_step", watched)
-    several = ["--train.micro_batch_size", "3", "--log.samples", "0"]
-    assert train_dpo.main(arguments(tmp_path, tiny_policy, *several, *flags)) == 0
-    assert len(steps) == 2
-    for before, flag_itself in steps:
-        assert before == []
-        assert len(flag_itself) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "deepspeeds"),
+    [
+        ([], 3),
+        ([*CACHED, *IN_FORWARD, "--train.static_shapes", "true"], 3),
+        (["--train.layout", "packed", "--train.precision", "bf16"], 4),
+        (["--loss.name", "ipo", "--config", "ds_configs/zero1.json", "--train.precision", "bf16"], 3),
+    ],
+    ids=["online", "cached_in_forward_static", "packed_bf16", "ipo_zero1_bf16"],
+)
+def test_nothing_waits_for_the_device_before_the_flag_and_only_deepspeed_after_it(
+    flags, deepspeeds, tiny_policy, tmp_path, monkeypatch
+):
+    """In the padded layout transformers itself looks at the positions once a forward pass."""
+    steps: list[Waits] = []
+    before: list[int] = []
+
+    def enter():
+        steps.append(Waits().__enter__())
+
+    until_the_flag(monkeypatch, enter, lambda: before.append(len(steps[-1].found)))
+    take_step = dpo.train.take_step
+
+    def closed(*args):
+        try:
+            return take_step(*args)
+        finally:
+            steps[-1].__exit__(None, None, None)
+
+    monkeypatch.setattr(dpo.train, "take_step", closed)
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, *SEVERAL, *flags)) == 0
+    assert before == [0, 0]
+    flag = 1
+    assert [len(waits.found) for waits in steps] == [flag + deepspeeds] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reference", [[], CACHED], ids=["online", "cached"])
+@pytest.mark.parametrize("head", ["false", "true"], ids=["plain", "in_forward"])
+@pytest.mark.parametrize("attention", ["sdpa", "varlen"])
+def test_cuda_itself_sees_no_wait_from_the_first_forward_to_the_last_backward(
+    attention, head, reference, tiny_policy, tmp_path, monkeypatch
+):
+    modes: list[str] = []
+
+    def mode(name):
+        modes.append(name)
+        torch.cuda.set_sync_debug_mode(name)
+
+    until_the_flag(monkeypatch, lambda: mode("error"), lambda: mode("default"))
+    flags = ["--model.attention", attention, "--model.loss_in_forward", head, "--train.precision", "bf16", *reference]
+    try:
+        assert train_dpo.main(arguments(tmp_path, tiny_policy, *SEVERAL, *flags)) == 0
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert modes == ["error", "default"] * 2
 
 
 @pytest.mark.parametrize(("loss", "used"), [("sigmoid", True), ("aot", True), ("tdpo", False)])
