@@ -131,7 +131,7 @@ def start_policy(setup: Setup, path: str, model: Any = None, *, for_sft: bool = 
     coefficient = together(lambda: router.coefficient(model, config.loss.router_aux_coef))
     wanted: Layout = "packed" if coefficient else config.train.layout
     layout, given_up = _settled(setup, scorer, wanted)
-    notes += sequence_notes(scorer.across, layout, coefficient, given_up)
+    notes += sequence_notes(scorer.across, coefficient)
     if coefficient:
         notes.append(
             f"router: load-balancing loss x {coefficient:g} on every micro-batch; layout packed, where every token of a"

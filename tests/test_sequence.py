@@ -13,6 +13,8 @@ import dpo.__main__
 from dpo.config import Config, DataConfig, LogConfig, ModelConfig, TrainConfig, check_world_size
 from dpo.data.batch import collate
 from dpo.errors import UserError
+from dpo.model.check import settle
+from dpo.model.forward import Scorer
 from dpo.model.sequence import SequenceGroup
 from dpo.roles import check_sequence
 from dpo.runtime.distributed import World
@@ -95,6 +97,13 @@ def test_heads_that_cannot_be_shared_out_are_refused(size, kv_heads, line):
     model_config.num_key_value_heads = kv_heads
     with pytest.raises(UserError, match=f"with model.policy tiny: {line}"):
         check_sequence(config(size=size), {"stage": 2}, model_config)
+
+
+def test_a_model_that_only_padded_rows_score_right_is_refused():
+    scorer = Scorer(tiny.model("bloom"))
+    scorer.across = SequenceGroup(0, 2, lambda x: x, None)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="layout padded is not used: its rows are not cut over ranks"):
+        settle(scorer, "shared", tiny.pairs(2), 30, torch.device("cpu"))
 
 
 def test_ranks_must_fall_into_whole_groups_that_all_have_pairs():

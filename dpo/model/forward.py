@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpo.model.attention import UnsupportedAttention
 from dpo.model.head import CHUNK_ROWS, Head, logps_of_logits
 from dpo.model.loss_in_forward import Chunk, PairLosses, chunks_of, total_loss
 from dpo.model.router import Balance
@@ -92,6 +93,8 @@ class Scorer(nn.Module):
         return torch.stack([sums_by_sequence(row, batch) for row in rows])
 
     def _sums_across(self, across: SequenceGroup, batch: PackedBatch) -> Tensor:
+        if batch.segments is None:
+            raise UnsupportedAttention("its rows are not cut over ranks (train.sequence_parallel_size)")
         cut = across.cut(batch)
         own = sums_by_sequence(self._weighted(self._token_logps(cut), cut), cut)
         return across.add(own) if batch.num_sequences else own

@@ -19,7 +19,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from dpo.data.batch import filled
-from dpo.data.planner import Layout
 from dpo.errors import UserError
 from dpo.types import PackedBatch
 
@@ -76,24 +75,18 @@ def heads_complaint(config: Any, size: int) -> str | None:
     return None
 
 
-def sequence_notes(
-    across: SequenceGroup | None, layout: Layout, router_coefficient: float, given_up: list[str]
-) -> list[str]:
+def sequence_notes(across: SequenceGroup | None, router_coefficient: float) -> list[str]:
     """Say how rows are cut.
 
     Args:
         across: None for whole rows, of which nothing is said.
-        layout: The one that is exact for the model.
         router_coefficient: Weight of the load-balancing loss.
-        given_up: Why another layout was not taken.
     Raises:
-        UserError: If the rows of this model cannot be cut.
+        UserError: If the model needs all tokens of a row in one place.
     """
     if across is None:
         return []
     size = f"train.sequence_parallel_size is {across.size}"
-    if layout == "padded":
-        raise UserError(f"{size}, which cuts packed rows, and {given_up[0]}; use 1")
     if router_coefficient:
         raise UserError(f"{size}, and a load-balancing loss needs all tokens on a rank; set loss.router_aux_coef 0")
     return [f"long context: {across.size} ranks compute a row together, each a cut of its tokens ({size})"]
