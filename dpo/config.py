@@ -490,9 +490,13 @@ class TrainConfig:
     """auto: continue what is in output_dir; never: refuse if something is there; or the path of a checkpoint."""
     hang_timeout: int = 600
     """Seconds after which a rank without a sign of life, or that stands still within a step, ends the job; 0: never."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """At a loss or gradient that is not finite no rank steps, and the run stops; skip: it goes on without the step."""
+    max_nonfinite: int = 10
+    """Steps that on_nonfinite skip leaves out, in SFT and in DPO each; at one more the run stops."""
 
     def __post_init__(self) -> None:
-        for key in ("epochs", "global_batch_size", "keep_checkpoints", "sequence_parallel_size"):
+        for key in ("epochs", "global_batch_size", "keep_checkpoints", "sequence_parallel_size", "max_nonfinite"):
             value = getattr(self, key)
             _require(value >= 1, f"train.{key} is {value}; use a whole number of at least 1")
         for key in ("max_steps", "micro_batch_size", "eval_every", "save_every", "tokens_per_micro_batch"):

@@ -232,6 +232,12 @@ def prepare(config: Config, world: World, deepspeed_json: str | None, *, for_els
             raise UserError("model.compile is true under ZeRO-3, which gathers weights within the blocks; use stage 2")
         if "tdpo" in config.loss.names and deepspeed_engine.zero_stage(engine_config) == 3:
             raise UserError("loss.name tdpo needs whole weights of the reference, ZeRO-3 shards them; use stage 1 or 2")
+        looks = deepspeed_engine.looks_at_gradient(engine_config, precision)
+        if config.train.on_nonfinite == "skip" and not looks:
+            raise UserError(
+                "train.on_nonfinite is skip and --config tells DeepSpeed not to look whether gradients are finite; take"
+                " zero_optimization.compute_grad_norm and bf16.check_grad_overflow out of it, or use stop"
+            )
         zero = engine_config.get("zero_optimization", {})
         roles.check_roles(config, zero, world.device, for_elsewhere=for_elsewhere)
         model_config, tokenizer = model_and_tokenizer(config)

@@ -7,6 +7,7 @@ its newest checkpoint; one killed after never repeats it, and never takes later 
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from functools import partial
@@ -14,17 +15,20 @@ from pathlib import Path
 
 import torch
 
+from dpo.data.loader import StepBatches
 from dpo.data.planner import Layout, num_tokens
 from dpo.export import weights_alone, write_weights
 from dpo.load_models import read_whole
+from dpo.nonfinite import Nonfinite, spoil
 from dpo.policy import Policy, start_policy
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime import heartbeat, preemption
-from dpo.runtime.checkpoint import TrainState, checkpoints, load, newest, save
-from dpo.runtime.distributed import any_rank, only_main, sum_over_ranks
+from dpo.runtime.checkpoint import checkpoints, load, newest, save
+from dpo.runtime.distributed import any_ranks, only_main, sum_over_ranks
 from dpo.runtime.schedule import learning_rate
 from dpo.runtime.tracking import Tracker, keep_lines
 from dpo.setup import Setup
+from dpo.types import TrainState
 
 
 def run_sft(setup: Setup, tracker: Tracker) -> None:
@@ -35,6 +39,7 @@ def run_sft(setup: Setup, tracker: Tracker) -> None:
         tracker: For progress and metrics, under sft_ names.
     Raises:
         Preempted: On every rank, if any was asked to stop; the stage is checkpointed.
+        UserError: If a loss or gradient is not finite and the run is not to go on.
     """
     config = setup.config
     assert config.model.policy is not None
@@ -80,50 +85,76 @@ def _train(setup: Setup, policy: Policy, state: TrainState, total: int, tracker:
     if world.is_main and state.unlogged:
         sums += sums.new_tensor(state.unlogged)
     tokens_seen, since = state.num_tokens, time.perf_counter()
+    nonfinite = Nonfinite(setup, "sft_step", tracker.say, state.skipped)
     for work in loader.steps(state.step, total):
         lr = learning_rate(
             work.step, total=total, peak=config.optim.peak_sft_lr, schedule=config.optim.schedule,
             warmup_steps=config.optim.warmup_steps,
         )
-        for index, batch in enumerate(work.batches):
-            heartbeat.at(f"in SFT step {work.step + 1}, micro-batch {index + 1}", in_step=True)
-            nll = -policy.score(batch.to(world.device)).sum()
-            scale = world.world_size / work.num_target_tokens
-            loss = nll * scale + policy.router_loss(len(batch.target_ids) * scale)
-            deepspeed_engine.backward(policy.engine, loss, index == len(work.batches) - 1)
-            sums[0] += nll.detach()
-        sums[1] += work.num_target_tokens / world.world_size
         done = work.step + 1
-        heartbeat.at(f"in the update of SFT step {done}", in_step=True)
-        grad_norm = deepspeed_engine.step(policy.engine, lr)
+        grad_norm, stop = _step(policy, work, lr, sums, nonfinite)
         heartbeat.at(f"after SFT step {done}")
         tokens_seen += int(num_tokens(setup.train_pairs.lengths[setup.epochs.batch(work.step)], "chosen").sum())
         if done % config.log.every == 0 or done == total:
             nll_sum, target_tokens = sum_over_ranks(sums).tolist()
-            now = time.perf_counter()
+            loss, now = nll_sum / target_tokens if target_tokens else math.nan, time.perf_counter()
             tracker.record(
                 {
                     "sft_step": done,
                     "sft_epoch": done / setup.epochs.steps_per_epoch,
-                    "sft_loss": nll_sum / target_tokens,
+                    "sft_loss": loss,
                     "grad_norm": grad_norm,
                     "learning_rate": lr,
                     "num_tokens": tokens_seen,
                 }
+                | nonfinite.metrics
             )
             rate = ((done - 1) % config.log.every + 1) / (now - since)
-            tracker.progress("SFT", done, total, f"loss {nll_sum / target_tokens:.4f}  {rate:.1f} steps/s")
+            tracker.progress("SFT", done, total, f"loss {loss:.4f}  {rate:.1f} steps/s")
             sums.zero_()
             since = now
-        stop = any_rank(torch.tensor(preemption.is_asked(), device=world.device))
         if stop or _due(done, config.train.save_every, setup.epochs.steps_per_epoch) and done < total:
             unlogged = tuple(sum_over_ranks(sums.clone()).tolist())
-            here = TrainState(done, tokens_seen, unlogged)
+            here = TrainState(done, tokens_seen, unlogged, skipped=nonfinite.count)
             alone = weights_alone(setup, policy)
             save(policy.engine, setup.run, here, world, config.train.keep_checkpoints, kind="sft", weights=alone)
         preemption.stop_if(stop)
         heartbeat.at(f"waiting for the rows of SFT step {done + 1}", in_step=True)
     heartbeat.at("writing the result of SFT")
+
+
+def _step(
+    policy: Policy, work: StepBatches, lr: float, sums: torch.Tensor, nonfinite: Nonfinite
+) -> tuple[float | None, bool]:
+    """One optimizer step; collective.
+
+    Args:
+        policy: The model.
+        work: This rank's micro-batches.
+        lr: Learning rate of the step.
+        sums: (2,) fp64 on the device: negative log-probs and tokens, to which the step's are added.
+        nonfinite: What happens at a loss or gradient that is not finite.
+    Returns:
+        Gradient norm, None where no step was taken; whether any rank was asked to stop after this step.
+    """
+    device, step, before, losses = sums.device, work.step + 1, sums.clone(), []
+    for index, batch in enumerate(work.batches):
+        heartbeat.at(f"in SFT step {step}, micro-batch {index + 1}", in_step=True)
+        logps = policy.score(batch.to(device))
+        nll = -logps.sum()
+        scale = nonfinite.setup.world.world_size / work.num_target_tokens
+        loss = nll * scale + policy.router_loss(len(batch.target_ids) * scale)
+        losses.append(logps.detach())
+        deepspeed_engine.backward(policy.engine, spoil(loss, losses[-1]), index == len(work.batches) - 1)
+        sums[0] += nll.detach()
+    sums[1] += work.num_target_tokens / nonfinite.setup.world.world_size
+    asked = torch.tensor(preemption.is_asked(), device=device)
+    is_bad, stop = any_ranks(torch.stack((~torch.cat(losses).isfinite().all(), asked)))
+    heartbeat.at(f"in the update of SFT step {step}", in_step=True)
+    grad_norm, counts = nonfinite.step(policy.engine, lr, work, losses, is_bad)
+    if not counts:
+        sums.copy_(before)
+    return grad_norm, stop
 
 
 def _due(done: int, every: int | str, steps_per_epoch: int) -> bool:

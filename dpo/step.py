@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import resource
 import sys
 import time
@@ -14,16 +12,15 @@ from torch import Tensor
 
 from dpo.context import contexts_of, look_ahead
 from dpo.data.loader import StepBatches
-from dpo.errors import UserError
 from dpo.estimate import peak_tflops, useful_flops
 from dpo.model.forward import halves
 from dpo.model.shape import Shape, shape_of
+from dpo.nonfinite import Nonfinite, spoil
 from dpo.objective.metrics import averages, sums
 from dpo.objective.objective import Objective
 from dpo.policy import FrozenReference, Policy
 from dpo.runtime import distributed, heartbeat, preemption
 from dpo.runtime import engine as deepspeed_engine
-from dpo.runtime.files import write_whole
 from dpo.setup import Setup
 from dpo.types import Context, LossOutput, PackedBatch, PairLogps
 
@@ -150,6 +147,7 @@ def take_step(
     work: StepBatches,
     lr: float,
     meter: Meter,
+    nonfinite: Nonfinite,
 ) -> bool:
     """One optimizer step: the mean loss over the pairs of the global batch; collective.
 
@@ -162,15 +160,15 @@ def take_step(
         work: This rank's micro-batches of the step.
         lr: Learning rate of the step.
         meter: Takes what the forward passes say.
+        nonfinite: What happens at a loss or gradient that is not finite.
     Returns:
         Whether any rank was asked to stop after this step.
     Raises:
-        UserError: If a loss or the gradient is not finite on any rank; then no rank steps. Under fp16 a gradient that
-            overflows is a step left out: the loss scale falls.
+        UserError: If a loss or the gradient is not finite on any rank and the run is not to go on; no rank has stepped.
         Preempted: Before anything has changed, where the loss couples pairs.
     """
     world, started = setup.world, time.perf_counter()
-    losses = []
+    losses, before, running = [], meter.totals.clone(), loss.running
     heartbeat.at(f"at the beginning of step {work.step + 1}", in_step=True)
     known = look_ahead(policy, reference.train, work.batches, world.device) if loss.couples else None
     contexts = contexts_of(loss, work.batches, known, work.chosen_length, world, is_step=True)
@@ -183,22 +181,20 @@ def take_step(
         total, output, policy_logps = losses_of(policy, on_device, reference_logps, loss, context)
         scale = world.world_size / work.num_pairs
         scaled = total * scale + policy.router_loss(len(batch.pair_ids) * scale)
-        deepspeed_engine.backward(policy.engine, scaled, index == len(work.batches) - 1)
+        losses.append(output.losses.detach())
+        deepspeed_engine.backward(policy.engine, spoil(scaled, losses[-1]), index == len(work.batches) - 1)
         meter.totals[:8] += sums(output, policy_logps)
         if policy.router_coefficient:
             assert policy.scorer.router_loss is not None
             meter.totals[10] += len(batch.pair_ids) * policy.scorer.router_loss.detach()
-        losses.append(output.losses.detach())
     bad = ~torch.cat(losses).isfinite().all()
     heartbeat.at(f"at the end of step {work.step + 1}, asking the others", in_step=True)
     asked = torch.full_like(bad, preemption.is_asked())
     is_bad, stop = distributed.any_ranks(torch.stack((bad, asked)))
-    if is_bad:
-        _stop_at(setup, work, losses)
     heartbeat.at(f"in the update of step {work.step + 1}", in_step=True)
-    meter.grad_norm = deepspeed_engine.step(policy.engine, lr)
-    if setup.precision != "fp16" and not deepspeed_engine.has_stepped(policy.engine):
-        _stop_at(setup, work, None)
+    meter.grad_norm, counts = nonfinite.step(policy.engine, lr, work, losses, is_bad)
+    if not counts:
+        meter.totals[:8], loss.running = before[:8], running
     meter.pairs += work.num_pairs
     meter.tokens += work.num_tokens
     if (shape := meter.shape) is not None:
@@ -207,29 +203,3 @@ def take_step(
     meter.seconds += time.perf_counter() - started
     heartbeat.at(f"after step {work.step + 1}")
     return stop
-
-
-def _stop_at(setup: Setup, work: StepBatches, losses: list[torch.Tensor] | None) -> None:
-    """End the run on every rank, naming the pairs whose loss is not finite; all of the step's where it is the gradient.
-    Their texts go to nonfinite.jsonl in the run directory."""
-    ids = [pair_id for batch in work.batches for pair_id in batch.pair_ids]
-    values = [math.nan] * len(ids) if losses is None else torch.cat(losses).tolist()
-    bad = [pair_id for pair_id, value in zip(ids, values, strict=True) if not math.isfinite(value)]
-    pairs = sorted(set(sum(distributed.gather(bad), [])))
-    distributed.only_main(setup.world, lambda: _dump(setup, work.step + 1, pairs))
-    what = f"the loss is not finite for {setup.name_rows(pairs[:10])}"
-    if losses is None:
-        what = f"the gradient is not finite though every loss is, over {setup.name_rows(pairs[:10])}"
-    raise UserError(
-        f"step {work.step + 1}: {what}; no step was taken and the checkpoints are whole; look at these rows"
-        f" ({setup.run}/nonfinite.jsonl), lower optim.lr, or use bf16 or fp32"
-    )
-
-
-def _dump(setup: Setup, step: int, pairs: list[int]) -> None:
-    decode = setup.tokenizer.decode
-    lines = []
-    for pair in (setup.train_pairs[i] for i in pairs):
-        texts = {name: decode(getattr(pair, f"{name}_ids").tolist()) for name in ("prompt", "chosen", "rejected")}
-        lines.append(json.dumps({"step": step, "rows": setup.name_rows([pair.pair_id])} | texts) + "\n")
-    write_whole(setup.run / "nonfinite.jsonl", "".join(lines))

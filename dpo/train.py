@@ -28,13 +28,13 @@ from dpo.load_models import read_whole
 from dpo.model import adapters
 from dpo.model.load import fetch_weights
 from dpo.model.reference import remembered
+from dpo.nonfinite import Nonfinite
 from dpo.objective.objective import Objective
 from dpo.plan import show_plan
 from dpo.policy import FrozenReference, Policy, start_models
 from dpo.report.page import Refresher
 from dpo.runtime import checkpoint, distributed, heartbeat, preemption, run_directory
 from dpo.runtime import engine as deepspeed_engine
-from dpo.runtime.checkpoint import TrainState
 from dpo.runtime.distributed import World
 from dpo.runtime.schedule import learning_rate
 from dpo.runtime.status import State, write_status
@@ -44,6 +44,7 @@ from dpo.sft import run_sft
 from dpo.start import check_start
 from dpo.step import meter_for, take_step
 from dpo.sync import move_reference, restore_reference, save_reference
+from dpo.types import TrainState
 
 
 def _due(step: int, every: int | str, steps_per_epoch: int, total: int) -> bool:
@@ -194,6 +195,7 @@ def _train_dpo(
     known_reference = remembered(reference.validation)
     report = Refresher(setup.run, tracker.say)
     meter = meter_for(setup, policy)
+    nonfinite = Nonfinite(setup, "step", tracker.say, state.skipped)
 
     def evaluate_after(step: int) -> float | None:
         if not validation:
@@ -230,14 +232,15 @@ def _train_dpo(
                 work.step, total=total, peak=config.optim.lr, schedule=config.optim.schedule,
                 warmup_steps=config.optim.warmup_steps,
             )
-            stop = take_step(setup, policy, reference, loss, work, lr, meter)
+            stop = take_step(setup, policy, reference, loss, work, lr, meter, nonfinite)
             step = work.step + 1
             if sync_steps is not None and step % sync_steps == 0:
                 move_reference(reference, policy, config.reference.sync_alpha)
                 known_reference = remembered(reference.validation)
-            state = TrainState(step, state.num_tokens + work.num_tokens, running=loss.running)
+            tokens = state.num_tokens + work.num_tokens
+            state = TrainState(step, tokens, running=loss.running, skipped=nonfinite.count)
             if step % config.log.every == 0 or step == total:
-                _log(setup, tracker, state, meter.line(world.device) | {"learning_rate": lr})
+                _log(setup, tracker, state, meter.line(world.device) | {"learning_rate": lr} | nonfinite.metrics)
             preemption.stop_if(stop)
             state = after(state)
             heartbeat.at(f"waiting for the pairs of step {step + 1}", in_step=True)

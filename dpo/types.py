@@ -1,6 +1,6 @@
 """The records that flow through the suite, in the order they are made.
 
-    PreferenceRow -> TokenizedPair -> PackedBatch -> PairLogps -> LossOutput
+    PreferenceRow -> TokenizedPair -> PackedBatch -> PairLogps -> LossOutput; TrainState beside them
 
 Dimension legend: P pairs, S = 2P sequences (chosen 0..P-1, then rejected P..2P-1), T tokens of a batch over all its
 rows, N scored (completion) tokens, H hidden size, V vocabulary.
@@ -271,3 +271,23 @@ class LossOutput:
     chosen_rewards: Tensor
     rejected_rewards: Tensor
 
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands.
+
+    Attributes:
+        step: Optimizer steps of DPO that are done.
+        num_tokens: Useful tokens seen so far.
+        unlogged: What the next line of metrics.jsonl already holds, summed over all ranks.
+        running: What the objective carries from step to step.
+        accuracy: Validation accuracy after this very step, if it was evaluated.
+        skipped: Steps of this stage that were left out, see train.on_nonfinite.
+    """
+
+    step: int = 0
+    num_tokens: int = 0
+    unlogged: tuple[float, ...] = ()
+    running: float = 0.0
+    accuracy: float | None = None
+    skipped: int = 0

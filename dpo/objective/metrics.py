@@ -5,6 +5,8 @@ A mean of means would weigh a rank's pairs by how many it happened to get; sums 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -55,7 +57,7 @@ def averages(totals: Tensor) -> dict[str, float]:
     Args:
         totals: (8,) as `sums` gives, summed over micro-batches and ranks.
     Returns:
-        Name -> mean; reads the device once.
+        Name -> mean, NaN over no pairs; reads the device once.
     """
     *values, count = totals.tolist()
-    return {name: value / count for name, value in zip(NAMES, values, strict=True)}
+    return {name: value / count if count else math.nan for name, value in zip(NAMES, values, strict=True)}

@@ -5,8 +5,8 @@
     reference/                   after SFT: the frozen start of DPO
     final/                       the trained policy
 
-Whatever must be whole is written under a temporary name and renamed. A checkpoint that was cut or damaged afterwards is
-told by its manifest, and the one before is taken.
+Whatever must be whole is written under a temporary name and renamed. A checkpoint damaged afterwards is told by its
+manifest, and the one before is taken.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,27 +30,10 @@ from dpo.runtime.files import write_whole
 from dpo.runtime.manifest import complaint, size_of, write_manifest
 from dpo.runtime.universal import check_convertible, conversion, differs, load_converted
 from dpo.runtime.weights import give_weights, without_code
+from dpo.types import TrainState
 
 GIB, WEIGHTS = 2**30, "weights"
 Write = Callable[[Path], None]
-
-@dataclass(frozen=True)
-class TrainState:
-    """Where a run stands.
-
-    Attributes:
-        step: Optimizer steps of DPO that are done.
-        num_tokens: Useful tokens seen so far.
-        unlogged: What the next line of metrics.jsonl already holds, summed over all ranks.
-        running: What the objective carries from step to step.
-        accuracy: Validation accuracy after this very step, if it was evaluated.
-    """
-
-    step: int = 0
-    num_tokens: int = 0
-    unlogged: tuple[float, ...] = ()
-    running: float = 0.0
-    accuracy: float | None = None
 
 
 def step_folder(step: int, kind: str = "step") -> str:
@@ -295,9 +278,8 @@ def load(engine: Any, folder: Path, world: World, read: Callable[[Path], nn.Modu
     if not is_there:
         raise UserError(f"checkpoint {folder} holds no engine state; delete the folder to use the one before")
     only_main(world, drop_later)
-    return TrainState(
-        values["step"], values["num_tokens"], tuple(values["unlogged"]), values["running"], values["accuracy"]
-    )
+    known = {field.name: values[field.name] for field in fields(TrainState) if field.name in values}
+    return TrainState(**known | {"unlogged": tuple(values["unlogged"])})
 
 
 def publish(folder: Path, write: Callable[[Path], None], world: World) -> None:

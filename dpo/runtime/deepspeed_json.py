@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from dpo.config import OptimConfig
 from dpo.errors import UserError
 
 DEFAULT_JSON = {
@@ -120,3 +121,44 @@ def _check_zero(zero: dict[str, Any], name: str) -> None:
         part = zero.get(key)
         if isinstance(part, dict) and part.get("device") == "nvme" and not part.get("nvme_path"):
             raise UserError(f"{name}: zero_optimization.{key} is on nvme without a path; name a folder by nvme_path")
+
+
+def check_owned(
+    json_config: dict[str, Any],
+    optim: OptimConfig,
+    precision: str,
+    global_batch_size: int,
+    micro_batch_size: int | None,
+    name: str,
+) -> None:
+    """Refuse a JSON that contradicts the recipe.
+
+    Args:
+        json_config: Its content.
+        optim, precision, global_batch_size, micro_batch_size: The recipe's.
+        name: Of the JSON, for messages.
+    Raises:
+        UserError: If a value that the recipe owns is set to something else.
+    """
+    owned = {
+        "train_batch_size": (global_batch_size, "train.global_batch_size"),
+        "gradient_clipping": (optim.max_grad_norm, "optim.max_grad_norm"),
+        "train_micro_batch_size_per_gpu": (micro_batch_size, "train.micro_batch_size"),
+        "gradient_accumulation_steps": (None, "train.global_batch_size and train.tokens_per_micro_batch"),
+    }
+    for key, (value, owner) in owned.items():
+        if key in json_config and json_config[key] != value:
+            raise UserError(f'{name}: {key} is {json_config[key]}; remove it or write "auto": it is set by {owner}')
+    for key in ("fp16", "bf16"):
+        enabled = json_config.get(key, {}).get("enabled")
+        if enabled is not None and enabled != (precision == key):
+            raise UserError(
+                f'{name}: {key}.enabled is {str(enabled).lower()} but train.precision is {precision}; remove it or'
+                f' write "auto"'
+            )
+    kind = json_config.get("optimizer", {}).get("type", "AdamW")
+    if str(kind).lower() not in ("adam", "adamw"):
+        raise UserError(f"{name}: optimizer.type is {kind}; leave it out: it is AdamW, set by the optim section")
+    for key in ("optimizer", "scheduler"):
+        if json_config.get(key, {}).get("params"):
+            raise UserError(f'{name}: {key}.params is set; remove it or write "auto": it is set by the optim section')

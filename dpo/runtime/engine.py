@@ -15,9 +15,10 @@ import gc
 import hashlib
 import json
 import logging
+import math
 import os
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from dpo.config import OptimConfig
 from dpo.errors import UserError
-from dpo.runtime.deepspeed_json import check_keys, without_auto
+from dpo.runtime.deepspeed_json import check_keys, check_owned, without_auto
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed  # noqa: E402  (reads DS_ACCELERATOR, and warns without it)
@@ -33,7 +34,9 @@ from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError  # no
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-
+Outcome = Literal["applied", "overflow", "exhausted", "nonfinite"]
+"""What became of a step: the weights changed; fp16's loss scale falls and they did not; it cannot fall any further; the
+gradient is not finite. The same on every rank."""
 
 _SECTIONS = {"DeepSpeedZeroConfig": "zero_optimization", "DeepSpeedFP16Config": "fp16", "DeepSpeedBF16Config": "bf16"}
 
@@ -50,39 +53,6 @@ def _check_sections(config: dict[str, Any], name: str) -> None:
     except (DeepSpeedConfigError, ValueError, TypeError, AttributeError, KeyError, AssertionError) as error:
         # It looks into a section before it checks it: whatever its values are not, these are what comes out.
         raise UserError(f"{name}: DeepSpeed refuses it: {' '.join(str(error).split())}; mend or remove it") from None
-
-
-def _check_owned(
-    json_config: dict[str, Any],
-    optim: OptimConfig,
-    precision: str,
-    global_batch_size: int,
-    micro_batch_size: int | None,
-    name: str,
-) -> None:
-    """Refuse a JSON that contradicts the recipe."""
-    owned = {
-        "train_batch_size": (global_batch_size, "train.global_batch_size"),
-        "gradient_clipping": (optim.max_grad_norm, "optim.max_grad_norm"),
-        "train_micro_batch_size_per_gpu": (micro_batch_size, "train.micro_batch_size"),
-        "gradient_accumulation_steps": (None, "train.global_batch_size and train.tokens_per_micro_batch"),
-    }
-    for key, (value, owner) in owned.items():
-        if key in json_config and json_config[key] != value:
-            raise UserError(f'{name}: {key} is {json_config[key]}; remove it or write "auto": it is set by {owner}')
-    for key in ("fp16", "bf16"):
-        enabled = json_config.get(key, {}).get("enabled")
-        if enabled is not None and enabled != (precision == key):
-            raise UserError(
-                f'{name}: {key}.enabled is {str(enabled).lower()} but train.precision is {precision}; remove it or'
-                f' write "auto"'
-            )
-    kind = json_config.get("optimizer", {}).get("type", "AdamW")
-    if str(kind).lower() not in ("adam", "adamw"):
-        raise UserError(f"{name}: optimizer.type is {kind}; leave it out: it is AdamW, set by the optim section")
-    for key in ("optimizer", "scheduler"):
-        if json_config.get(key, {}).get("params"):
-            raise UserError(f'{name}: {key}.params is set; remove it or write "auto": it is set by the optim section')
 
 
 def build_config(
@@ -110,7 +80,7 @@ def build_config(
     _quiet()  # loading weights for stage 3 is DeepSpeed's business already
     config = without_auto(json_config)
     check_keys(config, name)
-    _check_owned(config, optim, precision, global_batch_size, micro_batch_size, name)
+    check_owned(config, optim, precision, global_batch_size, micro_batch_size, name)
     for key in ("optimizer", "scheduler", "train_batch_size"):
         config.pop(key, None)
     half: dict[str, Any] = {}
@@ -242,27 +212,52 @@ def backward(engine: Any, loss: Tensor, is_last: bool) -> None:
     engine.backward(loss, scale_wrt_gas=False)
 
 
-def step(engine: Any, lr: float) -> float | None:
-    """Take an optimizer step.
+def step(engine: Any, lr: float) -> tuple[float | None, Outcome]:
+    """Take an optimizer step, unless the gradient is not finite; collective.
 
     Args:
         engine: After the step's last `backward`.
         lr: Learning rate of this step.
     Returns:
-        Gradient norm before clipping; None where DeepSpeed left the step out, or was told not to compute it.
+        Gradient norm before clipping, None where no step was taken or DeepSpeed was told not to compute it; and what
+        became of the step.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    engine.step()
+    if not hasattr(engine.optimizer, "overflow"):  # stage 0 in fp32: DeepSpeed would take whatever there is
+        total = float(nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
+        if not math.isfinite(total):
+            engine.zero_grad()
+            return None, "nonfinite"
+        engine.step()
+        return total, "applied"
+    scale = engine.optimizer.loss_scale if engine.fp16_enabled() else None
+    try:
+        engine.step()
+    except Exception as error:
+        if "loss scale already at minimum" not in str(error):
+            raise
+        return None, "exhausted"
     if not engine.was_step_applied():
-        return None
+        return None, _left_out(engine, scale)
     norm = engine.get_global_grad_norm()
-    return None if norm is None else float(norm)
+    return None if norm is None else float(norm), "applied"
 
 
-def has_stepped(engine: Any) -> bool:
-    """Whether the last `step` changed the weights: DeepSpeed leaves one out whose gradient is not finite."""
-    return bool(engine.was_step_applied())
+def _left_out(engine: Any, scale: float | None) -> Outcome:
+    """Why DeepSpeed left a step out that began with a loss scale, None where there is none."""
+    if scale is None or not engine.dynamic_loss_scale():
+        return "nonfinite"
+    return "exhausted" if scale <= engine.dynamic_loss_scale_args()["min_scale"] else "overflow"
+
+
+def looks_at_gradient(config: dict[str, Any], precision: str) -> bool:
+    """Whether an engine leaves out a step whose gradient is not finite, or has been told not to look."""
+    switches = {"fp32": ("zero_optimization", "compute_grad_norm"), "bf16": ("bf16", "check_grad_overflow")}
+    if precision not in switches or zero_stage(config) not in (1, 2):
+        return True
+    section, key = switches[precision]
+    return bool(config.get(section, {}).get(key, True))
 
 
 def fingerprint(model: nn.Module) -> str:

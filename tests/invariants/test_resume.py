@@ -85,7 +85,7 @@ def test_a_killed_run_ends_in_the_same_metrics_and_the_same_weights(argv, uninte
 @pytest.mark.parametrize(
     ("moment", "ranks", "step"),
     [
-        ("in_step:3:SIGTERM", 1, 0),  # of the SFT stage
+        ("in_step:2:SIGTERM", 1, 0),  # of the SFT stage; as in the line below
         ("in_step:9:SIGUSR1", 2, 6),  # in the update of step 5, after the ranks have looked: the next step is the last
         ("in_evaluation:2:SIGINT", 1, 4),
     ],

@@ -17,10 +17,10 @@ import yaml
 from dpo.config import Config, DataConfig, ModelConfig, to_dict
 from dpo.errors import UserError
 from dpo.runtime import checkpoint, run_directory
-from dpo.runtime.checkpoint import TrainState
 from dpo.runtime.distributed import World
 from dpo.runtime.manifest import write_manifest
 from dpo.runtime.run_directory import MAY_CHANGE
+from dpo.types import TrainState
 
 ALONE = World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 

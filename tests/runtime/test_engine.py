@@ -265,13 +265,13 @@ def test_the_json_of_the_transformers_documentation_takes_the_step_of_plain_adam
     assert started.zero_optimization_stage() == given["zero_optimization"]["stage"]
     engine.backward(started, started(inputs).square().sum(), is_last=False)
     engine.backward(started, started(inputs).sum(), is_last=True)
-    norm = engine.step(started, lr=0.01)
+    norm, outcome = engine.step(started, lr=0.01)
 
     (plain(inputs).square().sum() + plain(inputs).sum()).backward()
     expected = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
     groups = [{"params": [plain.weight], "weight_decay": 0.1}, {"params": [plain.bias], "weight_decay": 0.0}]
     torch.optim.AdamW(groups, lr=0.01).step()
-    assert norm == pytest.approx(float(expected), rel=1e-5)
+    assert norm == pytest.approx(float(expected), rel=1e-5) and outcome == "applied"
     state = engine.full_state(module, torch.float32, keep=True)
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-7)

@@ -15,8 +15,8 @@ from torch import nn
 from dpo.config import OptimConfig
 from dpo.errors import UserError
 from dpo.runtime import checkpoint, distributed, engine, universal, weights
-from dpo.runtime.checkpoint import TrainState
 from dpo.runtime.engine import deepspeed
+from dpo.types import TrainState
 
 WORLD = distributed.World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 OPTIM = OptimConfig(lr=0.1, weight_decay=0.3, warmup_steps=0)
