@@ -189,12 +189,9 @@ def _train_dpo(
     config, world, total = setup.config, setup.world, setup.total_steps
     sync_steps = config.reference.sync_steps
     loss = Objective(config.loss, state.running)
-    loader = setup.loader(setup.train_pairs, policy.layout)
-    per_epoch = setup.epochs.steps_per_epoch
-    validation = _validation(setup, policy)
-    known_reference = remembered(reference.validation)
-    report = Refresher(setup.run, tracker.say)
-    meter = meter_for(setup, policy)
+    loader, per_epoch = setup.loader(setup.train_pairs, policy.layout), setup.epochs.steps_per_epoch
+    validation, known_reference = _validation(setup, policy), remembered(reference.validation)
+    report, meter = Refresher(setup.run, tracker.say), meter_for(setup, policy)
     nonfinite = Nonfinite(setup, "step", tracker.say, state.skipped)
 
     def evaluate_after(step: int) -> float | None:
