@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -77,7 +78,7 @@ class Meter:
             "perf/peak_memory_gib": _peak_memory_gib(device),
         }
         if self.with_router:
-            values["aux_loss"] = router / pairs
+            values["aux_loss"] = router / pairs if pairs else math.nan
         if self.peak_tflops is not None:
             values["perf/mfu"] = self.flops / self.seconds / (self.peak_tflops * 1e12)
             values["perf/peak_tflops"] = self.peak_tflops
@@ -194,7 +195,7 @@ def take_step(
     heartbeat.at(f"in the update of step {work.step + 1}", in_step=True)
     meter.grad_norm, counts = nonfinite.step(policy.engine, lr, work, losses, is_bad)
     if not counts:
-        meter.totals[:8], loss.running = before[:8], running
+        meter.totals[:8], meter.totals[10], loss.running = before[:8], before[10], running
     meter.pairs += work.num_pairs
     meter.tokens += work.num_tokens
     if (shape := meter.shape) is not None:

@@ -23,6 +23,7 @@ import dpo.policy
 from dpo.config import Config, DataConfig, LogConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from dpo.data.loader import whole_pass
 from dpo.evaluate import ValidationShare, evaluate
+from dpo.nonfinite import Nonfinite
 from dpo.objective.objective import Objective
 from dpo.run_data import RunData
 from dpo.runtime import distributed
@@ -86,9 +87,10 @@ def run(case: dict[str, Any], world: World, pairs: tiny.Pairs) -> dict[str, Any]
     loss, loader = Objective(setup.config.loss), setup.loader(setup.train_pairs, policy.layout)
     check_start(setup, policy, reference, loss, loader[0], said)  # type: ignore[arg-type]
     meter, lines = Meter(torch.zeros(11, dtype=torch.float64)), []
+    nonfinite = Nonfinite(setup, "step", said.say)
     for work in loader.steps(0, case.get("steps", STEPS)):
         assert len(work.batches) == case["micro_batches"]
-        take_step(setup, policy, reference, loss, work, LR, meter)
+        take_step(setup, policy, reference, loss, work, LR, meter, nonfinite)
         lines.append(meter.line(world.device))
     share = ValidationShare(whole_pass(loader, range(len(pairs))), float(pairs.lengths[:, 1].mean()))
     found, per_pair = evaluate(policy, reference.validation, {"": share}, loss, world)

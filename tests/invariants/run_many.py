@@ -91,10 +91,11 @@ def run(name: str, argv: list[str], out: Path) -> None:
         seen["recorders"] += 1
         originals[2](self, *args, **kwargs)
 
-    def seen_step(setup: Any, policy: Any, reference: Any, loss: Any, work: Any, lr: float, meter: Any) -> None:
+    def seen_step(*args: Any) -> None:
+        work, meter = args[4], args[6]
         before = len(seen["policy_calls"]), len(seen["reference_calls"])
         with Collectives() as collectives:
-            originals[3](setup, policy, reference, loss, work, lr, meter)
+            originals[3](*args)
         seen["collectives"].append(collectives.found)
         seen["own_losses"].append(float(meter.totals[0] / meter.totals[7]))  # of this rank's pairs alone
         after = len(seen["policy_calls"]), len(seen["reference_calls"])

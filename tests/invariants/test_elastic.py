@@ -74,7 +74,7 @@ def pairs_of(run: Run, steps: slice) -> list[list[int]]:
 
 @pytest.mark.parametrize(("name", "ranks", "kind", "stage", "before", "step"), RESUMED, ids=[r[0] for r in RESUMED])
 def test_another_number_of_ranks_or_stage_goes_on_with_the_same_numbers(runs, name, ranks, kind, stage, before, step):
-    # Whatever the stage, the numbers are the same, but that there is no norm without ZeRO in fp32.
+    # Compared with the whole run of its kind; one without ZeRO with one without.
     whole, resumed = runs[next(f"{k}{s}" for k, s in WHOLE if k == kind and (s > 0) == (stage > 0))], runs[name]
     assert all(seen["code"] == 0 and seen["stage"] == stage for seen in resumed.seen) and len(resumed.seen) == ranks
     assert pairs_of(resumed, slice(0, 4)) == pairs_of(whole, slice(step, 4))

@@ -302,7 +302,7 @@ def test_nothing_to_resume_is_no_error_but_a_named_checkpoint_must_be_there(run:
         newest(run, str(run / "none"))
 
 
-TRAIN_STATE = {"step": 2, "num_tokens": 1, "unlogged": [], "running": 0.0, "accuracy": None}
+TRAIN_STATE = {"step": 2, "num_tokens": 1, "unlogged": [], "running": 0.0, "accuracy": None, "skipped": 0}
 
 
 def test_a_checkpoint_of_other_ranks_is_taken_and_the_log_says_that_it_is_converted(run: Path) -> None:
