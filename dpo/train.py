@@ -6,10 +6,11 @@ start. Evaluations follow the update they name; the one at the start is step 0.
 
 from __future__ import annotations
 
+import errno
 import sys
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,6 +46,8 @@ from dpo.start import check_start
 from dpo.step import meter_for, take_step
 from dpo.sync import move_reference, restore_reference, save_reference
 from dpo.types import TrainState
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def _due(step: int, every: int | str, steps_per_epoch: int, total: int) -> bool:
@@ -120,7 +123,8 @@ def _told(setup: Setup) -> Iterator[None]:
 
     def tell(state: State, reason: str = "") -> None:
         if setup.world.is_main:
-            write_status(setup.run, state, reason=" ".join(reason.split())[:1000])
+            with suppress(OSError):  # a disk that is full has the last word nowhere but on the console
+                write_status(setup.run, state, reason=" ".join(reason.split())[:1000])
 
     tell("running")
     try:
@@ -133,6 +137,9 @@ def _told(setup: Setup) -> Iterator[None]:
         raise
     except BaseException as error:
         tell("failed", f"{type(error).__name__}: {error}")
+        if isinstance(error, OSError) and error.errno in FULL and setup.world.world_size == 1:
+            line = f"{setup.run}: {error.strerror}; the checkpoints are whole; make room and start again"
+            raise UserError(line) from None
         raise
 
 

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from dpo.errors import UserError
@@ -87,34 +88,38 @@ def _check_disk(parent: Path, expected_bytes: int) -> None:
         )
 
 
-def _write(engine: Any, folder: Path, world: World, more: Write | None, weights: Write | None) -> None:
-    """What a checkpoint holds; collective.
-
-    Raises:
-        UserError: If it cannot be written, by one process alone. With several, the ranks that wait for this one can
-            only be ended: it says why and leaves.
-    """
+def _write(engine: Any, folder: Path, world: World, more: Write | None, weights: Write | None, state: str) -> None:
+    """Fill the folder of a checkpoint; collective."""
     # For DeepSpeed's own converter, which refuses a ZeRO-2 checkpoint without this mark; ours does without it.
     mark = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
-    try:
-        if weights is not None:
-            weights(folder / WEIGHTS)
-        else:
-            engine.save_checkpoint(
-                str(folder.parent), tag=folder.name, client_state=mark, save_latest=False,
-                exclude_frozen_parameters=_holds_frozen(engine),
-            )
-        if more is not None:
-            more(folder)
-    except (OSError, RuntimeError) as error:
-        line = (
-            f"checkpoint {folder} cannot be written by rank {world.rank} on {platform.node()}:"
-            f" {' '.join(str(error).split())[:300]}; the checkpoints before it are whole; make room and start again"
+    if weights is not None:
+        weights(folder / WEIGHTS)
+    else:
+        engine.save_checkpoint(
+            str(folder.parent), tag=folder.name, client_state=mark, save_latest=False,
+            exclude_frozen_parameters=_holds_frozen(engine),
         )
-        if world.world_size == 1:
-            raise UserError(line) from None
-        print(f"train_dpo.py: {line}", file=sys.stderr, flush=True)
-        os._exit(1)
+    if more is not None:
+        more(folder)
+    only_main(world, lambda: write_whole(folder / "state.json", state))
+    write_manifest(folder, world)
+
+
+def _give_up(folder: Path, world: World, trouble: str) -> None:
+    """Say that a checkpoint cannot be written, and give its room back.
+
+    Raises:
+        UserError: By one process alone. With several, the ranks that wait for this one can only be ended: it leaves.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    line = (
+        f"checkpoint {folder} cannot be written by rank {world.rank} on {platform.node()}: {trouble}; the checkpoints"
+        f" before it are whole; make room and start again"
+    )
+    if world.world_size == 1:
+        raise UserError(line)
+    print(f"train_dpo.py: {line}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def save(
@@ -144,7 +149,7 @@ def save(
     Returns:
         The checkpoint's folder.
     Raises:
-        UserError: If the disk has too little room; the checkpoints that are there stay.
+        UserError: If the disk has too little room, or it cannot be written; the checkpoints that are there stay.
     """
     parent, name = run / "checkpoints", step_folder(state.step, kind)
     unfinished = parent / f"partial-{name}"
@@ -154,10 +159,14 @@ def save(
         _check_disk(parent, expected_bytes)
 
     only_main(world, begin)
-    _write(engine, unfinished, world, more, weights)
     fits = {"world_size": world.world_size, "zero_stage": engine.zero_optimization_stage()}
-    only_main(world, lambda: write_whole(unfinished / "state.json", json.dumps(asdict(state) | fits)))
-    write_manifest(unfinished, world)
+    trouble = ""
+    try:
+        _write(engine, unfinished, world, more, weights, json.dumps(asdict(state) | fits))
+    except (OSError, RuntimeError) as error:
+        trouble = " ".join(str(error).split())[:300]
+    if trouble:  # only now is every file closed, and its room free once it is deleted
+        _give_up(unfinished, world, trouble)
 
     def finish() -> None:
         shutil.rmtree(parent / name, ignore_errors=True)
@@ -289,13 +298,20 @@ def publish(folder: Path, write: Callable[[Path], None], world: World) -> None:
         folder: Its final name; an older folder of that name is replaced.
         write: Fills the folder it is given; called on rank 0 alone.
         world: This rank.
+    Raises:
+        UserError: If it cannot be written; an older folder of that name stays.
     """
 
     def make() -> None:
         unfinished = folder.with_name(f".partial-{folder.name}")
         shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        write(unfinished)
+        try:
+            unfinished.mkdir(parents=True)
+            write(unfinished)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            what = " ".join(str(error).split())[:300]
+            raise UserError(f"{folder} cannot be written: {what}; make room and start again") from None
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(unfinished, folder)
 

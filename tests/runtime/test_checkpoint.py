@@ -423,8 +423,9 @@ def test_an_error_while_publishing_leaves_the_old_folder(run: Path) -> None:
         (folder / "half").touch()
         raise OSError("No space left on device")
 
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="final cannot be written: No space left on device; make room and start again"):
         checkpoint.publish(final, full, ALONE)
+    assert [folder.name for folder in run.iterdir()] == ["final"], "the failed attempt keeps its room"
     assert [file.name for file in final.iterdir()] == ["old"]
     checkpoint.publish(final, lambda folder: (folder / "new").touch(), ALONE)
     assert [file.name for file in final.iterdir()] == ["new"], "leftovers of the failed attempt were published"

@@ -1,0 +1,124 @@
+"""A disk that is full, a real one: one line, exit code 2, and the last checkpoint is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import dpo.train
+import train_dpo
+from benchmarks.soak import numbers, weights
+from dpo.export import write_weights
+from dpo.runtime import checkpoint, manifest
+from dpo.runtime.distributed import World
+from tests.test_stages import arguments
+
+ALONE = World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+LEFT = 20_000
+"""Bytes that are left: enough for a line of metrics, for no file of weights."""
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount a tmpfs")
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def fill(disk: Path, left: int) -> None:
+    """Leave so many bytes free."""
+    free = shutil.disk_usage(disk).free
+    with open(disk / "ballast", "wb") as ballast:
+        os.posix_fallocate(ballast.fileno(), 0, free - left)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on_once_there_is_room(
+    small_disk, tiny_policy, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(dpo.train, "closing", lambda *args: None)  # no charts
+    whole = arguments(tmp_path, tiny_policy, "--train.save_every", "1", "--log.samples", "0", "--optim.lr", "1e-3")
+    argv = [*whole, "--train.output_dir", str(small_disk / "run")]
+    run, save, check = small_disk / "run", dpo.train._save, checkpoint._check_disk
+    first = run / "checkpoints/step-000001"
+
+    def filled(setup, policy, reference, state):
+        if state.step == 2:
+            fill(small_disk, LEFT)
+        save(setup, policy, reference, state)
+
+    def refused() -> str:
+        """Start; what it said; the disk has its room again."""
+        assert train_dpo.main(argv) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        (small_disk / "ballast").unlink()
+        assert [path.name for path in (run / "checkpoints").iterdir() if path.is_dir()] == ["step-000001"]
+        assert manifest.complaint(first, ALONE) is None
+        assert json.loads((run / "status.json").read_text())["state"] == "failed"
+        return line
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dpo.train, "_save", filled)
+        line = refused()  # seen before the write
+        assert "a checkpoint takes 0.00" in line and f"{first} is whole; make room and start again" in line
+        patch.setattr(checkpoint, "_check_disk", lambda *args: None)  # as when another job takes the room meanwhile
+        line = refused()
+        assert line.startswith("train_dpo.py: checkpoint ") and "cannot be written by rank 0" in line, line
+        assert "the checkpoints before it are whole; make room and start again" in line
+
+        def filled_at_the_end(folder: Path, world: World) -> None:
+            if "000002" in folder.name:
+                fill(small_disk, 0)
+            written(folder, world)
+
+        patch.setattr(dpo.train, "_save", save)
+        written = checkpoint.write_manifest
+        patch.setattr(checkpoint, "write_manifest", filled_at_the_end)
+        assert "No space left on device" in refused()
+
+    def full_before_final(*args) -> None:
+        fill(small_disk, LEFT)
+        write_weights(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dpo.train, "write_weights", full_before_final)
+        assert train_dpo.main(argv) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"{run}/final cannot be written: " in line and "make room and start again" in line
+    (small_disk / "ballast").unlink()
+    assert not (run / "final").exists() and checkpoint._check_disk is check
+    assert train_dpo.main(argv) == 0
+    assert train_dpo.main(whole) == 0
+    assert weights(run) == weights(tmp_path / "run") and numbers(run) == numbers(tmp_path / "run")
+
+
+def test_a_full_disk_at_a_line_of_metrics_is_one_line_too(small_disk, tiny_policy, tmp_path, monkeypatch, capsys):
+    argv = arguments(tmp_path, tiny_policy, "--train.output_dir", str(small_disk / "run"), "--log.samples", "0")
+    log = dpo.train._log
+
+    def full(*args) -> None:
+        fill(small_disk, 0)
+        while True:  # until the last block of the file is full
+            log(*args)
+
+    monkeypatch.setattr(dpo.train, "_log", full)
+    assert train_dpo.main(argv) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == (
+        f"train_dpo.py: {small_disk}/run: No space left on device; the checkpoints are whole; make room and start again"
+    )
