@@ -7,6 +7,7 @@ The trial leaves nothing behind: gradients are returned and dropped, not accumul
 and no rank waits for another in a collective that one of them left. What was found is written to the run,
 
     micro_batches.json     asked for, world size, tokens a micro-batch, whether activations are recomputed
+    sft_micro_batches.json the same of the SFT stage
 
 and a run that goes on with as many ranks uses it again. Under ZeRO-3, whose forward pass is itself collective, nothing
 is tried: a rank that left it for lack of memory would leave the others waiting.
@@ -23,9 +24,10 @@ from typing import Any
 import torch
 
 from dpo.data.loader import Loader
-from dpo.data.planner import num_tokens
+from dpo.data.planner import Layout, num_tokens
 from dpo.errors import UserError
 from dpo.model import load
+from dpo.model.forward import pair_logps
 from dpo.model.reference import Reference
 from dpo.model.shape import shape_of
 from dpo.policy import Policy
@@ -103,26 +105,37 @@ def costliest(loader: Loader) -> list[int]:
     return max(candidates, key=lambda ids: (int(cost[ids].sum()), int(completions[ids].sum())))
 
 
-def attempt(setup: Setup, policy: Policy, reference: Reference) -> None:
+def attempt(setup: Setup, policy: Policy, reference: Reference | None, layout: Layout) -> None:
     """Forward and backward pass of the costliest micro-batch, without a trace and without collectives.
 
+    What a loss needs beside sums of log-probs, whole distributions or certainties, is computed too.
+
+    Args:
+        setup: The run, with the budget to try.
+        policy: Started.
+        reference: Of the training pairs; None in the SFT stage.
+        layout: Of the micro-batches.
     Raises:
         torch.OutOfMemoryError: If it does not fit.
     """
-    loader, scorer = setup.loader(setup.train_pairs, policy.layout), policy.scorer
+    loader, scorer = setup.loader(setup.train_pairs, layout), policy.scorer
     batch = loader.build(costliest(loader), 0).to(setup.world.device)
-    reference(batch)
-    if policy.in_forward and scorer.chunks(batch) is not None:
-        total, _ = scorer(batch, None, False, lambda chosen, rejected, pairs: chosen - rejected)
-    else:
+    if reference is None:
         total = scorer(batch).sum()
+    else:
+        tokens, certain = reference(batch).tokens, scorer.certainty is not None
+        if policy.in_forward and tokens is None and not certain and scorer.chunks(batch) is not None:
+            total, _ = scorer(batch, None, False, lambda chosen, rejected, pairs: chosen - rejected)
+        else:
+            logps = pair_logps(scorer, batch, tokens, certain)
+            total = logps.chosen.sum() + logps.rejected.sum() + (0 if logps.kls is None else logps.kls.sum())
     torch.autograd.grad(total, [p for p in scorer.parameters() if p.requires_grad], allow_unused=True)
 
 
-def _fits(setup: Setup, policy: Policy, reference: Reference, budget: int) -> bool:
+def _fits(setup: Setup, policy: Policy, reference: Reference | None, layout: Layout, budget: int) -> bool:
     lacking = False
     try:
-        attempt(replace(setup, token_budget=budget), policy, reference)
+        attempt(replace(setup, token_budget=budget), policy, reference, layout)
     except torch.OutOfMemoryError:
         lacking = True
     if setup.world.device.type == "cuda":
@@ -143,14 +156,24 @@ def _first(setup: Setup, policy: Policy, longest: int, recomputed: bool) -> int:
     return min(gather(from_free_memory(free, reserved=reserved, per_token=per_token, longest=longest)))
 
 
-def fit_budget(setup: Setup, policy: Policy, reference: Reference, say: Callable[[str], None]) -> Setup:
-    """Find the budget of the DPO stage, or take up what the run has found before; collective.
+def fit_budget(
+    setup: Setup,
+    policy: Policy,
+    reference: Reference | None,
+    say: Callable[[str], None],
+    *,
+    layout: Layout,
+    name: str = "micro_batches.json",
+) -> Setup:
+    """Find the budget of a stage, or take up what the run has found before; collective.
 
     Args:
         setup: The run; its directory exists.
         policy: Started; may be made to recompute activations.
-        reference: Of the training pairs.
+        reference: Of the training pairs; None in the SFT stage.
         say: Shows a line.
+        layout: Of the micro-batches.
+        name: Of the file.
     Returns:
         The setup with its token_budget, where memory can run out; else as it was.
     Raises:
@@ -161,16 +184,16 @@ def fit_budget(setup: Setup, policy: Policy, reference: Reference, say: Callable
         return setup
     if config.train.sequence_parallel_size > 1:
         return setup  # a rank out of memory would leave its group waiting
-    model, path = policy.scorer.model, setup.run / "micro_batches.json"
-    key = {"asked": config.train.tokens_per_micro_batch, "world_size": world.world_size, "layout": policy.layout}
+    model, path = policy.scorer.model, setup.run / name
+    key = {"asked": config.train.tokens_per_micro_batch, "world_size": world.world_size, "layout": layout}
     recomputed = load.recomputes_activations(model)
     found = only_main(world, lambda: _read(path))
-    if found is None or {name: found.get(name) for name in key} != key:
-        longest = int(num_tokens(setup.train_pairs.lengths, policy.layout).max())
+    if found is None or {k: found.get(k) for k in key} != key:
+        longest = int(num_tokens(setup.train_pairs.lengths, layout).max())
         may = config.model.gradient_checkpointing is not False and not recomputed
         recompute = (lambda: load.checkpoint_activations(model)) if may else None
         first = _first(setup, policy, longest, recomputed)
-        budget = choose(first, longest, lambda b: _fits(setup, policy, reference, b), recompute, say)
+        budget = choose(first, longest, lambda b: _fits(setup, policy, reference, layout, b), recompute, say)
         found = key | {"tokens": budget, "recomputed": load.recomputes_activations(model)}
         content = json.dumps(found)
         only_main(world, lambda: path.write_text(content, encoding="utf-8"))

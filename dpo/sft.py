@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from dpo.budget import fit_budget
 from dpo.data.loader import StepBatches
 from dpo.data.planner import Layout, num_tokens
 from dpo.export import weights_alone, write_weights
@@ -49,7 +50,10 @@ def run_sft(setup: Setup, tracker: Tracker) -> None:
         tracker.say(note)
     total = config.train.sft_epochs * setup.epochs.steps_per_epoch
     state = _resume(setup, policy, total, tracker)
-    _train(setup, policy, state, total, tracker)
+    # One causal call per row serves a model that cannot attend in segments; else chosen sequences are packed.
+    layout: Layout = "padded_chosen" if policy.layout == "padded" else "chosen"
+    fitted = fit_budget(setup, policy, None, tracker.say, layout=layout, name="sft_micro_batches.json")
+    _train(fitted, policy, state, total, tracker, layout)
     # In the dtype it was trained in: the policy and the reference of DPO are read back from here.
     write_weights(setup, policy, setup.run / "reference", setup.dtype, card=None)
     only_main(setup.world, lambda: _drop_checkpoints(setup.run))
@@ -76,10 +80,10 @@ def _resume(setup: Setup, policy: Policy, total: int, tracker: Tracker) -> Train
     return state
 
 
-def _train(setup: Setup, policy: Policy, state: TrainState, total: int, tracker: Tracker) -> None:
+def _train(
+    setup: Setup, policy: Policy, state: TrainState, total: int, tracker: Tracker, layout: Layout
+) -> None:
     config, world = setup.config, setup.world
-    # One causal call per row serves a model that cannot attend in segments; else chosen sequences are packed.
-    layout: Layout = "padded_chosen" if policy.layout == "padded" else "chosen"
     loader = setup.loader(setup.train_pairs, layout)
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     if world.is_main and state.unlogged:

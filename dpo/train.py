@@ -192,7 +192,7 @@ def _train_dpo(
     Raises:
         Preempted: On every rank, if any was asked to stop; the run is checkpointed.
     """
-    setup = fit_budget(setup, policy, reference.train, tracker.say)
+    setup = fit_budget(setup, policy, reference.train, tracker.say, layout=policy.layout)
     config, world, total = setup.config, setup.world, setup.total_steps
     sync_steps = config.reference.sync_steps
     loss = Objective(config.loss, state.running)

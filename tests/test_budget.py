@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import dpo.budget
+import dpo.model.forward
 import train_dpo
 from dpo.budget import choose, from_free_memory
 from dpo.errors import UserError
@@ -59,7 +60,7 @@ def lacking_above(monkeypatch, tokens, recomputed_tokens):
     monkeypatch.setattr(dpo.budget, "can_run_out", lambda device: True)
     original, tried = dpo.budget.attempt, []
 
-    def attempt(setup, policy, reference):
+    def attempt(setup, policy, reference, layout):
         tried.append(setup.token_budget)
         layer = policy.scorer.model.model.layers[0]
 
@@ -70,7 +71,7 @@ def lacking_above(monkeypatch, tokens, recomputed_tokens):
 
         handle = layer.register_forward_pre_hook(lack)
         try:
-            original(setup, policy, reference)
+            original(setup, policy, reference, layout)
         finally:
             handle.remove()
 
@@ -123,11 +124,56 @@ def test_the_trial_leaves_no_gradient_behind(tiny_policy, tmp_path, monkeypatch)
     tried = lacking_above(monkeypatch, 10**9, 10**9)
     attempt = dpo.budget.attempt
 
-    def watched(setup, policy, reference):
-        attempt(setup, policy, reference)
+    def watched(setup, policy, reference, layout):
+        attempt(setup, policy, reference, layout)
         assert all(p.grad is None for p in policy.scorer.parameters())
         assert not policy.engine.optimizer.averaged_gradients
 
     monkeypatch.setattr(dpo.budget, "attempt", watched)
     assert train_dpo.main(arguments(tmp_path, tiny_policy, *SEVERAL)) == 0
     assert tried == [1600]
+
+
+def test_the_sft_stage_is_tried_too_with_its_own_rows_and_has_the_same_lines(tiny_policy, tmp_path, monkeypatch):
+    flags = [*SEVERAL, "--train.sft_epochs", "1"]
+    assert train_dpo.main(arguments(tmp_path / "plain", tiny_policy, *flags)) == 0
+    tried = lacking_above(monkeypatch, 450, 450)
+    assert train_dpo.main(arguments(tmp_path / "small", tiny_policy, *flags)) == 0
+    assert tried == [1600, 800, 400] * 2
+    written = json.loads((tmp_path / "small/run/sft_micro_batches.json").read_text())
+    assert (written["tokens"], written["layout"]) == (400, "chosen")
+    sft = [[x["sft_loss"] for x in read_lines(tmp_path / n / "run") if "sft_loss" in x] for n in ("plain", "small")]
+    assert len(sft[0]) > 0 and sft[1] == pytest.approx(sft[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "where"), [(["--loss.name", "tdpo"], "token_kls"), (["--loss.wpo", "true"], "certainty")]
+)
+def test_the_trial_holds_the_tiles_of_losses_that_need_whole_distributions(
+    flags, where, tiny_policy, tmp_path, monkeypatch
+):
+    """Lack of memory is played where they are made."""
+    monkeypatch.setattr(dpo.budget, "can_run_out", lambda device: True)
+    small: list[int] = []
+    original = dpo.budget.attempt
+
+    def lack(rows):
+        if small[-1] > 800:
+            raise torch.OutOfMemoryError("CUDA out of memory, played")
+
+    def attempt(setup, policy, reference, layout):
+        small.append(setup.token_budget)
+        if where == "certainty":
+            handle = policy.scorer.certainty.register_forward_pre_hook(lambda module, inputs: lack(inputs))
+            try:
+                return original(setup, policy, reference, layout)
+            finally:
+                handle.remove()
+        with monkeypatch.context() as patch:
+            own = dpo.model.forward.token_kls
+            patch.setattr(dpo.model.forward, "token_kls", lambda *a: (lack(a), own(*a))[1])
+            return original(setup, policy, reference, layout)
+
+    monkeypatch.setattr(dpo.budget, "attempt", attempt)
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, *SEVERAL, "--model.loss_in_forward", "true", *flags)) == 0
+    assert small == [1600, 800]
