@@ -25,7 +25,7 @@ def test_every_pair_gets_the_log_probs_of_plain_logits_and_its_own_reward():
     shuffled = [[4, 1], [6, 0, 2], [], [5, 3]]
     batches = [collate([pairs[i] for i in ids], "padded") for ids in shuffled]
     shares = {"one": ValidationShare(batches[:1], 5.0), "rest": ValidationShare(batches[1:], 5.0)}
-    scored: Any = SimpleNamespace(logps=lambda batch, _: pair_logps(policy, batch))
+    scored: Any = SimpleNamespace(scorer=policy, logps=lambda batch, _: pair_logps(policy, batch))
     loss = Objective(LossConfig(beta=0.5))
     metrics, table = evaluate(scored, lambda batch: pair_logps(reference, batch), shares, loss, distributed.start())
     of = {name: table[:, index] for index, name in enumerate(COLUMNS)}

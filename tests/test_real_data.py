@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -77,32 +78,65 @@ def gpt2_folder(shared_data, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_hh_with_sft_runs_to_the_end_on_two_ranks(launcher, shared_data, gpt2_folder, tmp_path):
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def hh_runs(shared_data, gpt2_folder, tmp_path_factory) -> dict[str, tuple[Path, str]]:
+    """SFT and DPO on HH rows, two ranks: run directory and output under each launcher."""
+    one_node = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1",
+                "--master_addr", "127.0.0.1", "--master_port", free_port()]  # fmt: skip
+    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", free_port()]
     starts = {
-        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-        "deepspeed": [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29533"],
+        "deepspeed": [deepspeed],
+        "a torchrun a node": [[*one_node, "--node_rank", "0"], [*one_node, "--node_rank", "1"]],
     }
-    hh = shared_data / "hh-rlhf"
+    hh, found = shared_data / "hh-rlhf", {}
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    done = subprocess.run(
-        [*starts[launcher], "train_dpo.py", "--config", "ds_configs/zero2.json", "--model.policy", str(gpt2_folder),
-         "--data.train", str(hh / "train.jsonl.gz"), "--data.validation", str(hh / "validation.jsonl.gz"),
-         "--data.train_limit", "64", "--data.validation_limit", "8", "--data.on_bad_row", "skip",
-         "--data.max_length", "128", "--train.sft_epochs", "1", "--train.global_batch_size", "16",
-         "--optim.lr", "1e-5", "--log.samples", "1", "--log.sample_tokens", "4",
-         "--data.cache_dir", str(tmp_path / "cache"), "--train.output_dir", str(tmp_path / "run")],
-        env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    assert "chosen == rejected: 1" in done.stdout + done.stderr
-    lines = read_lines(tmp_path / "run")
+    for name, launchers in starts.items():
+        folder = tmp_path_factory.mktemp("hh")
+        job = [
+            "train_dpo.py", "--config", "ds_configs/zero2.json", "--model.policy", str(gpt2_folder),
+            "--data.train", str(hh / "train.jsonl.gz"), "--data.validation", str(hh / "validation.jsonl.gz"),
+            "--data.train_limit", "64", "--data.validation_limit", "8", "--data.on_bad_row", "skip",
+            "--data.max_length", "128", "--train.sft_epochs", "1", "--train.global_batch_size", "16",
+            "--optim.lr", "1e-5", "--log.samples", "1", "--log.sample_tokens", "4",
+            "--data.cache_dir", str(folder / "cache"), "--train.output_dir", str(folder / "run"),
+        ]  # fmt: skip
+        nodes = [
+            subprocess.Popen([*launcher, *job], env=environment | {"OMP_NUM_THREADS": "1"}, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            for launcher in launchers
+        ]  # fmt: skip
+        said = [node.communicate(timeout=400)[0] for node in nodes]
+        assert [node.returncode for node in nodes] == [0] * len(nodes), "\n".join(said)[-5000:]
+        found[name] = folder / "run", "\n".join(said)
+    return found
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "a torchrun a node"])
+def test_hh_with_sft_runs_to_the_end_on_two_ranks(launcher, hh_runs):
+    run, said = hh_runs[launcher]
+    assert "chosen == rejected: 1" in said
+    lines = read_lines(run)
     sft = [line["sft_loss"] for line in lines if "sft_loss" in line]
     assert len(sft) >= 3 and sft[-1] < sft[0]
     assert next(line for line in lines if line.get("step") == 0)["eval_loss"] == pytest.approx(0.693147, abs=1e-5)
     for name in ("config.yaml", "training_metrics.png", "samples.jsonl", "reference/model.safetensors",
                  "final/model.safetensors", "final/README.md", "final/tokenizer.json"):
-        assert (tmp_path / "run" / name).stat().st_size > 0, name
+        assert (run / name).stat().st_size > 0, name
+
+
+def test_two_nodes_of_one_process_have_the_numbers_and_weights_of_one_node_of_two(hh_runs):
+    (one, _), (two, _) = hh_runs.values()
+    lines, expected = (
+        [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in read_lines(run)] for run in (two, one)
+    )
+    assert lines == expected
+    assert (one / "final/model.safetensors").read_bytes() == (two / "final/model.safetensors").read_bytes()
 
 
 def test_a_dry_run_prints_the_plan_and_leaves_nothing(short_rows, shared_data, tmp_path, capsys):
