@@ -226,7 +226,7 @@ def _explain(parser: ArgumentParser, error: Exception) -> str:
             return _unknown(f"{key}.{inner.group(1)}", _keys(), parser.prog)
         hint = next((getattr(a, "_typehint", None) for a in parser._actions if a.dest == key), None)
         return f"{key} is {got}; use {_type_name(hint) if hint else f'its keys, as in --{key}.KEY VALUE'}"
-    if extra := re.search(r"argument --(\w+): ignored explicit argument (.*)", text, re.DOTALL):
+    if extra := re.search(r"argument (?:-h/)?--(\w+): ignored explicit argument (.*)", text, re.DOTALL):
         return f"--{extra.group(1)} takes no value, got {extra.group(2)}; leave the value out"
     return _one_line(text)
 

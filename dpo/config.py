@@ -252,7 +252,7 @@ class DataConfig:
 
     def _check_sources(self) -> None:
         for key in ("train", "validation"):
-            _require(getattr(self, key) != (), f"data.{key} is an empty list")
+            _require(getattr(self, key) != (), f"data.{key} is an empty list; name a source, or leave it out")
         train, validation = self.train_sources, self.validation_sources
         if not isinstance(self.train, str | None):
             for key in ("subset", "data_dir", "revision", "validation_split"):

@@ -67,7 +67,8 @@ def detect_format(rows: Iterable[Mapping[str, Any]], path: str = "the data") -> 
     votes = Counter(form for row in rows if (form := _form_of(row)))
     if not votes:
         columns = sorted({str(key) for row in rows for key in row})
-        raise UserError(f"{path}: no known preference format; columns found: {', '.join(columns)}; {_ACCEPTED}")
+        names = ", ".join(column if len(column) <= 40 else f"{column[:40]}..." for column in columns[:12])
+        raise UserError(f"{path}: no known preference format; columns found: {names}; {_ACCEPTED}")
     return votes.most_common(1)[0][0]
 
 
