@@ -362,3 +362,11 @@ def test_odd_values_of_a_recipe_are_one_line(text: str, found: str, tmp_path: Pa
 def test_a_number_without_end_is_named_by_its_flag() -> None:
     with pytest.raises(UserError, match="--loss.beta 0x9+... is too large a number; use a smaller one"):
         parse(["--model.policy", "x", "--data.train", "y", "--loss.beta", "0x" + "9" * 3000])
+
+
+@pytest.mark.parametrize(("argv", "remedy"), [
+    (["--help=-1"], "leave the value out"), (["--data.train", "[]"], "name a source, or leave it out"),
+])  # fmt: skip
+def test_rare_refusals_say_what_to_do_too(argv, remedy):
+    with pytest.raises(UserError, match=remedy):
+        parse(argv)

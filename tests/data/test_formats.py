@@ -207,3 +207,9 @@ def test_calls_of_tools_are_content_and_answers_of_tools_are_kept() -> None:
     kept = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
     assert row is not None and not problems and row.chosen == [kept]
     assert row.prompt == [USER, kept, {"role": "tool", "content": "42", "tool_call_id": "1"}]
+
+
+def test_columns_with_long_names_leave_room_for_what_to_do():
+    with pytest.raises(UserError) as raised:
+        detect_format([{"x" * 5000: 1}], "rows.jsonl")
+    assert len(str(raised.value)) < 900 and "x..." in str(raised.value)
