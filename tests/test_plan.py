@@ -81,7 +81,7 @@ def allocated(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int],
         out.mkdir()
         done = subprocess.run(
             [sys.executable, *launch, "tests/engine_memory.py", str(out), *JOBS],
-            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False,
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-4000:]
         for job in JOBS:

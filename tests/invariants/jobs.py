@@ -28,7 +28,7 @@ class Run:
     seen: list[dict[str, Any]]
 
 
-def train_all(folder: Path, jobs: dict[str, list[str]], ranks: int, timeout: float = 300) -> dict[str, Run]:
+def train_all(folder: Path, jobs: dict[str, list[str]], ranks: int, timeout: float = 900) -> dict[str, Run]:
     """Run every job in one process group of `ranks` ranks; each gets its own output_dir under `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     argvs = {name: [*argv, "--train.output_dir", str(folder / name)] for name, argv in jobs.items()}

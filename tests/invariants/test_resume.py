@@ -22,7 +22,7 @@ def launch(script: list[str], argv: list[str], ranks: int) -> subprocess.Complet
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     return subprocess.run(
         [*start, *script, *argv], env=environment | {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=200, check=False,
+        capture_output=True, text=True, timeout=400, check=False,
     )
 
 
