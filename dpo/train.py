@@ -137,9 +137,9 @@ def _told(setup: Setup) -> Iterator[None]:
         raise
     except BaseException as error:
         tell("failed", f"{type(error).__name__}: {error}")
-        if isinstance(error, OSError) and error.errno in FULL and setup.world.world_size == 1:
-            line = f"{setup.run}: {error.strerror}; the checkpoints are whole; make room and start again"
-            raise UserError(line) from None
+        if isinstance(error, OSError) and error.errno in FULL:
+            full = f"{setup.run}: {error.strerror}; the checkpoints are whole; make room and start again"
+            distributed.give_up(setup.world, full)
         raise
 
 

@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,9 @@ import torch
 import dpo.train
 import train_dpo
 from benchmarks.soak import numbers, weights
+from dpo.errors import UserError
 from dpo.export import write_weights
-from dpo.runtime import checkpoint, manifest
+from dpo.runtime import checkpoint, distributed, manifest
 from dpo.runtime.distributed import World
 from tests.test_stages import arguments
 
@@ -122,3 +125,40 @@ def test_a_full_disk_at_a_line_of_metrics_is_one_line_too(small_disk, tiny_polic
     assert line == (
         f"train_dpo.py: {small_disk}/run: No space left on device; the checkpoints are whole; make room and start again"
     )
+
+
+def test_one_of_several_ranks_says_what_it_met_and_leaves_where_one_alone_raises(monkeypatch, capsys):
+    left: list[int] = []
+    monkeypatch.setattr(distributed.os, "_exit", left.append)
+    with pytest.raises(UserError, match="no room; make room"):
+        distributed.give_up(ALONE, "no room; make room")
+    assert not left
+    distributed.give_up(replace(ALONE, rank=1, world_size=2), "no room; make room")
+    assert left == [1] and capsys.readouterr().err == "train_dpo.py: no room; make room\n"
+
+
+def test_a_full_disk_is_one_line_and_no_traceback_on_two_ranks(small_disk, tiny_policy, tmp_path):
+    """Rank 0's, at its second line of metrics; the launcher ends the other."""
+    script = tmp_path / "fills.py"
+    script.write_text(
+        "import sys, dpo.train, train_dpo\n"
+        "from pathlib import Path\n"
+        "from tests.test_disk_full import fill\n"
+        "log = dpo.train._log\n"
+        "def full(setup, tracker, state, values):\n"
+        "    if setup.world.is_main and state.step == 2:\n"
+        f"        fill(Path({str(small_disk)!r}), 0)\n"
+        "        tracker.record({'step': 2, 'padding': 'x' * 10_000})\n"
+        "    log(setup, tracker, state, values)\n"
+        "dpo.train._log = full\n"
+        "sys.exit(train_dpo.main(sys.argv[1:]))\n"
+    )
+    argv = arguments(tmp_path, tiny_policy, "--log.samples", "0", "--train.output_dir", str(small_disk / "run"))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), *argv],
+        env=os.environ | {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert done.stderr.count("/run: No space left on device; the checkpoints are whole; make room and start again") == 1
+    assert "OSError" not in done.stderr, done.stderr[-3000:]

@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from functools import partial
@@ -26,7 +25,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from dpo.errors import UserError
-from dpo.runtime.distributed import World, only_main, together
+from dpo.runtime.distributed import World, give_up, only_main, together
 from dpo.runtime.files import write_whole
 from dpo.runtime.manifest import complaint, size_of, write_manifest
 from dpo.runtime.universal import check_convertible, conversion, differs, load_converted
@@ -105,23 +104,6 @@ def _write(engine: Any, folder: Path, world: World, more: Write | None, weights:
     write_manifest(folder, world)
 
 
-def _give_up(folder: Path, world: World, trouble: str) -> None:
-    """Say that a checkpoint cannot be written, and give its room back.
-
-    Raises:
-        UserError: By one process alone. With several, the ranks that wait for this one can only be ended: it leaves.
-    """
-    shutil.rmtree(folder, ignore_errors=True)
-    line = (
-        f"checkpoint {folder} cannot be written by rank {world.rank} on {platform.node()}: {trouble}; the checkpoints"
-        f" before it are whole; make room and start again"
-    )
-    if world.world_size == 1:
-        raise UserError(line)
-    print(f"train_dpo.py: {line}", file=sys.stderr, flush=True)
-    os._exit(1)
-
-
 def save(
     engine: Any,
     run: Path,
@@ -160,13 +142,19 @@ def save(
 
     only_main(world, begin)
     fits = {"world_size": world.world_size, "zero_stage": engine.zero_optimization_stage()}
-    trouble = ""
+    trouble: str | None = None
     try:
         _write(engine, unfinished, world, more, weights, json.dumps(asdict(state) | fits))
     except (OSError, RuntimeError) as error:
         trouble = " ".join(str(error).split())[:300]
-    if trouble:  # only now is every file closed, and its room free once it is deleted
-        _give_up(unfinished, world, trouble)
+    if trouble is not None:  # only now is every file closed, and its room free once it is deleted
+        shutil.rmtree(unfinished, ignore_errors=True)
+        who = f"rank {world.rank} on {platform.node()}"
+        give_up(
+            world,
+            f"checkpoint {unfinished} cannot be written by {who}: {trouble}; the checkpoints before it are whole; make"
+            f" room and start again",
+        )
 
     def finish() -> None:
         shutil.rmtree(parent / name, ignore_errors=True)

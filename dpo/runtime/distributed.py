@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -158,6 +159,22 @@ def only_main(world: World, function: Callable[[], T]) -> T:
     if world.world_size > 1:
         dist.broadcast_object_list(answer, src=0, group=_control[0])
     return answer[0]  # type: ignore[return-value]
+
+
+def give_up(world: World, line: str) -> NoReturn:
+    """End the run for what this rank alone has met, such as a full disk.
+
+    Args:
+        world: This rank.
+        line: What, and what to do.
+    Raises:
+        UserError: By one process alone. With several, the ranks that wait for this one can only be ended: it says why
+            and leaves, and the launcher ends them.
+    """
+    if world.world_size == 1:
+        raise UserError(line)
+    print(f"train_dpo.py: {line}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def neighbours(size: int) -> tuple[Any, int]:
