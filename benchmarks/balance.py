@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.report import write_block
 from dpo.data.planner import num_tokens, plan_batch
 from dpo.data.tokenize import prepare_pairs
 from dpo.errors import UserError
@@ -24,7 +25,6 @@ from dpo.estimate import imbalance, micro_batch_tokens
 from dpo.model.load import load_tokenizer
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "planning.md"
-BEGIN, END = "<!-- balance: begin -->", "<!-- balance: end -->"
 RANKS = (8, 64, 256, 1024)
 PAIRS_PER_RANK = (4, 8, 16, 32)
 TOKEN_BUDGET = 16384
@@ -109,19 +109,6 @@ def report(data: str, tokenizer: str, max_lengths: list[int], draws: int, cache_
     return [*lines, "\\* more pairs than the file has: drawn with replacement.", ""]
 
 
-def write_between(path: Path, lines: list[str], begin: str = BEGIN, end: str = END) -> None:
-    """Replace what stands between two markers of a file.
-
-    Raises:
-        UserError: If it has no markers.
-    """
-    text = path.read_text(encoding="utf-8")
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise UserError(f"{path}: expected one line {begin} and one line {end}")
-    before, after = text.split(begin)[0], text.split(end)[1]
-    path.write_text(before + begin + "\n" + "\n".join(lines) + end + after, encoding="utf-8")
-
-
 def main(argv: list[str]) -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.balance", description="Rank imbalance on real lengths.")
@@ -136,7 +123,7 @@ def main(argv: list[str]) -> int:
         lines = report(args.data, args.tokenizer, args.max_length, args.draws, args.cache_dir)
         print("\n".join(lines))
         if args.write:
-            write_between(Path(args.write), lines)
+            write_block(Path(args.write), "balance", "\n".join(lines).rstrip())
     except UserError as error:
         print(f"benchmarks/balance.py: {error}", file=sys.stderr)
         return 2

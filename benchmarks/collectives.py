@@ -22,13 +22,11 @@ import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.balance import write_between
-from benchmarks.report import table
+from benchmarks.report import table, write_block
 from dpo.config import OptimConfig
 from dpo.runtime import distributed
 from dpo.runtime import engine as deepspeed_engine
 
-BEGIN, END = "<!-- collectives: begin -->", "<!-- collectives: end -->"
 SMALL = 1024
 """Bytes under which an all-reduce or a broadcast carries a flag or a norm."""
 SEQUENCES, LENGTH, VOCABULARY = 48, 16, 512
@@ -228,7 +226,7 @@ def main(argv: list[str]) -> int:
     if world.is_main:
         print(lines)
         if args.write:
-            write_between(Path(args.write), [lines, ""], BEGIN, END)
+            write_block(Path(args.write), "collectives", lines)
     return 0
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from dpo.errors import UserError
+
 Run = dict[str, Any]
 
 TOLERANCE = {"bf16": 1e-2, "fp32": 1e-4}
@@ -197,7 +199,7 @@ def write_block(path: Path, block: str, text: str) -> None:
     """Replace what stands between a block's markers; all other text is kept.
 
     Raises:
-        ValueError: If the file has no such markers.
+        UserError: If the file has no such markers.
     """
     begin, end = f"<!-- {block}: begin -->", f"<!-- {block}: end -->"
     old = path.read_text(encoding="utf-8")
@@ -205,5 +207,5 @@ def write_block(path: Path, block: str, text: str) -> None:
         f"({re.escape(begin)}\n).*?({re.escape(end)})", lambda m: f"{m[1]}{text}\n{m[2]}", old, flags=re.DOTALL
     )
     if count != 1:
-        raise ValueError(f"{path} must hold {begin} and {end} once, in this order")
+        raise UserError(f"{path} must hold {begin} and {end} once, in this order; add them")
     path.write_text(new, encoding="utf-8")

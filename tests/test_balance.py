@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import balance
+from benchmarks.report import write_block
 from dpo.data.planner import EVEN_ENOUGH, _exchange, num_tokens, plan_batch
 from dpo.estimate import imbalance, micro_batch_tokens, waiting
 
 ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- balance: begin -->", "<!-- balance: end -->"
 
 
 def skewed(count: int, seed: int = 0) -> np.ndarray:
@@ -97,14 +99,14 @@ def test_the_targets_on_real_lengths(shared_data: Path, tmp_path: Path) -> None:
 
 def test_the_table_goes_between_the_markers_and_nothing_else_changes(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{balance.BEGIN}\nold\n{balance.END}\nafter\n")
-    balance.write_between(page, ["| new |"])
-    assert page.read_text() == f"before\n{balance.BEGIN}\n| new |{balance.END}\nafter\n"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    write_block(page, "balance", "| new |")
+    assert page.read_text() == f"before\n{BEGIN}\n| new |\n{END}\nafter\n"
 
 
 def test_the_page_shows_what_the_targets_ask_for() -> None:
     text = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
-    table = text.split(balance.BEGIN)[1].split(balance.END)[0]
+    table = text.split(BEGIN)[1].split(END)[0]
     for ranks in balance.RANKS:
         assert table.count(f"\n| {ranks:,} | ") == 2 * len(balance.PAIRS_PER_RANK)
 
@@ -116,6 +118,6 @@ def test_a_page_without_markers_or_data_is_refused_in_one_line(
     assert balance.main(argv) == 2
     assert capsys.readouterr().err.startswith("benchmarks/balance.py: ")
     (tmp_path / "page.md").write_text("nothing\n")
-    with pytest.raises(balance.UserError, match="expected one line <!-- balance: begin -->"):
-        balance.write_between(tmp_path / "page.md", [])
+    with pytest.raises(balance.UserError, match="must hold <!-- balance: begin -->"):
+        write_block(tmp_path / "page.md", "balance", "")
     assert EVEN_ENOUGH > 1

@@ -15,6 +15,7 @@ import pytest
 
 from benchmarks import plain_loop, report, throughput, workload
 from benchmarks.clock import Job
+from dpo.errors import UserError
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
 SYSTEMS = ["ours_online", "ours_cached", "trl_default", "trl_tuned", "plain_loop"]
@@ -135,5 +136,5 @@ def test_the_plain_loop_scores_completions_alone():
 
 def test_a_file_without_markers_is_refused(tmp_path):
     (tmp_path / "page.md").write_text("nothing")
-    with pytest.raises(ValueError, match="must hold"):
+    with pytest.raises(UserError, match="must hold"):
         report.write_block(tmp_path / "page.md", "cpu", "text")

@@ -29,7 +29,7 @@ ORDER = [
 ]  # fmt: skip
 OWNERS = {
     "datasets": {"data.sources"},
-    "deepspeed": {"runtime.engine", "runtime.sequence", "runtime.weights"},
+    "deepspeed": {"runtime.engine", "runtime.weights"},
     "torch.distributed": {"runtime.distributed"},
     "transformers": {m for m in ORDER if m.startswith("model.")},
     "peft": {"model.adapters"},

@@ -181,6 +181,29 @@ def is_sharded(module: nn.Module) -> bool:
     return any(hasattr(p, "ds_id") for p in module.parameters())
 
 
+def exchanging_attention(attend: Any, config: Any, group: Any) -> Any:
+    """Ulysses attention over rows that a group's ranks hold in cuts (Jacobs et al. 2023, arXiv:2309.14509).
+
+    Args:
+        attend: attend(module, query, key, value, mask, **kwargs) over whole rows, with this rank's share of the heads.
+        config: Of the model.
+        group: Process group of the ranks.
+    Returns:
+        A module called like `attend`, with the tensors of this rank's cut.
+    """
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    # Not register_with_transformers: it sets module state of DeepSpeed that changes what engines average over.
+    return UlyssesSPAttentionHF(
+        attn=attend, batch_size=1, attn_head_count=heads,
+        attn_head_size=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        kv_head_count=getattr(text, "num_key_value_heads", None) or heads, num_hidden_layers=text.num_hidden_layers,
+        process_group=group, seq_length_is_variable=True,
+    )  # fmt: skip
+
+
 def stop(engine: Any) -> None:
     """Give back all memory of an engine: weights, their shards, optimizer states.
 

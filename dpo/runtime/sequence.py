@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dpo.model.sequence import SequenceGroup
 from dpo.runtime import distributed
+from dpo.runtime import engine as deepspeed_engine
 
 
 class _Add(torch.autograd.Function):
@@ -35,22 +36,9 @@ def join(size: int, config: Any) -> SequenceGroup | None:
     """
     if size == 1:
         return None
-    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
-
     group, rank = distributed.neighbours(size)
-    text = config.get_text_config()
-    heads = text.num_attention_heads
-    # Not register_with_transformers: it sets module state of DeepSpeed that changes what engines average over.
-    ulysses = UlyssesSPAttentionHF(
-        attn=_attend,
-        batch_size=1,
-        attn_head_count=heads,
-        attn_head_size=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        kv_head_count=getattr(text, "num_key_value_heads", None) or heads,
-        num_hidden_layers=text.num_hidden_layers,
-        process_group=group,
-        seq_length_is_variable=True,
-    )
+    heads = config.get_text_config().num_attention_heads
+    ulysses = deepspeed_engine.exchanging_attention(_attend, config, group)
 
     def exchange(attend: Callable[..., Tensor], module: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         # Ulysses gathers positions for kernels that read documents from them; ours reads segments.
