@@ -87,7 +87,9 @@ def test_half_a_surrogate_pair_in_a_role_is_named_by_its_row(
     assert "d.jsonl row 2: chat template does not fit" in said and "surrogates not allowed" in said
 
 
-@pytest.mark.parametrize("wrapped", [DATA, gzip.compress(gzip.compress(DATA)), gzip.compress(DATA)[:-20]])
+@pytest.mark.parametrize(
+    "wrapped", [DATA, gzip.compress(gzip.compress(DATA)), gzip.compress(DATA)[:-20]], ids=["plain", "twice", "cut"]
+)  # a name with the bytes themselves holds the time, and two workers must have the same names
 def test_what_is_no_whole_gzip_file_of_rows_is_refused_by_name(
     wrapped: bytes, policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
