@@ -253,9 +253,14 @@ def _type_name(hint: Any) -> str:
     return f"[{', '.join(names)}]" if get_origin(hint) is tuple else " or ".join(names)
 
 
-def _refuse_bytes(argv: list[str]) -> None:
-    """Arguments that are no UTF-8 come as halves of surrogate pairs, which neither a file nor the parser takes."""
+def _refuse_odd(argv: list[str]) -> None:
+    """Refuse bytes that are no UTF-8, and whole sections, whose value the parser would take for a file to read."""
+    sections = {f"--{key.rpartition('.')[0]}" for key in _keys()}
     for index, argument in enumerate(argv):
+        section, _, value = argument.partition("=")
+        if section in sections:
+            got = value or " ".join(argv[index + 1 : index + 2])
+            raise UserError(f"{section[2:]} is {got[:200]}; use its keys, as in {section}.KEY VALUE")
         try:
             argument.encode("utf-8")
         except UnicodeEncodeError:
@@ -282,7 +287,7 @@ def parse(argv: list[str], verb: Verb | None = None) -> Command:
         UserError: One line naming key, value and fix.
         SystemExit: After --help (code 0).
     """
-    _refuse_bytes(argv)
+    _refuse_odd(argv)
     recipe, names_model_or_data = _first_pass(argv)
     assumed = recipe is None and not names_model_or_data
     if assumed:

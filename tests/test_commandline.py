@@ -329,6 +329,13 @@ def test_a_verb_of_its_own_refuses_what_it_does_not_know_in_one_line(argv, line)
     assert line in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_section_is_never_read_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "loss.yaml").write_text("beta: 0.5")
+    for argv in (["--loss", str(tmp_path / "loss.yaml")], [f"--loss={tmp_path}/loss.yaml"], ["--loss", "9" * 5000]):
+        with pytest.raises(UserError, match="loss is .*; use its keys, as in --loss.KEY VALUE"):
+            parse(["--model.policy", "x", "--data.train", "y", *argv])
+
+
 def test_arguments_that_are_no_utf8_are_named() -> None:
     with pytest.raises(UserError, match=r"argument '--data.train .+udcff.jsonl' is not UTF-8; rename"):
         parse(["--model.policy", "x", "--data.train", "\udcff.jsonl"])
