@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("skipped although ../shared is present", red=True, bold=True)
         for nodeid in _skips:
             terminalreporter.line(f"{nodeid}: only tests marked gpu may skip", red=True)
+
+
+@pytest.fixture(autouse=True)
+def _linear_stays() -> Iterator[None]:
+    """ZeRO-3 replaces torch's linear function, which does not compile, for the rest of the process."""
+    import torch
+
+    linear = torch.nn.functional.linear
+    yield
+    torch.nn.functional.linear = linear
 
 
 @pytest.fixture(scope="session")
