@@ -100,8 +100,7 @@ def test_memory_is_what_a_real_engine_allocates(allocated: Any, job: str, ranks:
         )
         weights, gradients, optimizer, reference = (size * GIB for size in planned.values())
         assert rank["weights"] == weights and rank["reference"] == reference
-        # A reduction bucket of 4,000 bytes and scalars; once, on a busy machine, 2,176 bytes more, whose owner was not
-        # found. The smallest mistake, one byte a parameter, is 143,520 bytes.
+        # A reduction bucket of 4,000 bytes and scalars; the smallest mistake, one byte a parameter, is 143,520 bytes.
         assert rank["gradients and optimizer"] == pytest.approx(gradients + optimizer, abs=10_000)
         if job != "1-bf16":  # that engine keeps its fp32 gradients from step to step
             assert rank["optimizer"] == pytest.approx(optimizer, abs=10_000)
