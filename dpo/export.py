@@ -12,7 +12,8 @@ from dpo.model import adapters
 from dpo.model.load import save_folder
 from dpo.policy import Policy
 from dpo.runtime.checkpoint import publish
-from dpo.runtime.engine import DTYPES, full_state
+from dpo.runtime.engine import DTYPES
+from dpo.runtime.weights import full_state
 from dpo.setup import Setup
 
 

@@ -23,10 +23,9 @@ from dpo.model import adapters, load
 from dpo.report.card import model_card
 from dpo.runtime import checkpoint
 from dpo.runtime.distributed import World
-from dpo.runtime.engine import full_state
 from dpo.runtime.run_directory import versions
 from dpo.runtime.tracking import read_lines
-from dpo.runtime.weights import checkpoint_weights
+from dpo.runtime.weights import checkpoint_weights, full_state
 from dpo.setup import model_and_tokenizer
 
 

@@ -63,13 +63,14 @@ class Nonfinite:
         return {"skipped_steps": self.count} if self.skips else {}
 
     def step(
-        self, engine: Any, lr: float, work: StepBatches, losses: list[Tensor], is_bad: bool
+        self, engine: Any, lr: float, norm: float | None, work: StepBatches, losses: list[Tensor], is_bad: bool
     ) -> tuple[float | None, bool]:
         """Take an optimizer step, unless a loss or the gradient is not finite; collective.
 
         Args:
             engine: After the step's last `backward`, of losses that went through `spoil`.
             lr: Learning rate of the step.
+            norm: Of the gradient, see `engine.step`.
             work: This rank's micro-batches.
             losses: (P,) each, of the pairs of every micro-batch.
             is_bad: Whether one of them is not finite on any rank.
@@ -80,7 +81,7 @@ class Nonfinite:
         """
         if is_bad:
             self._leave_out(work, losses)
-        norm, outcome = deepspeed_engine.step(engine, lr)
+        norm, outcome = deepspeed_engine.step(engine, lr, norm)
         assert not (is_bad and outcome == "applied")
         if outcome == "exhausted":
             raise UserError(

@@ -26,6 +26,7 @@ from dpo.run_data import Pairs
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime import sequence
 from dpo.runtime.distributed import gather, together
+from dpo.runtime.weights import fingerprint
 from dpo.sample import Answer, Decoding, answers_to
 from dpo.setup import Setup
 from dpo.types import PackedBatch, PairLogps
@@ -280,7 +281,7 @@ def _cached_reference(
     say: Callable[[str], None],
 ) -> FrozenReference:
     """Scores of both data sets and answers to the sample prompts, after which no model is needed."""
-    weights = deepspeed_engine.fingerprint(scorer.model)
+    weights = fingerprint(scorer.model)
     path = policy.attention + (", own head" if scorer.own_head else "")
     if setup.config.loss.ld_alpha is not None:
         path += f", ld_alpha {setup.config.loss.ld_alpha}"

@@ -25,7 +25,7 @@ from dpo.policy import Policy, start_policy
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime import heartbeat, preemption
 from dpo.runtime.checkpoint import checkpoints, load, newest, save
-from dpo.runtime.distributed import any_ranks, only_main, sum_over_ranks
+from dpo.runtime.distributed import any_ranks_and, only_main, sum_over_ranks
 from dpo.runtime.schedule import learning_rate
 from dpo.runtime.tracking import Tracker, keep_lines
 from dpo.setup import Setup
@@ -153,9 +153,10 @@ def _step(
         sums[0] += nll.detach()
     sums[1] += work.num_target_tokens / nonfinite.setup.world.world_size
     asked = torch.tensor(preemption.is_asked(), device=device)
-    is_bad, stop = any_ranks(torch.stack((~torch.cat(losses).isfinite().all(), asked)))
+    flags = torch.stack((~torch.cat(losses).isfinite().all(), asked))
+    (is_bad, stop), norm = any_ranks_and(flags, deepspeed_engine.gradient_norm(policy.engine))
     heartbeat.at(f"in the update of SFT step {step}", in_step=True)
-    grad_norm, counts = nonfinite.step(policy.engine, lr, work, losses, is_bad)
+    grad_norm, counts = nonfinite.step(policy.engine, lr, norm, work, losses, is_bad)
     if not counts:
         sums.copy_(before)
     return grad_norm, stop

@@ -191,9 +191,10 @@ def take_step(
     bad = ~torch.cat(losses).isfinite().all()
     heartbeat.at(f"at the end of step {work.step + 1}, asking the others", in_step=True)
     asked = torch.full_like(bad, preemption.is_asked())
-    is_bad, stop = distributed.any_ranks(torch.stack((bad, asked)))
+    flags = torch.stack((bad, asked))
+    (is_bad, stop), norm = distributed.any_ranks_and(flags, deepspeed_engine.gradient_norm(policy.engine))
     heartbeat.at(f"in the update of step {work.step + 1}", in_step=True)
-    meter.grad_norm, counts = nonfinite.step(policy.engine, lr, work, losses, is_bad)
+    meter.grad_norm, counts = nonfinite.step(policy.engine, lr, norm, work, losses, is_bad)
     if not counts:
         meter.totals[:8], meter.totals[10], loss.running = before[:8], before[10], running
     meter.pairs += work.num_pairs

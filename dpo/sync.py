@@ -15,8 +15,7 @@ from torch import Tensor
 from dpo.errors import UserError
 from dpo.policy import FrozenReference, Policy
 from dpo.runtime.distributed import World, only_main, together
-from dpo.runtime.engine import full_state
-from dpo.runtime.weights import mix_into, set_state
+from dpo.runtime.weights import full_state, mix_into, set_state
 
 FILE = "reference.safetensors"
 

@@ -239,9 +239,9 @@ def test_an_fp16_overflow_is_logged_and_the_lowest_scale_stops_the_run(
 ):
     steps, taken = [], engine.step
 
-    def overflowing(started: Any, lr: float) -> Any:
+    def overflowing(started: Any, lr: float, norm: float) -> Any:
         steps.append(lr)
-        return (None, outcome) if len(steps) == 2 else taken(started, lr)
+        return (None, outcome) if len(steps) == 2 else taken(started, lr, norm)
 
     monkeypatch.setattr(dpo.nonfinite.deepspeed_engine, "step", overflowing)
     folder = run(tmp_path / "run", argv, code=0 if outcome == "overflow" else 2)

@@ -23,7 +23,7 @@ from dpo.model.forward import Scorer
 from dpo.model.load import frozen_copy
 from dpo.reference_cache import cached_scores, folder_of, manifest_of
 from dpo.runtime import distributed
-from dpo.runtime.engine import fingerprint
+from dpo.runtime.weights import fingerprint
 from tests import tiny
 
 

@@ -221,12 +221,26 @@ def any_ranks(flags: Tensor) -> list[bool]:
     Returns:
         The same on every rank.
     """
+    return any_ranks_and(flags, None)[0]
+
+
+def any_ranks_and(flags: Tensor, number: Tensor | None) -> tuple[list[bool], float | None]:
+    """Which flags are set on any rank, and a number that all ranks have: one all-reduce, and one wait for the device.
+
+    Args:
+        flags: (n,) bool on the rank's device, n at most 50.
+        number: Scalar on the same device.
+    Returns:
+        The same on every rank.
+    """
     raised = flags.to(torch.int32)
     if dist.get_world_size() > 1:
         dist.all_reduce(raised, op=dist.ReduceOp.MAX)
-    places = torch.arange(len(flags), device=flags.device)
-    bits = int((raised << places).sum())  # one number to wait for, however many flags
-    return [bool(bits >> place & 1) for place in range(len(flags))]
+    bits = (raised << torch.arange(len(flags), device=flags.device)).sum().double()
+    beside = torch.zeros_like(bits) if number is None else number.double()
+    both: complex = torch.complex(beside, bits).item()  # type: ignore[assignment]  # one number to wait for
+    found = [bool(int(both.imag) >> place & 1) for place in range(len(flags))]
+    return found, None if number is None else both.real
 
 
 def any_rank(flag: Tensor) -> bool:

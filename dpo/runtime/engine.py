@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import copy
 import gc
-import hashlib
 import json
 import logging
 import math
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -31,6 +32,7 @@ from dpo.runtime.deepspeed_json import check_keys, check_owned, without_auto
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed  # noqa: E402  (reads DS_ACCELERATOR, and warns without it)
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError  # noqa: E402
+from deepspeed.runtime.utils import combine_grad_norm_groups  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -235,12 +237,46 @@ def backward(engine: Any, loss: Tensor, is_last: bool) -> None:
     engine.backward(loss, scale_wrt_gas=False)
 
 
-def step(engine: Any, lr: float) -> tuple[float | None, Outcome]:
+def gradient_norm(engine: Any) -> Tensor | None:
+    """Norm of the step's gradient before clipping, for the caller to read with what else it waits for; collective.
+
+    Args:
+        engine: After the step's last `backward`.
+    Returns:
+        Scalar on the device, times fp16's loss scale, infinite if the gradient is not finite. None where DeepSpeed is to
+        find it: an offloaded optimizer, ZeRO-1 in bf16, no ZeRO; and where nobody wants it.
+    """
+    optimizer = engine.optimizer
+    if any(getattr(optimizer, name, False) for name in ("cpu_offload", "offload_optimizer")):
+        return None
+    if hasattr(optimizer, "_get_norm_groups"):  # ZeRO-3
+        return combine_grad_norm_groups(optimizer._get_norm_groups())
+    return optimizer.scaled_global_norm() if getattr(optimizer, "compute_grad_norm", False) else None
+
+
+@contextmanager
+def _norm_is_known(optimizer: Any, norm: float | None) -> Iterator[None]:
+    """Give DeepSpeed a norm that the host knows, where it would compute it and wait for it and its finiteness."""
+    known = {} if norm is None else {
+        "scaled_global_norm": lambda norm_type=2: torch.tensor(norm, dtype=torch.float32, device="cpu"),
+        "_get_norm_groups": lambda: [torch.tensor(norm, dtype=torch.float64, device="cpu")],
+        "check_overflow": lambda partition_gradients=True: None,  # a norm of what is not finite is not either
+    }  # fmt: skip
+    vars(optimizer).update(known)
+    try:
+        yield
+    finally:
+        for name in known:
+            delattr(optimizer, name)
+
+
+def step(engine: Any, lr: float, norm: float | None = None) -> tuple[float | None, Outcome]:
     """Take an optimizer step, unless the gradient is not finite; collective.
 
     Args:
         engine: After the step's last `backward`.
         lr: Learning rate of this step.
+        norm: That of `gradient_norm`; None has DeepSpeed compute it and wait for it.
     Returns:
         Gradient norm before clipping, None where no step was taken or DeepSpeed was told not to compute it; and what
         became of the step.
@@ -256,15 +292,16 @@ def step(engine: Any, lr: float) -> tuple[float | None, Outcome]:
         return total, "applied"
     scale = engine.optimizer.loss_scale if engine.fp16_enabled() else None
     try:
-        engine.step()
+        with _norm_is_known(engine.optimizer, norm):
+            engine.step()
     except Exception as error:
         if "loss scale already at minimum" not in str(error):
             raise
         return None, "exhausted"
     if not engine.was_step_applied():
         return None, _left_out(engine, scale)
-    norm = engine.get_global_grad_norm()
-    return None if norm is None else float(norm), "applied"
+    total_norm = engine.get_global_grad_norm()
+    return None if total_norm is None else float(total_norm), "applied"
 
 
 def _left_out(engine: Any, scale: float | None) -> Outcome:
@@ -281,38 +318,3 @@ def looks_at_gradient(config: dict[str, Any], precision: str) -> bool:
         return True
     section, key = switches[precision]
     return bool(config.get(section, {}).get(key, True))
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of a model's weights as they are, names included; collective under ZeRO-3, the same on every rank."""
-    digest = hashlib.sha256()
-    for name, tensor in model.named_parameters():
-        with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-            digest.update(tensor.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def full_state(model: nn.Module, dtype: torch.dtype, keep: bool, *, trained_only: bool = False) -> dict[str, Tensor]:
-    """Whole weights of a model, gathered one at a time; collective under ZeRO-3.
-
-    Args:
-        model: The transformers model, within an engine or not.
-        dtype: Of the copies of floating-point weights.
-        keep: Whether this rank keeps them; the others only take part.
-        trained_only: Leave out what is frozen, and buffers.
-    Returns:
-        Name -> tensor on the CPU, empty unless `keep`. Tied weights share one tensor.
-    """
-    copies: dict[int, Tensor] = {}
-    result: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if trained_only and not tensor.requires_grad:
-            continue
-        with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
-            if keep:
-                if id(tensor) not in copies:
-                    value = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
-                    copies[id(tensor)] = value.contiguous()
-                result[name] = copies[id(tensor)]
-    return result

@@ -1,4 +1,4 @@
-"""Weights across ranks and files: mixed, restored, put together from a checkpoint without an engine.
+"""Weights across ranks and files: named, gathered, mixed, restored, put together from a checkpoint without an engine.
 
 Files of DeepSpeed are read `without_code` here and wherever else they are.
 """
@@ -6,6 +6,7 @@ Files of DeepSpeed are read `without_code` here and wherever else they are.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
 import pickle
@@ -128,3 +129,38 @@ def checkpoint_weights(folder: Path) -> dict[str, Tensor]:
             )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"checkpoint {folder} cannot be read: {' '.join(str(error).split())[:200]}") from None
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of a model's weights as they are, names included; collective under ZeRO-3, the same on every rank."""
+    digest = hashlib.sha256()
+    for name, tensor in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+            digest.update(tensor.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def full_state(model: nn.Module, dtype: torch.dtype, keep: bool, *, trained_only: bool = False) -> dict[str, Tensor]:
+    """Whole weights of a model, gathered one at a time; collective under ZeRO-3.
+
+    Args:
+        model: The transformers model, within an engine or not.
+        dtype: Of the copies of floating-point weights.
+        keep: Whether this rank keeps them; the others only take part.
+        trained_only: Leave out what is frozen, and buffers.
+    Returns:
+        Name -> tensor on the CPU, empty unless `keep`. Tied weights share one tensor.
+    """
+    copies: dict[int, Tensor] = {}
+    result: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if trained_only and not tensor.requires_grad:
+            continue
+        with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+            if keep:
+                if id(tensor) not in copies:
+                    value = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+                    copies[id(tensor)] = value.contiguous()
+                result[name] = copies[id(tensor)]
+    return result

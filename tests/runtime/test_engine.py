@@ -13,7 +13,7 @@ from torch import nn
 
 from dpo.config import OptimConfig
 from dpo.errors import UserError
-from dpo.runtime import distributed, engine
+from dpo.runtime import distributed, engine, weights
 from dpo.runtime.deepspeed_json import read_json
 from dpo.runtime.engine import build_config, zero_stage
 
@@ -272,8 +272,8 @@ def test_the_json_of_the_transformers_documentation_takes_the_step_of_plain_adam
     groups = [{"params": [plain.weight], "weight_decay": 0.1}, {"params": [plain.bias], "weight_decay": 0.0}]
     torch.optim.AdamW(groups, lr=0.01).step()
     assert norm == pytest.approx(float(expected), rel=1e-5) and outcome == "applied"
-    state = engine.full_state(module, torch.float32, keep=True)
+    state = weights.full_state(module, torch.float32, keep=True)
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-7)
-    assert engine.full_state(module, torch.float32, keep=False) == {}
+    assert weights.full_state(module, torch.float32, keep=False) == {}
     started.destroy()
