@@ -243,8 +243,8 @@ def gradient_norm(engine: Any) -> Tensor | None:
     Args:
         engine: After the step's last `backward`.
     Returns:
-        Scalar on the device, times fp16's loss scale, infinite if the gradient is not finite. None where DeepSpeed is to
-        find it: an offloaded optimizer, ZeRO-1 in bf16, no ZeRO; and where nobody wants it.
+        Scalar on the device, times fp16's loss scale, infinite if the gradient is not finite. None where DeepSpeed has
+        to find it (an offloaded optimizer, ZeRO-1 in bf16, no ZeRO), and where nobody wants it.
     """
     optimizer = engine.optimizer
     if any(getattr(optimizer, name, False) for name in ("cpu_offload", "offload_optimizer")):
