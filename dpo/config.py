@@ -407,7 +407,7 @@ class OptimConfig:
     """AdamW with fp32 master weights."""
 
     name: Literal["adamw", "adamw_8bit"] = "adamw"
-    """adamw_8bit: AdamW's states in 8 bits, a quarter of their memory; needs a GPU and bitsandbytes."""
+    """adamw_8bit: AdamW's states in 8 bits, a quarter of their memory; needs bitsandbytes."""
     lr: float = 1e-6
     """Peak learning rate of DPO."""
     sft_lr: float | None = None
