@@ -66,7 +66,8 @@ def _try_costliest(setup: Setup, policy: Policy, reference: FrozenReference) -> 
     chosen_length = float(setup.train_pairs.lengths[:, 1].mean())
     started = time.perf_counter()
     known = look_ahead(policy, reference.train, [batch], device) if loss.couples else None
-    (context,) = contexts_of(loss, [batch], known, chosen_length, setup.world, is_step=False)
+    of_row = setup.config.train.sequence_parallel_size
+    (context,) = contexts_of(loss, [batch], known, chosen_length, setup.world, of_row, is_step=False)
     reference_logps = reference.train(on_device)
     output = loss(policy.logps(on_device, reference_logps), reference_logps, context)
     deepspeed_engine.backward(policy.engine, output.losses.sum(), True)

@@ -98,16 +98,17 @@ def check_manifest(folder: Path, manifest: dict[str, object]) -> bool:
 
 
 @torch.no_grad()
-def _score_pairs(score: Score, loader: Loader, pair_ids: list[int], device: torch.device) -> Tensor:
+def _score_pairs(score: Score, loader: Loader, pair_ids: list[int], world: World) -> Tensor:
     """(len(pair_ids), 2) fp32 on the CPU: scores of the pairs, every rank doing its share; collective."""
-    place = {pair_id: row for row, pair_id in enumerate(pair_ids)}
+    device, place = world.device, {pair_id: row for row, pair_id in enumerate(pair_ids)}
     scores = torch.zeros(len(pair_ids), 2, dtype=torch.float32, device=device)
     for ids in loader.share_of(pair_ids):
         preemption.check(device)
         logps = pair_logps(score, loader.build(ids).to(device))
         rows = torch.tensor([place[i] for i in ids], dtype=torch.int64, device=device)
         scores[rows] = torch.stack((logps.chosen, logps.rejected), dim=1).float()
-    return sum_over_ranks(scores).cpu()
+    ranks_of_row = world.world_size // loader.world_size
+    return sum_over_ranks(scores if world.rank % ranks_of_row == 0 else torch.zeros_like(scores)).cpu()
 
 
 def cached_scores(
@@ -128,13 +129,13 @@ def cached_scores(
         UserError: If the cache is of something else or does not agree with the reference.
     """
     folder = folder_of(cache, manifest)
-    count, device = len(loader.dataset), world.device
+    count = len(loader.dataset)
     chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
     finished = only_main(world, lambda: check_manifest(folder, manifest))
     done = only_main(world, lambda: [_chunk_file(folder, c).exists() for c in range(len(chunks))])
     for number, (ids, is_done) in enumerate(zip(chunks, done, strict=True)):
         if not is_done:
-            scores = _score_pairs(score, loader, list(ids), device).numpy()
+            scores = _score_pairs(score, loader, list(ids), world).numpy()
             only_main(world, partial(_write_chunk, _chunk_file(folder, number), scores))
             say(f"reference scores: {ids.stop:,} of {count:,} pairs")
     if not finished:
@@ -142,18 +143,18 @@ def cached_scores(
     values = only_main(world, lambda: np.concatenate([_read_chunk(folder, c, len(r)) for c, r in enumerate(chunks)]))
     known = torch.from_numpy(values)
     if finished:
-        _verify(score, loader, known, folder, device, TOLERANCE[getattr(torch, str(manifest["dtype"]))])
+        _verify(score, loader, known, folder, world, TOLERANCE[getattr(torch, str(manifest["dtype"]))])
         say(f"reference scores: {count:,} pairs from {folder}, {min(SAMPLE, count)} of them scored again and equal")
     return known
 
 
 def _verify(
-    score: Score, loader: Loader, known: Tensor, folder: Path, device: torch.device, tolerance: float
+    score: Score, loader: Loader, known: Tensor, folder: Path, world: World, tolerance: float
 ) -> None:
     """Score a few pairs again and compare; collective."""
     count = len(loader.dataset)
     ids = sorted({round(i * (count - 1) / max(1, SAMPLE - 1)) for i in range(SAMPLE)})
-    again = _score_pairs(score, loader, ids, device)
+    again = _score_pairs(score, loader, ids, world)
     lengths = torch.from_numpy(loader.dataset.lengths[ids, 1:]).float()
     gaps = (again - known[ids]).abs() / lengths
     worst = float(gaps.max())

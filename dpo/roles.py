@@ -11,7 +11,6 @@ from dpo.config import Config, LoraConfig
 from dpo.errors import UserError
 from dpo.model import adapters, load
 from dpo.model.sequence import heads_complaint
-from dpo.objective.catalog import LOSSES
 from dpo.runtime import engine as deepspeed_engine
 
 
@@ -107,38 +106,28 @@ def _check_four_bits(config: Config, mode: str, adapted: bool, zero: dict[str, A
         raise UserError("model.load_in_4bit is true under ZeRO-3, which cannot shard 4-bit weights; use zero2.json")
 
 
-def check_sequence(config: Config, zero: dict[str, Any], model_config: Any) -> None:
-    """Refuse what ranks that compute a row together cannot do, or has not been shown to be right with them.
+def check_sequence(config: Config, model_config: Any) -> None:
+    """Refuse what ranks that compute a row together cannot do.
 
     Args:
         config: Settings.
-        zero: Section zero_optimization of the DeepSpeed JSON.
         model_config: Of the policy.
     Raises:
         UserError: Naming the first.
     """
-    size, loss, reference = config.train.sequence_parallel_size, config.loss, config.reference
+    size, loss = config.train.sequence_parallel_size, config.loss
     if size == 1:
         return
-    coupled = [name for name in loss.names if LOSSES[name].couples]
     heads = heads_complaint(model_config, size)
     refused = {
         f"model.policy {config.model.policy}: {heads}": heads is not None,
         "train.layout padded, and packed rows are cut; use shared": config.train.layout == "padded",
-        "ZeRO-3; use zero2.json": zero.get("stage") == 3,
-        "adapters; train all weights": trains_adapters(config),
-        "train.sft_epochs; do SFT in a run of its own": config.train.sft_epochs > 0,
-        f"loss.name {', '.join(coupled)}, which couples pairs; use sigmoid": bool(coupled),
         "loss.name tdpo, which needs whole next-token distributions; use sigmoid": "tdpo" in loss.names,
         "loss.wpo; leave it out": loss.wpo,
-        "reference.mode cached; use online": reference.mode == "cached",
-        "reference.path; leave it out": reference.path is not None,
-        "reference.sync_steps; leave it out": reference.sync_steps is not None,
         "model.compile; leave it out": config.model.compile,
         "model.loss_in_forward, which needs whole completions on a rank; use auto": (
             config.model.loss_in_forward is True
         ),
-        "log.samples; use 0, and python -m dpo sample afterwards": config.log.samples > 0,
     }
     for what, is_set in refused.items():
         if is_set:

@@ -241,7 +241,7 @@ def prepare(config: Config, world: World, deepspeed_json: str | None, *, for_els
         zero = engine_config.get("zero_optimization", {})
         roles.check_roles(config, zero, world.device, for_elsewhere=for_elsewhere)
         model_config, tokenizer = model_and_tokenizer(config)
-        roles.check_sequence(config, zero, model_config)
+        roles.check_sequence(config, model_config)
         if not for_elsewhere:
             for path in filter(None, (config.model.policy, config.reference.path)):
                 load.check_weights(path)  # of the adapter, where it is one

@@ -151,7 +151,7 @@ def _step(
         losses.append(logps.detach())
         deepspeed_engine.backward(policy.engine, spoil(loss, losses[-1]), index == len(work.batches) - 1)
         sums[0] += nll.detach()
-    sums[1] += work.num_target_tokens / nonfinite.setup.world.world_size
+        sums[1] += len(batch.target_ids)  # not the step's: ranks that compute a row together all add its nll
     asked = torch.tensor(preemption.is_asked(), device=device)
     flags = torch.stack((~torch.cat(losses).isfinite().all(), asked))
     (is_bad, stop), norm = any_ranks_and(flags, deepspeed_engine.gradient_norm(policy.engine))

@@ -32,7 +32,8 @@ MIXED_DTYPE_TOKEN = 0.05
 
 def _loss_sum(setup: Setup, loss: Objective, work: StepBatches, scored: Scored) -> torch.Tensor:
     """Scalar: the loss summed over this rank's pairs; collective where pairs are coupled."""
-    contexts = contexts_of(loss, work.batches, scored, work.chosen_length, setup.world, is_step=False)
+    of_row = setup.config.train.sequence_parallel_size
+    contexts = contexts_of(loss, work.batches, scored, work.chosen_length, setup.world, of_row, is_step=False)
     losses = [loss(*pair, context).losses for pair, context in zip(scored, contexts, strict=True)]
     return torch.cat(losses).double().sum()
 

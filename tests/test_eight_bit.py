@@ -35,8 +35,8 @@ def run(folder: Path, policy: object, *more: str, code: int = 0) -> Path:
 
 def moments(engine: Any) -> list[torch.Tensor]:
     """Of the matrices; bitsandbytes keeps those of fewer than 4,096 weights, here all biases and norms, in fp32."""
-    inner = engine.optimizer.optimizer
-    return [state[name] for state in inner.state.values() for name in ("state1", "state2") if state[name].numel() >= 4096]
+    both = [s[name] for s in engine.optimizer.optimizer.state.values() for name in ("state1", "state2")]
+    return [m for m in both if m.numel() >= 4096]
 
 
 @pytest.mark.parametrize(("stage", "precision"), [("zero1", "fp32"), ("zero2", "bf16"), ("zero3", "fp32")])

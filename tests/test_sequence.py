@@ -10,14 +10,18 @@ import pytest
 import torch
 
 import dpo.__main__
-from dpo.config import Config, DataConfig, LogConfig, ModelConfig, TrainConfig, check_world_size
+import dpo.context
+from dpo.config import Config, DataConfig, LogConfig, LossConfig, ModelConfig, TrainConfig, check_world_size
+from dpo.context import contexts_of
 from dpo.data.batch import collate
 from dpo.errors import UserError
 from dpo.model.check import settle
 from dpo.model.forward import Scorer
 from dpo.model.sequence import SequenceGroup
+from dpo.objective.objective import Objective
 from dpo.roles import check_sequence
 from dpo.runtime.distributed import World
+from dpo.types import PairLogps
 from tests import tiny
 from tests.invariants.run_losses import setup_of
 
@@ -43,6 +47,29 @@ def test_ranks_of_a_row_get_the_same_pairs_and_a_budget_for_all_of_them():
     assert loaders[0].token_budget == 2 * 4096
 
 
+def test_a_loss_that_couples_pairs_counts_those_of_a_row_once(monkeypatch):
+    loss, device = Objective(LossConfig(name="aot")), torch.device("cpu")
+    batches = [collate(tiny.pairs(4)[start : start + 2], "shared") for start in (0, 2)]
+    gaps = torch.tensor([[3.0, -1.0], [0.5, 2.0]])
+    lengths = torch.ones(2)
+    shares = []
+    for batch, gap in zip(batches, gaps, strict=True):
+        logps = PairLogps(gap, 0 * gap, lengths, lengths)
+        reference = PairLogps(gap.flip(0) * 2, 0 * gap, lengths, lengths)
+        shares.append((list(batch.pair_ids), dpo.context._rows(logps, reference).tolist(), (logps, reference)))
+
+    def partners(group: int, world: World, ranks_of_row: int) -> Any:
+        monkeypatch.setattr(dpo.context, "gather", lambda own: [s[:2] for s in shares for _ in range(ranks_of_row)])
+        known = [shares[group][2]]
+        (context,) = contexts_of(loss, [batches[group]], known, 1.0, world, ranks_of_row, is_step=False)
+        return context.partners["aot"]
+
+    for group in (0, 1):
+        alone = partners(group, World(group, 2, group, device), 1)
+        for rank in (2 * group, 2 * group + 1):
+            assert torch.equal(partners(group, World(rank, 4, rank, device), 2), alone)
+
+
 @pytest.mark.parametrize("size", [3, 7])
 def test_cuts_of_a_row_hold_every_token_and_every_scored_token_once(size):
     batch = collate(tiny.pairs(4), "shared", [(torch.rand(len(p.chosen_ids)).numpy(), torch.rand(len(p.rejected_ids))
@@ -62,29 +89,21 @@ def test_cuts_of_a_row_hold_every_token_and_every_scored_token_once(size):
 
 
 @pytest.mark.parametrize(
-    ("sections", "stage", "line"),
+    ("sections", "line"),
     [
-        ({"train": {"layout": "padded"}}, 2, "with train.layout padded, and packed rows are cut; use shared"),
-        ({}, 3, "with ZeRO-3; use zero2.json"),
-        ({"model": {"lora": replace(ModelConfig().lora, r=4)}}, 2, "with adapters; train all weights"),
-        ({"train": {"sft_epochs": 1}}, 2, "with train.sft_epochs; do SFT in a run of its own"),
-        ({"loss": {"name": ("sigmoid", "aot")}}, 2, "with loss.name aot, which couples pairs; use sigmoid"),
-        ({"loss": {"name": "tdpo"}}, 2, "with loss.name tdpo, which needs whole next-token distributions"),
-        ({"loss": {"wpo": True}}, 2, "with loss.wpo; leave it out"),
-        ({"reference": {"mode": "cached"}}, 2, "with reference.mode cached; use online"),
-        ({"reference": {"path": "x"}}, 2, "with reference.path; leave it out"),
-        ({"reference": {"sync_steps": 2}}, 2, "with reference.sync_steps; leave it out"),
-        ({"model": {"compile": True}}, 2, "with model.compile; leave it out"),
-        ({"model": {"loss_in_forward": True}}, 2, "with model.loss_in_forward, which needs whole completions on a"),
-        ({"log": {"samples": 4}}, 2, "with log.samples; use 0, and python -m dpo sample afterwards"),
+        ({"train": {"layout": "padded"}}, "with train.layout padded, and packed rows are cut; use shared"),
+        ({"loss": {"name": "tdpo"}}, "with loss.name tdpo, which needs whole next-token distributions"),
+        ({"loss": {"wpo": True}}, "with loss.wpo; leave it out"),
+        ({"model": {"compile": True}}, "with model.compile; leave it out"),
+        ({"model": {"loss_in_forward": True}}, "with model.loss_in_forward, which needs whole completions on a"),
     ],
 )
-def test_what_a_cut_row_cannot_do_is_refused_by_name(sections, stage, line):
+def test_what_a_cut_row_cannot_do_is_refused_by_name(sections, line):
     model_config = tiny.model("llama").config
-    check_sequence(config(), {"stage": 2}, model_config)
+    check_sequence(config(), model_config)
     with pytest.raises(UserError, match=f"train.sequence_parallel_size is 2 {line}"):
-        check_sequence(config(**sections), {"stage": stage}, model_config)
-    check_sequence(config(size=1, **sections), {"stage": stage}, model_config)
+        check_sequence(config(**sections), model_config)
+    check_sequence(config(size=1, **sections), model_config)
 
 
 @pytest.mark.parametrize(
@@ -93,10 +112,10 @@ def test_what_a_cut_row_cannot_do_is_refused_by_name(sections, stage, line):
 )
 def test_heads_that_cannot_be_shared_out_are_refused(size, kv_heads, line):
     model_config = tiny.model("llama").config
-    check_sequence(config(size=4), {"stage": 2}, model_config)  # four ranks, two key heads: each is held twice
+    check_sequence(config(size=4), model_config)  # four ranks, two key heads: each is held twice
     model_config.num_key_value_heads = kv_heads
     with pytest.raises(UserError, match=f"with model.policy tiny: {line}"):
-        check_sequence(config(size=size), {"stage": 2}, model_config)
+        check_sequence(config(size=size), model_config)
 
 
 def test_a_model_that_only_padded_rows_score_right_is_refused():

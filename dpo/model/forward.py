@@ -213,3 +213,16 @@ def own_logits_logps(scorer: Scorer, pair: TokenizedPair, device: torch.device) 
             logits = scorer.model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
             sums.append(logps_of_logits(logits, targets).sum())
     return torch.stack(sums)
+
+
+@contextmanager
+def whole_rows(*scorers: Scorer) -> Iterator[None]:
+    """Within it every rank computes the rows it is given alone; the same scorer may stand there twice."""
+    before = [(scorer, scorer.across) for scorer in scorers]
+    for scorer in scorers:
+        scorer.across = None
+    try:
+        yield
+    finally:
+        for scorer, across in before:
+            scorer.across = across
