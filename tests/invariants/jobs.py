@@ -29,9 +29,9 @@ class Run:
 
 
 def train_all(folder: Path, jobs: dict[str, list[str]], ranks: int, timeout: float = 900) -> dict[str, Run]:
-    """Run every job in one process group of `ranks` ranks; each gets its own output_dir under `folder`."""
+    """Run every job in one process group of `ranks` ranks, each in folder/NAME; NAME+ANYTHING goes on with that run."""
     folder.mkdir(parents=True, exist_ok=True)
-    argvs = {name: [*argv, "--train.output_dir", str(folder / name)] for name, argv in jobs.items()}
+    argvs = {name: [*argv, "--train.output_dir", str(_output(folder, name))] for name, argv in jobs.items()}
     (folder / "jobs.json").write_text(json.dumps(argvs))
     launch = [sys.executable]
     if ranks > 1:
@@ -46,5 +46,9 @@ def train_all(folder: Path, jobs: dict[str, list[str]], ranks: int, timeout: flo
     runs = {}
     for name in jobs:
         seen = [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(ranks)]
-        runs[name] = Run(folder / name, read_lines(folder / name), seen)
+        runs[name] = Run(_output(folder, name), read_lines(_output(folder, name)), seen)
     return runs
+
+
+def _output(folder: Path, name: str) -> Path:
+    return folder / name.partition("+")[0]

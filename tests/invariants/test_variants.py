@@ -54,6 +54,11 @@ VARIANTS: dict[str, dict[str, tuple[int, list[str]]]] = {
         "sft_cut_two_ranks_zero3": (2, ["--config", "SHARDED/zero3.json", *SFT, *CUT]),
     },
 }
+CONTINUED = {
+    "continued": ["--config", "ds_configs/zero2.json", *CUT, "--train.max_steps", "2"],
+    "continued+whole": ["--config", "ds_configs/zero2.json"],
+}
+"""A run on two ranks a row that goes on with a row a rank."""
 PAIRS = [(family, name) for family, variants in VARIANTS.items() for name in variants if name != family]
 
 
@@ -93,6 +98,8 @@ def runs(tiny_policy, tmp_path_factory) -> dict[str, Run]:
             for name, (needed, flags) in variants.items()
             if needed == ranks
         }
+        if ranks == 2:
+            jobs |= {name: base + flags for name, flags in CONTINUED.items()}
         found |= train_all(folder / str(ranks), jobs, ranks)
     return found
 
@@ -114,6 +121,15 @@ def test_a_rank_of_a_cut_row_computes_half_of_it(runs, name):
     truth = runs["plain"].seen[0]["policy_rows"]  # all pairs of a step in one row
     rows = [seen["policy_rows"][-len(truth) :] for seen in runs[name].seen]
     assert rows[0] == rows[1] == [[1, -(-length // 2)] for _, length in truth]
+
+
+def test_a_run_goes_on_with_another_number_of_ranks_a_row(runs):
+    truth = [line for line in runs["plain"].lines if line["step"] > 2]
+    found = [line for line in runs["continued+whole"].lines if line["step"] > 2]
+    assert [line.keys() for line in found] == [line.keys() for line in truth] and len(truth) > 2
+    for expected, line in zip(truth, found, strict=True):
+        for metric in {"loss", "eval_loss", "rewards/margins", "grad_norm", "samples/kl"} & line.keys():
+            assert line[metric] == pytest.approx(expected[metric], abs=1e-4, rel=1e-4), (line["step"], metric)
 
 
 def test_the_moving_reference_changes_what_follows_its_first_move_and_nothing_before(runs):
