@@ -166,6 +166,13 @@ def resolve_precision(wanted: str, device: torch.device) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
+def _precision_notes(precision: str, device: torch.device) -> list[str]:
+    """Say where products are done without instructions for them, which looks like a run that hangs."""
+    if device.type != "cpu" or precision != "bf16" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return []
+    return ["train.precision is bf16 and this CPU has no instructions for it: many times slower than fp32"]
+
+
 def _longest(config: Config, model_config: Any) -> int:
     context = load.context_length(model_config)
     wanted = config.data.max_length
@@ -252,7 +259,8 @@ def prepare(config: Config, world: World, deepspeed_json: str | None, *, for_els
         return Setup(
             config=config, world=world, engine_config=engine_config, precision=precision, tokenizer=tokenizer,
             data=data, train_pairs=data.train_pairs(), validation_pairs=data.validation_pairs(),
-            start_dtype=load.starting_dtype(model_config), notes=data.notes,
+            start_dtype=load.starting_dtype(model_config),
+            notes=(*data.notes, *_precision_notes(precision, world.device)),
         )
 
     setup = together(work)

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import dpo.policy
+import dpo.setup
 import dpo.sft
 import train_dpo
 from dpo.runtime.tracking import read_lines
@@ -130,3 +131,16 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(flags,
     assert train_dpo.main(arguments(tmp_path, tiny_policy, *flags)) == 2
     assert line in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "supported", "said"),
+    [
+        ("bf16", "cpu", False, True), ("bf16", "cpu", True, False), ("fp32", "cpu", False, False),
+        ("bf16", "cuda", False, False),
+    ],
+)  # fmt: skip
+def test_bf16_on_a_cpu_without_instructions_for_it_is_said(precision, device, supported, said, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    notes = dpo.setup._precision_notes(precision, torch.device(device))
+    assert [("many times slower than fp32" in note) for note in notes] == [True] * said
