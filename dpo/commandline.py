@@ -7,6 +7,7 @@ import difflib
 import os
 import re
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -59,14 +60,14 @@ class Verb:
     options: type
 
 
-def _parser(recipe: str | None, verb: Verb | None) -> ArgumentParser:
+@cache
+def _parser(verb: Verb | None) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=f"python -m dpo {verb.name}" if verb else "train_dpo.py",
         description=verb.description if verb else DESCRIPTION,
         exit_on_error=False,
         allow_abbrev=False,
-        default_config_files=[recipe] if recipe else [],
     )
     parser.add_argument("--config", help="DeepSpeed JSON: memory and communication, e.g. ds_configs/zero2.json")
     parser.add_argument("--recipe", help="YAML file with the sections below; flags override it")
@@ -294,7 +295,8 @@ def parse(argv: list[str], verb: Verb | None = None) -> Command:
         recipe = str(QUICKSTART)
     if recipe is not None:
         _check_recipe(recipe)
-    parser = _parser(recipe, verb)
+    parser = _parser(verb)
+    parser.default_config_files = [recipe] if recipe else []
     try:
         parsed = parser.parse_args(argv)
         _refuse_null(parser, parsed)

@@ -52,6 +52,15 @@ def _linear_stays() -> Iterator[None]:
     torch.nn.functional.linear = linear
 
 
+@pytest.fixture(autouse=True)
+def _no_drawings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Curves and report take longer than a few steps: runs in tests marked `draws`, and of whole modules, have them."""
+    if request.node.get_closest_marker("draws") is None:
+        from tests.invariants.jobs import without_drawings
+
+        without_drawings(monkeypatch.setattr)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data sets and tokenizers beside the checkout."""

@@ -5,13 +5,11 @@ from __future__ import annotations
 import random
 import sys
 
-import dpo.train
 from benchmarks import damage
 from dpo.runtime import checkpoint, manifest
 
 
 def test_every_kind_of_damage_to_a_real_checkpoint_is_told(monkeypatch, capsys):
-    monkeypatch.setattr(dpo.train, "closing", lambda *args: None)  # no charts
     monkeypatch.setattr(sys, "argv", ["damage", "--count", "2", "--seed", "3"])
     assert damage.main() == 0
     printed = capsys.readouterr().out.splitlines()

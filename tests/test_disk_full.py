@@ -54,7 +54,6 @@ def fill(disk: Path, left: int) -> None:
 def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on_once_there_is_room(
     small_disk, tiny_policy, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(dpo.train, "closing", lambda *args: None)  # no charts
     whole = arguments(tmp_path, tiny_policy, "--train.save_every", "1", "--log.samples", "0", "--optim.lr", "1e-3")
     argv = [*whole, "--train.output_dir", str(small_disk / "run")]
     run, save, check = small_disk / "run", dpo.train._save, checkpoint._check_disk

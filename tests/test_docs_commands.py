@@ -19,7 +19,6 @@ import torch
 import transformers
 
 import train_dpo
-from dpo import finish
 from dpo.__main__ import VERBS, main
 from dpo.commandline import parse
 from tests import tiny
@@ -127,9 +126,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def inside(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(place)
     monkeypatch.setenv("DPO_CACHE", str(place / "cache"))
-    # Most of a tiny run is drawing its pictures; `python -m dpo report` draws them once, below.
-    monkeypatch.setattr(finish, "write_or_say", lambda *_: None)
-    monkeypatch.setattr(finish, "plot", lambda *_: None)
     return place
 
 

@@ -20,8 +20,7 @@ FLAGS = ("--optim.lr", "1e-3", "--optim.weight_decay", "0.1", "--train.max_steps
 
 @pytest.fixture
 def engines(monkeypatch) -> list[Any]:
-    """Every run's engine, as it is after training; no charts, which take longer than all the rest."""
-    monkeypatch.setattr(dpo.train, "closing", lambda *args: None)
+    """Every run's engine, as it is after training."""
     found: list[Any] = []
     write = dpo.train.write_weights
     monkeypatch.setattr(dpo.train, "write_weights", lambda *args: (found.append(args[1].engine), write(*args)))

@@ -12,7 +12,6 @@ import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 
-import dpo.finish
 import dpo.nonfinite
 import dpo.sft
 import dpo.step
@@ -29,9 +28,8 @@ BAD = 5
 
 
 @pytest.fixture
-def argv(tiny_policy, tmp_path, monkeypatch) -> list[str]:
-    """Four steps of four pairs in the order of the file; without charts, which take longer than all the rest."""
-    monkeypatch.setattr(dpo.train, "closing", lambda *args: None)
+def argv(tiny_policy, tmp_path) -> list[str]:
+    """Four steps of four pairs in the order of the file."""
     return [
         "--config", "ds_configs/zero2.json", "--model.policy", str(tiny_policy), "--data.train", "builtin:world",
         "--data.train_limit", "16", "--data.validation_limit", "4", "--data.shuffle", "false",
@@ -106,14 +104,13 @@ def test_a_run_that_skips_a_step_is_the_run_that_never_had_it(
     assert {line["step"] for line in dumped} == {2} and all(line["chosen"] for line in dumped)
 
 
+@pytest.mark.draws  # a line without a loss can be drawn
 def test_a_resumed_run_remembers_the_steps_that_were_left_out_and_the_bound_holds_over_both(
     argv, tmp_path, monkeypatch, capsys
 ):
     poison(monkeypatch, "loss", BAD, 13)
     argv += [*SKIP, "--train.save_every", "1", "--log.every", "3"]
-    with monkeypatch.context() as patch:
-        patch.setattr(dpo.train, "closing", dpo.finish.closing)  # once: a line without a loss can be drawn
-        whole = run(tmp_path / "whole", argv)
+    whole = run(tmp_path / "whole", argv)
     lines = [line for line in read_lines(whole) if "loss" in line]
     assert [(line["skipped_steps"], line["loss"] is None) for line in lines] == [(1, False), (2, True)]
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,14 @@ class Run:
     folder: Path
     lines: list[dict[str, Any]]
     seen: list[dict[str, Any]]
+
+
+def without_drawings(change: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Have runs of this process leave out what takes longer than a few steps: curves and report."""
+    import dpo.finish
+
+    for name in ("plot", "write_or_say"):
+        change(dpo.finish, name, lambda *_, **__: None)
 
 
 def train_all(folder: Path, jobs: dict[str, list[str]], ranks: int, timeout: float = 900) -> dict[str, Run]:

@@ -17,6 +17,7 @@ import dpo.runtime.engine
 import dpo.train
 import train_dpo
 from dpo.runtime import checkpoint
+from tests.invariants.jobs import without_drawings
 
 
 def die(*_: Any, **__: Any) -> None:
@@ -49,6 +50,7 @@ def at_call(number: int, function: Callable[..., Any], strike: Callable[[], None
 
 
 if __name__ == "__main__":
+    without_drawings()
     moment, number, name = (sys.argv[1] + "::").split(":")[:3]
     strike = ask(getattr(signal, name)) if name else die
     if moment == "after_sft":
