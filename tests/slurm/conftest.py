@@ -70,7 +70,7 @@ class Slurm:
 
     def submit(self, *arguments: str, cwd: Path, **environment: str) -> str:
         """sbatch; returns the job id."""
-        return self.call("sbatch", "--parsable", "--time=3", *arguments, cwd=cwd, **environment).strip()
+        return self.call("sbatch", "--parsable", "--time=30", *arguments, cwd=cwd, **environment).strip()
 
     def finish(self, job: str, seconds: float = 20) -> str:
         """Wait for the end of a job and return its state. (sbatch --wait polls ever more slowly.)"""
