@@ -39,13 +39,17 @@ def _notice(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Take signals as a wish to stop within the block; one that the launcher held back until then counts at once."""
+    """Take signals as a wish to stop within the block; one that the launcher held back until then counts at once.
+
+    After it those that were held back are so again: one that comes while the result is written does not end the process.
+    """
     _asked.clear()
     before = {number: signal.signal(number, _notice) for number in SIGNALS}
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    held_back = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held_back)
         for number, handler in before.items():
             signal.signal(number, handler)
         _asked.clear()

@@ -46,14 +46,15 @@ def test_the_echo_of_a_launcher_is_nothing_new_and_a_later_signal_ends_the_proce
         assert left == [128 + signal.SIGTERM]
 
 
-def test_a_signal_that_was_held_back_since_before_the_start_counts_as_soon_as_we_listen():
+def test_a_signal_that_was_held_back_since_the_start_counts_while_we_listen_and_is_held_back_again_afterwards():
     script = (
         "import os, signal; os.kill(os.getpid(), signal.SIGUSR1)\n"
         "from dpo.runtime import preemption\n"
-        "with preemption.listening(): print(preemption.is_asked())"
+        "with preemption.listening(): print(preemption.is_asked())\n"
+        "os.kill(os.getpid(), signal.SIGUSR1); print('goes on')"
     )
     hold = "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1]); "
     hold += "os.execv(sys.executable, [sys.executable, '-c', sys.argv[1]])"
     command = [sys.executable, "-c", hold, script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.stdout == "True\n", done.stderr
+    assert done.stdout == "True\ngoes on\n", done.stderr
