@@ -251,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nNot comparable:", *problems, sep="\n", file=sys.stderr)
         return 1
     if args.docs:
-        report.write_block(args.docs, device, text)
+        report.write_block(args.docs, device if args.dtype == "bf16" else f"{device}-fp32", text)
     return 0
 
 

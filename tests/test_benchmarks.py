@@ -58,12 +58,12 @@ def test_all_systems_have_the_same_losses_and_fill_the_tables(quick):
     assert np.ptp(losses, axis=0).max() < report.TOLERANCE["fp32"]
     assert losses[:, 0] == pytest.approx(math.log(2), abs=1e-6) and abs(losses[:, -1] - math.log(2)).min() > 1e-3
     text = (folder / "tables.md").read_text()
-    cpu = text.split("<!-- cpu: begin -->")[1].split("<!-- cpu: end -->")[0]
+    cpu = text.split("<!-- cpu-fp32: begin -->")[1].split("<!-- cpu-fp32: end -->")[0]
     for system in SYSTEMS:
         assert f"| {report.NAMES[system]} |" in cpu
     assert "| at least 8 |" in cpu and "micro-batch 2, grouped by length" in cpu and "load average" in cpu
-    outside = DOCS.read_text().split("<!-- cpu: end -->")[1]
-    assert text.endswith(outside) and text.startswith(DOCS.read_text().split("<!-- cpu: begin -->")[0])
+    outside = DOCS.read_text().split("<!-- cpu-fp32: end -->")[1]
+    assert text.endswith(outside) and text.startswith(DOCS.read_text().split("<!-- cpu-fp32: begin -->")[0])
 
 
 def test_a_wrong_loss_is_an_error_and_leaves_the_tables_alone(quick, tmp_path, monkeypatch, capsys):

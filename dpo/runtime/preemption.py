@@ -41,7 +41,7 @@ def _notice(number: int, frame: FrameType | None) -> None:
 def listening() -> Iterator[None]:
     """Take signals as a wish to stop within the block; one that the launcher held back until then counts at once.
 
-    After it those that were held back are so again: one that comes while the result is written does not end the process.
+    After it those that were held back are so again: one that comes while the result is written ends no process.
     """
     _asked.clear()
     before = {number: signal.signal(number, _notice) for number in SIGNALS}
