@@ -213,17 +213,6 @@ def from_main(tensor: Tensor) -> None:
         dist.broadcast(tensor, src=0)
 
 
-def any_ranks(flags: Tensor) -> list[bool]:
-    """Which flags are set on any rank: one all-reduce, and one wait for the device.
-
-    Args:
-        flags: (n,) bool on the rank's device.
-    Returns:
-        The same on every rank.
-    """
-    return any_ranks_and(flags, None)[0]
-
-
 def any_ranks_and(flags: Tensor, number: Tensor | None) -> tuple[list[bool], float | None]:
     """Which flags are set on any rank, and a number that all ranks have: one all-reduce, and one wait for the device.
 
@@ -244,9 +233,9 @@ def any_ranks_and(flags: Tensor, number: Tensor | None) -> tuple[list[bool], flo
 
 
 def any_rank(flag: Tensor) -> bool:
-    """Whether one flag is set on any rank; as `any_ranks`.
+    """Whether one flag is set on any rank; as `any_ranks_and`.
 
     Args:
         flag: Scalar bool on the rank's device.
     """
-    return any_ranks(flag[None])[0]
+    return any_ranks_and(flag[None], None)[0][0]
