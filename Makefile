@@ -18,7 +18,7 @@ quickstart: .venv/installed
 	.venv/bin/python train_dpo.py --config ds_configs/zero2.json
 
 test: .venv/installed-dev .venv/installed-debian lint
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -rs -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -rs -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check .

@@ -2,9 +2,10 @@
 
     python -m benchmarks.balance --data train.jsonl.gz --tokenizer gpt2 [--max_length 1024 512] [--write FILE]
 
-Cost of a rank: tokens of its pairs in the shared layout, P + C + R each. Imbalance: the costliest rank over the mean,
-which is how much longer a step takes than with even ranks. No assignment of whole pairs goes below the longest pair
-over the mean cost of a rank. Lengths only: no model, no GPU. The table goes to docs/planning.md, between its markers.
+Cost of a rank: what its pairs make GPT-2 124M compute, P + C + R tokens, their attention, and the logits of C + R.
+Imbalance: the costliest rank over the mean, which is how much longer a step takes than with even ranks. No assignment
+of whole pairs goes below the costliest pair over the mean cost of a rank. Lengths only: no model, no GPU. The table
+goes to docs/planning.md, between its markers.
 """
 
 from __future__ import annotations
@@ -18,16 +19,18 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.report import write_block
-from dpo.data.planner import num_tokens, plan_batch
+from dpo.data.planner import Costs, num_tokens, pair_costs, plan_batch
 from dpo.data.tokenize import prepare_pairs
 from dpo.errors import UserError
-from dpo.estimate import imbalance, micro_batch_tokens
+from dpo.estimate import costs_beside_tokens, costs_of, imbalance, micro_batch_tokens
 from dpo.model.load import load_tokenizer
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "planning.md"
 RANKS = (8, 64, 256, 1024)
 PAIRS_PER_RANK = (4, 8, 16, 32)
 TOKEN_BUDGET = 16384
+GPT2 = costs_of(body=84_934_656, head=768 * 50257, attention_width=12 * 768)
+"""Of GPT-2 124M: matrices of the blocks, hidden size x vocabulary, hidden size summed over layers."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,15 @@ class Row:
 
     Attributes:
         ranks, pairs: Of a step.
-        random, planned, bound: (draws,) imbalances of random assignment, of the planner, and the least there can be.
+        random, by_tokens, planned, bound: (draws,) imbalances of random assignment, of the planner if it looked at
+            tokens alone, of the planner, and the least there can be.
         seconds: To plan one step, mean.
     """
 
     ranks: int
     pairs: int
     random: np.ndarray
+    by_tokens: np.ndarray
     planned: np.ndarray
     bound: np.ndarray
     seconds: float
@@ -60,32 +65,44 @@ def measure(lengths: np.ndarray, ranks: int, pairs: int, draws: int, seed: int =
         The figures.
     """
     rng = np.random.default_rng((seed, ranks, pairs))
-    random, planned, bound, seconds = [], [], [], 0.0
+    random, by_tokens, planned, bound, seconds = [], [], [], [], 0.0
     for _ in range(draws):
         drawn = lengths[rng.choice(len(lengths), pairs, replace=pairs > len(lengths))]
-        cost = num_tokens(drawn, "shared")
+        cost = pair_costs(drawn, "shared", GPT2)
         random.append(imbalance(cost.reshape(ranks, -1)))
+        by_tokens.append(_imbalance(drawn, ranks, Costs()))
         started = time.perf_counter()
-        plan = plan_batch(range(pairs), drawn, world_size=ranks, token_budget=TOKEN_BUDGET, layout="shared")
+        planned.append(_imbalance(drawn, ranks, GPT2))
         seconds += time.perf_counter() - started
-        planned.append(imbalance(micro_batch_tokens(plan, drawn, "shared")))
         bound.append(max(1.0, cost.max() * ranks / cost.sum()))
-    return Row(ranks, pairs, np.array(random), np.array(planned), np.array(bound), seconds / draws)
+    arrays = (np.array(values) for values in (random, by_tokens, planned, bound))
+    return Row(ranks, pairs, *arrays, seconds / draws)
+
+
+def _imbalance(lengths: np.ndarray, ranks: int, costs: Costs) -> float:
+    """In what pairs really cost, if the planner goes by `costs`."""
+    pairs = range(len(lengths))
+    plan = plan_batch(pairs, lengths, world_size=ranks, token_budget=TOKEN_BUDGET, layout="shared", costs=costs)
+    return imbalance(
+        micro_batch_tokens(plan, lengths, "shared") + costs_beside_tokens(plan, lengths, "shared", GPT2)
+    )
 
 
 def table(lengths: np.ndarray, draws: int) -> list[str]:
     """Lines of a Markdown table over RANKS and PAIRS_PER_RANK."""
     lines = [
-        "| ranks | pairs a step | random | planner, mean | planner, worst | least possible, mean | planning, ms |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| ranks | pairs a step | random | by tokens alone | planner, mean | planner, worst | least possible, mean |"
+        " planning, ms |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for ranks in RANKS:
         for each in PAIRS_PER_RANK:
             row = measure(lengths, ranks, each * ranks, draws)
             again = "*" if row.pairs > len(lengths) else ""
             lines.append(
-                f"| {ranks:,} | {row.pairs:,}{again} | {row.random.mean():.2f} | {row.planned.mean():.3f} |"
-                f" {row.planned.max():.3f} | {row.bound.mean():.3f} | {1000 * row.seconds:.1f} |"
+                f"| {ranks:,} | {row.pairs:,}{again} | {row.random.mean():.2f} | {row.by_tokens.mean():.3f} |"
+                f" {row.planned.mean():.3f} | {row.planned.max():.3f} | {row.bound.mean():.3f} |"
+                f" {1000 * row.seconds:.1f} |"
             )
     return lines
 

@@ -12,11 +12,13 @@ from typing import Any
 
 from benchmarks.clock import Clock, Job, main
 
+OWN_GELU = "own_gelu"
+"""An option that is no setting: leave the model's activation function as it is."""
 DEEPSPEED_JSON = Path(__file__).resolve().parents[1] / "ds_configs" / "zero2.json"
 
 
 def arguments(job: Job) -> list[str]:
-    """The command line of a job; its options are settings (`reference.mode: cached`)."""
+    """The command line of a job; its options are settings (`reference.mode: cached`), but for OWN_GELU."""
     settings: dict[str, Any] = {
         "model.policy": job.policy,
         "data.train": job.rows,
@@ -33,9 +35,12 @@ def arguments(job: Job) -> list[str]:
         "train.precision": job.dtype,
         "log.samples": 0,
     }
+    if job.dtype == "fp32":
+        settings["reference.dtype"] = "policy"  # as every other system's
     if job.options.get("reference.mode") == "cached":
         settings["reference.cache_dir"] = f"{job.folder}/scores"
-    words = [word for key, value in (settings | job.options).items() for word in (f"--{key}", str(value))]
+    settings |= {key: value for key, value in job.options.items() if key != OWN_GELU}
+    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     return ["--config", str(DEEPSPEED_JSON), *words]
 
 
@@ -43,8 +48,11 @@ def run(job: Job) -> dict[str, Any]:
     """Train, and note every line that the recorder writes."""
     from dpo import train as training
     from dpo.commandline import parse
+    from dpo.model import load
     from dpo.runtime import tracking
 
+    if job.options.get(OWN_GELU):
+        load.fuse_gelu = lambda model: None
     clock = Clock(job)
     last_said = [time.perf_counter()]
 

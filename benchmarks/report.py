@@ -23,8 +23,20 @@ TOLERANCE = {"bf16": 1e-2, "fp32": 1e-4}
 NAMES = {
     "ours_online": "ours, online reference",
     "ours_cached": "ours, cached reference",
-    "ours_packed": "ours, online, layout packed",
-    "ours_padded": "ours, online, layout padded",
+    "ours_8_pairs": "ours, online reference, 8 pairs a forward pass",
+    "ours_packed": "layout packed: prompts computed twice",
+    "ours_padded": "layout padded: prompts computed twice, rows padded",
+    "ours_single": "one pair a micro-batch",
+    "ours_ragged": "rows of any length",
+    "ours_sdpa": "attention sdpa",
+    "ours_flex": "attention flex",
+    "ours_flash": "attention flash",
+    "ours_loss_in_forward": "loss in forward",
+    "ours_loss_after_forward": "loss after forward",
+    "ours_vocabulary_64": "vocabulary padded to a multiple of 64",
+    "ours_own_gelu": "GELU not fused",
+    "ours_compiled": "blocks compiled",
+    "ours_recomputed": "activations recomputed",
     "trl_default": "TRL, default",
     "trl_tuned": "TRL, tuned",
     "plain_loop": "plain loop",
@@ -42,10 +54,11 @@ TARGETS: dict[str, list[tuple[str, str, str, float]]] = {
         ("pairs/s", "ours_cached", "trl_default", 10.0),
         ("pairs/s", "ours_cached", "trl_tuned", 3.0),
         ("pairs/s", "ours_online", "plain_loop", 3.0),
-        ("peak memory", "ours_online", "trl_default", 0.5),
+        ("peak memory", "ours_8_pairs", "trl_default", 0.5),
     ],
+    "llama_1b": [("MFU", "ours_cached", "", 0.5)],
 }
-"""Per device: measure, system, baseline, target of the ratio; at least, for memory at most."""
+"""Per table: measure, system, baseline (none for MFU), target; at least, for memory at most."""
 
 
 def seconds_per_pair(run: Run) -> float:
@@ -73,7 +86,8 @@ def disagreements(runs: Sequence[Run], dtype: str) -> list[str]:
                 f"step {step}: {name(low)} has loss {min(losses):.6f}, {name(high)} {max(losses):.6f};"
                 f" at most {TOLERANCE[dtype]} apart in {dtype}"
             )
-    if not any(abs(loss - math.log(2)) > TOLERANCE[dtype] for run in alike for loss in run["losses"]):
+    several = len({run["system"] for run in alike}) > 1
+    if several and not any(abs(loss - math.log(2)) > TOLERANCE[dtype] for run in alike for loss in run["losses"]):
         found.append("no loss has left ln 2, so that equal losses prove nothing; use a larger --lr")
     return found
 
@@ -99,13 +113,13 @@ def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def systems_table(runs: Sequence[Run], missing: dict[str, str], work: dict[str, Any]) -> str:
+def systems_table(runs: Sequence[Run], missing: dict[str, str], useful_tokens: int) -> str:
     """A row per system: speed, memory, share of the peak, distance of its losses from ours.
 
     Args:
         runs: Of all rounds.
         missing: System -> why it was not measured.
-        work: `useful_tokens` and `model_flops` of the timed pairs, and `peak_flops` per second of the machine.
+        useful_tokens: Of the timed pairs.
     """
     first = next((run for run in runs if run["same_order"]), None)
     rows = []
@@ -117,9 +131,9 @@ def systems_table(runs: Sequence[Run], missing: dict[str, str], work: dict[str, 
             [
                 NAMES[system],
                 _spread([1 / seconds_per_pair(run) for run in own], lambda x: f"{x:.3g}"),
-                f"{work['useful_tokens'] * rate:,.0f}",
+                f"{useful_tokens * rate:,.0f}",
                 f"{median(run['peak_gib'] for run in own):.2f}",
-                f"{work['model_flops'] * rate / work['peak_flops']:.1%}",
+                f"{median(run['mfu'] for run in own):.1%}",
                 f"{max(gaps):.1e}" if own[0]["same_order"] else "other order",
                 f"{median(build):.1f} s" if build else "-",
             ]
@@ -130,18 +144,43 @@ def systems_table(runs: Sequence[Run], missing: dict[str, str], work: dict[str, 
     return table(heading, rows)
 
 
-def ratios(runs: Sequence[Run], device: str) -> list[dict[str, Any]]:
-    """The ratios that have a target.
+def ablations_table(runs: Sequence[Run], missing: dict[str, str]) -> str:
+    """A row per changed part: speed, and how much slower than the default that is, run by run of a round.
+
+    Args:
+        runs: Of all rounds, the default among them.
+        missing: System -> why it was not measured.
+    """
+    by_system = _by_system(runs)
+    rows = []
+    for system, own in by_system.items():
+        pairs = zip(by_system["ours_online"], own, strict=False)
+        rows.append(
+            [
+                NAMES[system],
+                _spread([1 / seconds_per_pair(run) for run in own], lambda x: f"{x:.3g}"),
+                _spread([seconds_per_pair(run) / seconds_per_pair(default) for default, run in pairs], "{:.2f}".format),
+                f"{median(run['peak_gib'] for run in own):.2f}",
+            ]
+        )
+    rows += [[NAMES[system], f"not measured: {why}", "-", "-"] for system, why in missing.items()]
+    return table(["what is changed", "pairs/s", "time against the first row", "peak memory, GiB"], rows)
+
+
+def ratios(runs: Sequence[Run], name_of_table: str) -> list[dict[str, Any]]:
+    """What has a target.
 
     Returns:
-        One dict per target: measure, system, baseline, target, and the paired ratios by round, empty where one of the
-        two was not measured.
+        One dict per target: measure, system, baseline, target, and the values by round, paired where there is a
+        baseline; empty where one of the two was not measured.
     """
     by_system = _by_system(runs)
     found = []
-    for measure, system, baseline, target in TARGETS[device]:
+    for measure, system, baseline, target in TARGETS[name_of_table]:
         pairs = zip(by_system.get(system, []), by_system.get(baseline, []), strict=False)
-        if measure == "pairs/s":
+        if measure == "MFU":
+            values = [run["mfu"] for run in by_system.get(system, [])]
+        elif measure == "pairs/s":
             values = [seconds_per_pair(theirs) / seconds_per_pair(ours) for ours, theirs in pairs]
         else:
             values = [ours["peak_gib"] / theirs["peak_gib"] for ours, theirs in pairs]
@@ -164,14 +203,14 @@ def ratios_table(found: Sequence[dict[str, Any]]) -> str:
     """A row per target."""
     rows = [
         [
-            f"{ratio['measure']}: {NAMES[ratio['system']]} / {NAMES[ratio['baseline']]}",
+            f"{ratio['measure']}: {' / '.join(NAMES[s] for s in (ratio['system'], ratio['baseline']) if s)}",
             _spread(ratio["values"], lambda x: f"{x:.2f}") if ratio["values"] else "not measured",
             f"{'at most' if ratio['measure'] == 'peak memory' else 'at least'} {ratio['target']:g}",
             _verdict(ratio),
         ]
         for ratio in found
     ]
-    return table(["ratio", "median (range)", "target", ""], rows)
+    return table(["measure", "median (range)", "target", ""], rows)
 
 
 def describe(options: dict[str, Any]) -> str:
@@ -195,16 +234,23 @@ def sweep_table(tried: Sequence[dict[str, Any]]) -> str:
     return table(["TRL, options tried", "pairs/s"], rows)
 
 
-def write_block(path: Path, block: str, text: str) -> None:
+def write_block(path: Path, block: str, text: str | None = None) -> None:
     """Replace what stands between a block's markers; all other text is kept.
 
+    Args:
+        path: A Markdown file.
+        block: Name in the markers.
+        text: None leaves it as it is: whether it could be written is known before hours are spent on measuring.
     Raises:
         UserError: If the file has no such markers.
     """
     begin, end = f"<!-- {block}: begin -->", f"<!-- {block}: end -->"
     old = path.read_text(encoding="utf-8")
     new, count = re.subn(
-        f"({re.escape(begin)}\n).*?({re.escape(end)})", lambda m: f"{m[1]}{text}\n{m[2]}", old, flags=re.DOTALL
+        f"({re.escape(begin)}\n)(.*?)({re.escape(end)})",
+        lambda m: f"{m[1]}{m[2] if text is None else text + chr(10)}{m[3]}",
+        old,
+        flags=re.DOTALL,
     )
     if count != 1:
         raise UserError(f"{path} must hold {begin} and {end} once, in this order; add them")

@@ -12,7 +12,6 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -37,14 +36,40 @@ from dpo.errors import UserError  # noqa: E402
 SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
     "ours_online": ("ours", {}),
     "ours_cached": ("ours", {"reference.mode": "cached"}),
+    "ours_8_pairs": ("ours", {"train.micro_batch_size": 8}),
     "ours_packed": ("ours", {"train.layout": "packed"}),
     "ours_padded": ("ours", {"train.layout": "padded"}),
+    "ours_single": ("ours", {"train.micro_batch_size": 1}),
+    "ours_sdpa": ("ours", {"model.attention": "sdpa"}),
+    "ours_flex": ("ours", {"model.attention": "flex"}),
+    "ours_flash": ("ours", {"model.attention": "flash"}),
+    "ours_ragged": ("ours", {"train.static_shapes": "false"}),
+    "ours_loss_in_forward": ("ours", {"model.loss_in_forward": "true"}),
+    "ours_loss_after_forward": ("ours", {"model.loss_in_forward": "false"}),
+    "ours_vocabulary_64": ("ours", {"model.vocabulary_multiple": 64}),
+    "ours_own_gelu": ("ours", {ours.OWN_GELU: True}),
+    "ours_compiled": ("ours", {"model.compile": "true"}),
+    "ours_recomputed": ("ours", {"model.gradient_checkpointing": "true"}),
     "trl_default": ("trl_side", {}),
     "trl_tuned": ("trl_side", {}),
     "plain_loop": ("plain_loop", {}),
 }
 """System -> module that runs it, its options; those of TRL tuned come from the sweep."""
-DEFAULT_SYSTEMS = ("ours_online", "ours_cached", "trl_default", "trl_tuned", "plain_loop")
+COMPARED = {
+    "cpu": ["ours_online", "ours_cached", "trl_default", "trl_tuned", "plain_loop"],
+    "cuda": ["ours_online", "ours_cached", "ours_8_pairs", "trl_default", "trl_tuned", "plain_loop"],
+    "llama_1b": ["ours_online", "ours_cached"],
+}
+"""Table -> the systems in it."""
+EVERYWHERE = ["ours_packed", "ours_padded", "ours_single", "ours_own_gelu", "ours_vocabulary_64", "ours_recomputed"]
+ABLATIONS = {
+    "cpu": ["ours_online", "ours_cached", *EVERYWHERE, "ours_loss_in_forward"],
+    "cuda": [
+        "ours_online", "ours_cached", *EVERYWHERE, "ours_loss_after_forward", "ours_ragged", "ours_compiled",
+        "ours_sdpa", "ours_flex", "ours_flash",
+    ],
+}  # fmt: skip
+"""Device -> the default, then the same with one part changed."""
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -56,7 +81,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tokenizer", required=True, help="folder, hub id, or builtin:tiny; its size is the model's vocabulary")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the products; master weights are fp32")
-    add("--systems", nargs="+", choices=SYSTEMS, default=DEFAULT_SYSTEMS, help="in the order of a round")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument(
+        "--systems", nargs="+", choices=SYSTEMS, help="in the order of a round; default: those of the table"
+    )
+    chosen.add_argument("--ablations", action="store_true", help="ours alone, with one part after the other changed")
     add("--threads", type=int, default=2, help="of every process")
     add("--rounds", type=int, help="fresh processes per system")
     add("--minutes", type=float, default=float("inf"), help="start no round that would end later than this")
@@ -66,7 +95,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--sweep_steps", type=int, help="optimizer steps per combination of the sweep")
     add("--lr", type=float, help="large enough for losses to leave ln 2 within the timed steps")
     add("--seed", type=int, default=0, help="decides the weights and which rows are drawn")
-    add("--quick", action="store_true", help="a tiny model and a single round: whether it works, not how fast it is")
+    add("--size", choices=("quick", "llama_1b"), help="quick: whether it works, not how fast it is; default: by device")
     add("--docs", type=Path, help="write the tables between the markers of this file")
     add("--json", type=Path, help="write the raw numbers there")
     return parser.parse_args(argv)
@@ -155,9 +184,15 @@ def measure(
         if number and started + longest > deadline:
             print(f"no time for round {number + 1} within {args.minutes:g} minutes", flush=True)
             break
-        for system in systems:
+        for system in [s for s in systems if s not in missing]:
             job = replace(work.job, options=_options(system, size, tried))
-            result = run_process(SYSTEMS[system][0], job, folder / f"{system}-{number}", args.threads)
+            try:
+                result = run_process(SYSTEMS[system][0], job, folder / f"{system}-{number}", args.threads)
+            except SystemExit as failure:
+                if not args.ablations or not runs:
+                    raise
+                missing[system] = str(failure).strip().splitlines()[-1]  # no kernel for it, or out of memory
+                continue
             if result["tokens"] not in (None, workload.useful_tokens(work.lengths)):
                 raise SystemExit(f"{system} trained on {result['tokens']} tokens: not the pairs that were drawn")
             runs.append(
@@ -171,27 +206,16 @@ def measure(
     return runs, tried, missing
 
 
-def _machine(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{model}, {os.cpu_count()} cores"
-
-
 def _conditions(args: argparse.Namespace, size: workload.Size, work: workload.Workload, facts: dict[str, Any]) -> str:
     """Two sentences over the tables: the work, and the machine."""
-    p, c, r = work.lengths.mean(axis=0)
     rounds = facts["runs"][-1]["round"] + 1
     loads = [facts["load_at_start"], *(run["load"] for run in facts["runs"])]
     cores = [run["cores_used"] for run in facts["runs"]]
     return (
-        f"{time.strftime('%Y-%m-%d')}. GPT-2 of {size.layers} layers x {size.width}, {work.parameters / 1e6:.1f}M"
-        f" parameters, random; max_length {size.max_length}; {size.pairs} pairs a step of {p:.0f} prompt, {c:.0f}"
-        f" chosen and {r:.0f} rejected tokens on average; {size.warmup} + {size.steps} steps, rounds: {rounds};"
-        f" {args.dtype}, lr {size.lr:g}.\n"
-        f"{_machine(work.job.device)}, {facts['threads']} threads; matrix products of {facts['ceiling']['size']} reach"
+        f"{time.strftime('%Y-%m-%d')}. {workload.describe(size, work)}; {size.warmup} + {size.steps} steps,"
+        f" rounds: {rounds}; {args.dtype}, lr {size.lr:g}.\n"
+        f"{workload.machine(work.job.device)}, {facts['threads']} threads;"
+        f" matrix products of {facts['ceiling']['size']} reach"
         f" {facts['ceiling']['flops_per_second'] / 1e12:.3g} TFLOP/s; load average {loads[0]:.2f} at the start,"
         f" {min(loads[1:]):.2f} to {max(loads[1:]):.2f} while measuring;"
         f" the processes got {min(cores):.2f} to {max(cores):.2f} cores;"
@@ -199,17 +223,18 @@ def _conditions(args: argparse.Namespace, size: workload.Size, work: workload.Wo
     )
 
 
-def _text(args: argparse.Namespace, size: workload.Size, work: workload.Workload, facts: dict[str, Any]) -> str:
+def _text(
+    args: argparse.Namespace, size: workload.Size, work: workload.Workload, facts: dict[str, Any], name: str
+) -> str:
     runs = facts["runs"]
-    amounts = {
-        "useful_tokens": work.useful_tokens, "model_flops": work.model_flops,
-        "peak_flops": facts["ceiling"]["flops_per_second"],
-    }
-    parts = [
-        _conditions(args, size, work, facts),
-        report.systems_table(runs, facts["missing"], amounts),
-        report.ratios_table(report.ratios(runs, work.job.device)),
-    ]
+    parts = [_conditions(args, size, work, facts)]
+    if args.ablations:
+        parts += [report.ablations_table(runs, facts["missing"])]
+    else:
+        parts += [
+            report.systems_table(runs, facts["missing"], work.useful_tokens),
+            report.ratios_table(report.ratios(runs, name)),
+        ]
     if facts["sweep"]:
         parts += [report.sweep_table(facts["sweep"])]
     return "\n\n".join(parts)
@@ -221,19 +246,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     deadline = time.monotonic() + 60 * args.minutes
     load_at_start = os.getloadavg()[0]
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    name = device if args.size in (None, "quick") else args.size
+    block = "-".join([name, *["fp32"] * (args.dtype == "fp32"), *["ablations"] * args.ablations])
+    if args.docs:
+        report.write_block(args.docs, block)
+    args.systems = args.systems or (ABLATIONS[device] if args.ablations else COMPARED[name])
     sizes = ("warmup", "steps", "rounds", "sweep_steps", "lr")
     given = {key: value for key in sizes if (value := getattr(args, key)) is not None}
-    size = replace(workload.SIZES["quick" if args.quick else device], **given)
+    size = replace(workload.SIZES[args.size or device], **given)
     if min(size.warmup, size.steps, size.rounds, size.sweep_steps) < 1:
         raise SystemExit("--warmup, --steps, --rounds and --sweep_steps must be at least 1")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         work = workload.build(
             folder, size, data=args.data, split=args.split, tokenizer=args.tokenizer, seed=args.seed,
             dtype=args.dtype, device=device, beta=0.1,
         )
         ceiling = run_process("ceiling", work.job, folder / "ceiling", args.threads)
         runs, tried, missing = measure(args, size, work, folder, deadline)
+    for run in runs:
+        run["mfu"] = work.model_flops / run["seconds"] / ceiling["flops_per_second"]
     threads = sorted({run["threads"] for run in runs})
     facts = {
         "versions": workload.versions(), "load_at_start": load_at_start, "ceiling": ceiling, "sweep": tried,
@@ -243,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     problems = report.disagreements(runs, args.dtype)
     if len(threads) > 1:
         problems.append(f"the processes ran on different numbers of threads: {threads}")
-    text = _text(args, size, work, facts)
+    text = _text(args, size, work, facts, name)
     print("\n" + text)
     if args.json:
         args.json.write_text(json.dumps(facts | {"problems": problems}, indent=1))
@@ -251,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nNot comparable:", *problems, sep="\n", file=sys.stderr)
         return 1
     if args.docs:
-        report.write_block(args.docs, device if args.dtype == "bf16" else f"{device}-fp32", text)
+        report.write_block(args.docs, block, text)
     return 0
 
 

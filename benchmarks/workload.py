@@ -1,17 +1,19 @@
-"""The work that every system gets: a random-init GPT-2 in a folder, rows drawn from the data, their token ids."""
+"""The work that every system gets: a random-init model in a folder, rows drawn from the data, their token ids."""
 
 from __future__ import annotations
 
 import json
+import os
+import platform
 import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.clock import Job
@@ -27,7 +29,7 @@ class Size:
     """How much work.
 
     Attributes:
-        layers, heads, width: Of the GPT-2.
+        layers, heads, width: Of the model.
         max_length: Longest prompt + completion, tokens.
         pairs: Per optimizer step.
         warmup, steps: Optimizer steps before the clock starts, and under it.
@@ -35,6 +37,8 @@ class Size:
         sweep_steps: Optimizer steps per combination of TRL's options that is tried.
         plain_micro_batch: Pairs per forward pass of the plain loop, whose logits are the largest.
         lr: Large enough for losses to leave ln 2 within the timed steps: before that, equal losses prove nothing.
+        family: gpt2, or llama with a quarter of the heads for keys, and head and embedding tied.
+        vocabulary: Tokens of the model, if more than the tokenizer's.
     """
 
     layers: int
@@ -48,6 +52,8 @@ class Size:
     sweep_steps: int
     plain_micro_batch: int
     lr: float
+    family: Literal["gpt2", "llama"] = "gpt2"
+    vocabulary: int = 0
 
 
 SIZES = {
@@ -57,6 +63,10 @@ SIZES = {
     "cuda": Size(
         12, 12, 768, max_length=1024, pairs=64, warmup=15, steps=50, rounds=3, sweep_steps=5, plain_micro_batch=8,
         lr=1e-5,
+    ),
+    "llama_1b": Size(
+        16, 32, 2048, max_length=1024, pairs=64, warmup=5, steps=20, rounds=3, sweep_steps=2, plain_micro_batch=8,
+        lr=1e-5, family="llama", vocabulary=128_256,
     ),
     "quick": Size(
         2, 2, 32, max_length=128, pairs=4, warmup=1, steps=2, rounds=1, sweep_steps=1, plain_micro_batch=4, lr=1e-2
@@ -106,15 +116,16 @@ def build(folder: Path, size: Size, *, data: str, split: str, tokenizer: str, se
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     ids = [{name: getattr(pairs[i], name).tolist() for name in names} for i in range(needed)]
     (folder / "pairs.json").write_text(json.dumps(ids))
-    body, parameters = _write_model(folder / "policy", loaded, size, seed)
+    body, parameters = write_model(folder / "policy", loaded, size, seed)
     timed = pairs.lengths[size.warmup * size.pairs :]
     job = Job(
         policy=str(folder / "policy"), rows=str(kept), pairs=str(folder / "pairs.json"),
         token_cache=str(folder / "cache"), folder="", max_length=size.max_length, batch=size.pairs,
         warmup=size.warmup, steps=size.steps, lr=size.lr, **settings,
     )
+    vocabulary = max(size.vocabulary, len(loaded))
     return Workload(
-        job, pairs.lengths, useful_tokens(timed), flops(timed, body, size.layers, size.width, len(loaded)), parameters
+        job, pairs.lengths, useful_tokens(timed), flops(timed, body, size.layers, size.width, vocabulary), parameters
     )
 
 
@@ -137,26 +148,62 @@ def _draw_rows(
     return path
 
 
-def _write_model(folder: Path, tokenizer: Any, size: Size, seed: int) -> tuple[int, int]:
-    """A random GPT-2 without dropout; its parameters without embeddings, and all of them.
+def write_model(folder: Path, tokenizer: Any, size: Size, seed: int) -> tuple[int, int]:
+    """A random model without dropout; its parameters without embeddings, and all of them.
 
     The weights are rounded to bf16 and stored in fp32, so that a system which loads bf16 starts from the same numbers.
     """
     disable_progress_bar()
     torch.manual_seed(seed)
-    config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=size.max_length, n_embd=size.width, n_layer=size.layers,
-        n_head=size.heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = GPT2LMHeadModel(config)
+    model = (_gpt2 if size.family == "gpt2" else _llama)(tokenizer, size)
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16().float()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    embeddings = model.transformer.wte.weight.numel() + model.transformer.wpe.weight.numel()
+    embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return parameters - embeddings, parameters
+
+
+def _gpt2(tokenizer: Any, size: Size) -> Any:
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=max(size.vocabulary, len(tokenizer)), n_positions=size.max_length, n_embd=size.width,
+            n_layer=size.layers, n_head=size.heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        )
+    )  # fmt: skip
+
+
+def _llama(tokenizer: Any, size: Size) -> Any:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=max(size.vocabulary, len(tokenizer)), max_position_embeddings=size.max_length,
+            hidden_size=size.width, intermediate_size=4 * size.width, num_hidden_layers=size.layers,
+            num_attention_heads=size.heads, num_key_value_heads=max(1, size.heads // 4), tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        )
+    )  # fmt: skip
+
+
+def machine(device: str) -> str:
+    """Name of the hardware."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{model}, {os.cpu_count()} cores"
+
+
+def describe(size: Size, work: Workload) -> str:
+    """Model and pairs in words."""
+    p, c, r = work.lengths.mean(axis=0)
+    return (
+        f"{'GPT-2' if size.family == 'gpt2' else 'Llama'} of {size.layers} layers x {size.width},"
+        f" {work.parameters / 1e6:.1f}M parameters, random; max_length {size.max_length}; {size.pairs} pairs a step of"
+        f" {p:.0f} prompt, {c:.0f} chosen and {r:.0f} rejected tokens on average"
+    )
 
 
 def useful_tokens(lengths: np.ndarray) -> int:

@@ -9,15 +9,18 @@ and no rank waits for another in a collective that one of them left. What was fo
     micro_batches.json     asked for, world size, tokens a micro-batch, whether activations are recomputed
     sft_micro_batches.json the same of the SFT stage
 
-and a run that goes on with as many ranks uses it again. Under ZeRO-3, whose forward pass is itself collective, nothing
-is tried: a rank that left it for lack of memory would leave the others waiting.
+and a run that goes on with as many ranks uses it again. Under ZeRO-3, whose forward pass is itself collective, and
+where ranks compute a row together, nothing is tried: a rank that left it for lack of memory would leave the others
+waiting. The budget is then what the free memory suggests, at most UNTRIED_TOKENS.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +31,18 @@ from dpo.data.planner import Layout, num_tokens
 from dpo.errors import UserError
 from dpo.model import load
 from dpo.model.forward import pair_logps
+from dpo.model.head import CHUNK_ROWS
 from dpo.model.reference import Reference
-from dpo.model.shape import shape_of
+from dpo.model.shape import Shape, shape_of
 from dpo.policy import Policy
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import gather, only_main
-from dpo.setup import LOOKED_AT, Setup
+from dpo.setup import LOOKED_AT, UNTRIED_TOKENS, Setup
 
 LARGEST = 65536
 """Tokens beyond which a larger micro-batch gains nothing."""
+LIVE_PARAMETERS = 1_000_000_000
+"""Weights that ZeRO-3 keeps gathered at a time by default (stage3_max_live_parameters)."""
 SHARE_OF_FREE = 0.8
 """Share of the free memory that is planned with; the rest is for kernels' workspaces and the allocator's gaps."""
 
@@ -46,19 +52,36 @@ def can_run_out(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def from_free_memory(free: int, *, reserved: int, per_token: int, longest: int) -> int:
-    """The budget to try first.
+def untried_budget(
+    shape: Shape,
+    dtype: torch.dtype,
+    *,
+    free: int,
+    recomputed: bool,
+    stage: int,
+    longest: int,
+    chunk_rows: int = CHUNK_ROWS,
+) -> int:
+    """What free memory suggests.
 
     Args:
-        free: Bytes that are free once models and optimizer are there.
-        reserved: Bytes that do not grow with the budget: the tile of logits, the gradients.
-        per_token: Bytes that a token keeps for backward.
+        shape, dtype: Of the policy.
+        free: Bytes that are free once models, optimizer states and gradients in fp32 are there.
+        recomputed: Whether activations are.
+        stage: ZeRO's: up to 2 a micro-batch's own gradients are whole, 3 gathers weights.
         longest: Tokens of the longest pair, which must fit.
+        chunk_rows: Rows of a tile of logits.
     Returns:
-        Tokens, a multiple of 1,024 unless it is `longest`.
+        Tokens, a multiple of 1,024 unless it is `longest`; at most UNTRIED_TOKENS under ZeRO-3.
     """
+    per_token = shape.block_input if recomputed or shape.activations is None else shape.activations
+    reserved = 2 * chunk_rows * shape.vocabulary * 4 + shape.vocabulary * shape.hidden * 4
+    if stage == 3:
+        reserved += min(shape.parameters, LIVE_PARAMETERS) * dtype.itemsize
+    else:
+        reserved += shape.parameters * dtype.itemsize
     fits = int(SHARE_OF_FREE * (free - reserved) / per_token)
-    return max(longest, min(LARGEST, fits) // 1024 * 1024)
+    return max(longest, min(LARGEST if stage < 3 else UNTRIED_TOKENS, fits) // 1024 * 1024)
 
 
 def choose(
@@ -132,28 +155,50 @@ def attempt(setup: Setup, policy: Policy, reference: Reference | None, layout: L
     torch.autograd.grad(total, [p for p in scorer.parameters() if p.requires_grad], allow_unused=True)
 
 
-def _fits(setup: Setup, policy: Policy, reference: Reference | None, layout: Layout, budget: int) -> bool:
-    lacking = False
+def _owed(setup: Setup, policy: Policy, stage: int) -> int:
+    """Bytes of a rank that a step adds to what is there before the first one: AdamW's states and gradients in fp32."""
+    train, ranks, engine = setup.config.optim, setup.world.world_size, policy.engine
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in policy.scorer.parameters() if p.requires_grad)
+    offloads = setup.engine_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    states = 0 if offloads != "none" or inner.state else 2 if train.name == "adamw_8bit" else 8
+    return trained * states // ranks + 4 * trained // (ranks if stage >= 2 else 1)
+
+
+def _fits(
+    setup: Setup, policy: Policy, reference: Reference | None, layout: Layout, budget: int, owed: int
+) -> bool:
+    lacking, kept = False, None
     try:
+        kept = torch.empty(owed, dtype=torch.uint8, device=setup.world.device)
         attempt(replace(setup, token_budget=budget), policy, reference, layout)
     except torch.OutOfMemoryError:
         lacking = True
+    del kept
+    policy.scorer.router_loss = None  # it holds the graph of a pass that did not end
     if setup.world.device.type == "cuda":
         torch.cuda.empty_cache()
     return not any(gather(lacking))
 
 
-def _first(setup: Setup, policy: Policy, longest: int, recomputed: bool) -> int:
+def _first(setup: Setup, policy: Policy, longest: int, recomputed: bool, stage: int, owed: int) -> int:
     """The budget asked for, or what the memory of the rank with the least of it suggests; the same on every rank."""
     asked, device = setup.config.train.tokens_per_micro_batch, setup.world.device
     if asked != "auto":
         return max(asked, longest)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     shape = shape_of(policy.scorer.model.config, setup.dtype, trust_remote_code=setup.config.model.trust_remote_code)
-    per_token = shape.block_input if recomputed or shape.activations is None else shape.activations
-    tile = 2 * policy.scorer.head.chunk_rows * shape.vocabulary * 4
-    reserved = tile + shape.parameters * setup.dtype.itemsize + shape.vocabulary * shape.hidden * 4
-    return min(gather(from_free_memory(free, reserved=reserved, per_token=per_token, longest=longest)))
+    budget = untried_budget(
+        shape, setup.dtype, free=_free_memory(device) - owed, recomputed=recomputed, stage=stage,
+        longest=longest, chunk_rows=policy.scorer.head.chunk_rows,
+    )
+    return min(gather(budget))
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def fit_budget(
@@ -180,20 +225,22 @@ def fit_budget(
         UserError: If not even the longest pair fits.
     """
     config, world = setup.config, setup.world
-    if not can_run_out(world.device) or deepspeed_engine.zero_stage(setup.engine_config) == 3:
+    if not can_run_out(world.device):
         return setup
-    if config.train.sequence_parallel_size > 1:
-        return setup  # a rank out of memory would leave its group waiting
+    stage, of_row = deepspeed_engine.zero_stage(setup.engine_config), config.train.sequence_parallel_size
     model, path = policy.scorer.model, setup.run / name
     key = {"asked": config.train.tokens_per_micro_batch, "world_size": world.world_size, "layout": layout}
     recomputed = load.recomputes_activations(model)
     found = only_main(world, lambda: _read(path))
     if found is None or {k: found.get(k) for k in key} != key:
-        longest = int(num_tokens(setup.train_pairs.lengths, layout).max())
+        longest = math.ceil(num_tokens(setup.train_pairs.lengths, layout).max() / of_row)
         may = config.model.gradient_checkpointing is not False and not recomputed
         recompute = (lambda: load.checkpoint_activations(model)) if may else None
-        first = _first(setup, policy, longest, recomputed)
-        budget = choose(first, longest, lambda b: _fits(setup, policy, reference, layout, b), recompute, say)
+        owed = _owed(setup, policy, stage)
+        budget = _first(setup, policy, longest, recomputed, stage if of_row == 1 else 3, owed)
+        if stage < 3 and of_row == 1:
+            fits = partial(_fits, setup, policy, reference, layout, owed=owed)
+            budget = choose(budget, longest, fits, recompute, say)
         found = key | {"tokens": budget, "recomputed": load.recomputes_activations(model)}
         content = json.dumps(found)
         only_main(world, lambda: path.write_text(content, encoding="utf-8"))

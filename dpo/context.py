@@ -74,7 +74,7 @@ def contexts_of(
         return [Context(chosen_length, own) for own in of_data]
     assert scored is not None
     ids = [pair_id for batch in batches for pair_id in batch.pair_ids]
-    # Numbers over the patient channel: the one wait for the device that these losses add to a step.
+    # Numbers over the patient channel; beside `look_ahead`, where these losses make a step wait for the device.
     shares = gather((ids, torch.cat([_rows(*pair) for pair in scored]).tolist()))[::ranks_of_row]
     order = torch.tensor([i for share_ids, _ in shares for i in share_ids]).argsort(stable=True)
     rows = torch.tensor([row for _, share_rows in shares for row in share_rows], dtype=torch.float64)[order]  # (B, 6)

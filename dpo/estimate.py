@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpo.data.planner import Layout, Plan, num_tokens
+from dpo.data.planner import Costs, Layout, Plan, attention_products, num_tokens, pair_costs
 
 GIB = 2**30
 
@@ -182,19 +182,9 @@ def traffic(
     }
 
 
-def attention_products(lengths: np.ndarray, layout: Layout) -> np.ndarray:
-    """Query-key products that each pair asks for, causally.
-
-    Args:
-        lengths: (n, 3) int64: P, C, R.
-        layout: shared computes the prompt's once; packed and padded twice.
-    Returns:
-        (n,) int64.
-    """
-    prompt, chosen, rejected = lengths.astype(np.int64).T
-    first, second = prompt + chosen, prompt + rejected
-    both = (first * (first + 1) + second * (second + 1)) // 2
-    return both - prompt * (prompt + 1) // 2 if layout == "shared" else both
+def costs_of(*, body: int, head: int, attention_width: int) -> Costs:
+    """What the planner balances, from a model's sizes; see `useful_flops`."""
+    return Costs(completion=round(1e6 * head / body), product=round(2e6 * attention_width / body))
 
 
 def useful_flops(lengths: np.ndarray, *, body: int, head: int, attention_width: int) -> float:
@@ -258,18 +248,24 @@ def micro_batch_tokens(plan: Plan, lengths: np.ndarray, layout: Layout) -> np.nd
     return np.array([[size(ids) for ids in rank] for rank in plan], dtype=np.int64)
 
 
-def imbalance(tokens: np.ndarray) -> float:
+def costs_beside_tokens(plan: Plan, lengths: np.ndarray, layout: Layout, costs: Costs) -> np.ndarray:
+    """What logits and attention of every micro-batch cost, in tokens' ways through the body: (ranks, micro-steps)."""
+    beside = pair_costs(lengths, layout, costs) - 1_000_000 * num_tokens(lengths, layout)
+    return np.array([[int(beside[ids].sum()) for ids in rank] for rank in plan]) / 1e6
+
+
+def imbalance(costs: np.ndarray) -> float:
     """Costliest rank over the mean rank: 1 is perfect.
 
     Args:
-        tokens: (ranks, micro-steps): cost of every micro-batch.
+        costs: (ranks, micro-steps): of every micro-batch.
     Returns:
         At least 1; the step takes this many times as long as it would with even ranks.
     """
-    loads = tokens.sum(axis=1)
+    loads = costs.sum(axis=1)
     return float(loads.max() / loads.mean())
 
 
-def waiting(tokens: np.ndarray) -> float:
+def waiting(costs: np.ndarray) -> float:
     """Like `imbalance`, where ranks wait for one another after every micro-batch, as ZeRO 2 and 3 make them."""
-    return float(tokens.max(axis=0).sum() / tokens.sum(axis=1).mean())
+    return float(costs.max(axis=0).sum() / costs.sum(axis=1).mean())

@@ -9,67 +9,32 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 
+from dpo.budget import untried_budget
 from dpo.commandline import Command
-from dpo.data.planner import num_tokens, plan_batch
+from dpo.data.planner import num_tokens
 from dpo.estimate import (
     GIB,
     GPUS,
     Hardware,
     checkpoint_bytes,
-    computed_flops,
-    imbalance,
     memory,
-    micro_batch_tokens,
     traffic,
-    waiting,
 )
 from dpo.model import adapters, load
 from dpo.model.head import CHUNK_ROWS
 from dpo.model.shape import Shape, adapter_parameters, shape_of
-from dpo.objective.catalog import couples_pairs
 from dpo.policy import CHECKPOINTING_FROM
 from dpo.roles import reference_dtype
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import World
 from dpo.setup import Setup, prepare
+from dpo.spread import Schedule, schedule_of, schedule_rows
 
 Rows = list[tuple[str, str]]
-SAMPLED_STEPS, SAMPLED_PAIRS = 256, 1_000_000
-"""Most steps of an epoch, and about most pairs, that are planned to describe it; evenly spaced in a longer epoch."""
 FP32_SHARE = 1 / 16
 """Peak in fp32 over the 16-bit tensor-core peak: 1/16 on an A100, 1/15 on an H100, 1/8 on a T4."""
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """The planner's work on an epoch, or on a sample of its steps.
-
-    Attributes:
-        steps, looked_at: Steps of an epoch, and how many of them were planned.
-        micro_steps: (looked_at,) micro-batches of every rank.
-        imbalances, waits: (looked_at,) see `estimate.imbalance` and `estimate.waiting`.
-        last: Imbalance of the epoch's last step if that has fewer pairs and is not counted above; else None.
-        padding: Share of the tokens computed that are padding.
-        pairs: In a whole step.
-        largest: Tokens of the largest micro-batch.
-        largest_completions: Most completion tokens of a micro-batch.
-        flops: Mean operations of a whole step over all ranks, given what is recomputed.
-    """
-
-    steps: int
-    looked_at: int
-    micro_steps: np.ndarray
-    imbalances: np.ndarray
-    waits: np.ndarray
-    last: float | None
-    padding: float
-    pairs: int
-    largest: int
-    largest_completions: int
-    flops: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,45 +111,6 @@ def _trained(setup: Setup, config: Any, shape: Shape) -> int:
     return stored or adapter_parameters(config, model.lora, trust_remote_code=model.trust_remote_code)
 
 
-def _sampled(steps: int, pairs: int) -> list[int]:
-    count = min(steps, SAMPLED_STEPS, max(8, SAMPLED_PAIRS // pairs))
-    return sorted(set(np.linspace(0, steps - 1, count).astype(int).tolist()))
-
-
-def schedule_of(setup: Setup, machine: Machine) -> Schedule:
-    """Plan the first epoch, or an even sample of its steps, as every rank would."""
-    layout, lengths, epochs = setup.config.train.layout, setup.train_pairs.lengths, setup.epochs
-    loader, shape = setup.loader(setup.train_pairs, layout), machine.shape
-    order, size = epochs.order(0), epochs.global_batch_size
-    packed = num_tokens(lengths, "packed" if layout == "padded" else layout)
-    shapes, last, computed, real, largest, completions = [], None, 0, 0, 0, 0
-    looked_at = _sampled(epochs.steps_per_epoch, size)
-    for step in looked_at:
-        ids = order[step * size : (step + 1) * size]
-        plan = plan_batch(
-            ids, lengths, world_size=setup.world.world_size, token_budget=loader.token_budget, layout=layout,
-            max_pairs=loader.max_pairs,
-        )
-        tokens = micro_batch_tokens(plan, lengths, layout)
-        if len(ids) < size and len(looked_at) > 1:
-            last = imbalance(tokens)
-        else:
-            spent = computed_flops(
-                lengths[ids], layout, tokens=int(tokens.sum()), body=shape.body, head=shape.hidden * shape.vocabulary,
-                attention_width=shape.attention_width, recompute=machine.recompute,
-                reference=machine.reference_bytes > 0, look_ahead=couples_pairs(setup.config.loss.names),
-            )
-            shapes.append((tokens.shape[1], imbalance(tokens), waiting(tokens), spent))
-        computed, real = computed + int(tokens.sum()), real + int(packed[ids].sum())
-        largest = max(largest, int(tokens.max()))
-        completions = max(completions, *(int(lengths[b, 1:].sum()) for rank in plan for b in rank if b))
-    counts, imbalances, waits, flops = np.array(shapes).T
-    return Schedule(
-        epochs.steps_per_epoch, len(looked_at), counts, imbalances, waits, last, 1 - real / computed,
-        min(size, len(lengths)), largest, completions, float(flops.mean()),
-    )  # fmt: skip
-
-
 def _size(count: float) -> str:
     """Bytes in the unit that reads best."""
     unit = "KiB" if count < 2**20 else "MiB" if count < GIB else "GiB"
@@ -194,24 +120,6 @@ def _size(count: float) -> str:
 def _number(value: float) -> str:
     """Three digits that count."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def schedule_rows(schedule: Schedule) -> Rows:
-    """How the pairs of a step are spread."""
-    few = schedule.looked_at < schedule.steps
-    micro, even, waits = schedule.micro_steps, schedule.imbalances, schedule.waits
-    whole = f"a sample of {schedule.looked_at:,} of the" if few else "all"
-    rows = [
-        ("looked at", f"{whole} {schedule.steps:,} steps of the first epoch"),
-        ("micro-batches a step and rank", f"{micro.mean():.2f} mean, {micro.max():.0f} max"),
-        ("largest micro-batch", f"{schedule.largest:,} tokens"),
-        ("padding", f"{schedule.padding:.1%} of the tokens computed"),
-        ("rank imbalance (max / mean cost)", f"{even.mean():.4f} mean, {even.max():.4f} worst"),
-        ("the same, waiting after every micro-batch", f"{waits.mean():.4f} mean, {waits.max():.4f} worst"),
-    ]
-    if schedule.last is not None:
-        rows.append(("rank imbalance of the last, smaller step", f"{schedule.last:.4f}"))
-    return rows
 
 
 def memory_parts(setup: Setup, machine: Machine, schedule: Schedule) -> dict[str, float | None]:
@@ -306,10 +214,30 @@ def speed_rows(setup: Setup, machine: Machine, schedule: Schedule, hardware: Har
     ]
 
 
+def _with_budget(setup: Setup, machine: Machine, hardware: Hardware) -> Setup:
+    """The setup with the tokens a micro-batch that a run on such GPUs would try first."""
+    train = setup.config.train
+    if train.tokens_per_micro_batch != "auto":
+        return setup
+    shape = machine.shape
+    parts = memory(
+        shape.parameters, stage=machine.stage, world_size=setup.world.world_size, half=machine.half,
+        reference_bytes=machine.reference_bytes, trained=machine.trained,
+    )  # fmt: skip
+    budget = untried_budget(
+        shape, setup.dtype, free=int((GPUS[hardware.gpu].memory_gib - sum(parts.values())) * GIB),
+        recomputed=machine.recompute, stage=machine.stage,
+        longest=int(num_tokens(setup.train_pairs.lengths, train.layout).max()),
+    )  # fmt: skip
+    return replace(setup, token_budget=budget)
+
+
 def forecast(setup: Setup, hardware: Hardware) -> dict[str, Rows]:
     """Everything a plan says beyond the run's own settings: title -> rows."""
     machine = machine_of(setup)
-    schedule, shape = schedule_of(setup, machine), machine.shape
+    setup = _with_budget(setup, machine, hardware)
+    shape = machine.shape
+    schedule = schedule_of(setup, shape, recompute=machine.recompute, reference=machine.reference_bytes > 0)
     size = f"{shape.parameters / 1e6:,.1f}M parameters, {shape.body / 1e6:,.1f}M in the body"
     title = f"{hardware.ranks:,} x {hardware.gpu}"
     return {

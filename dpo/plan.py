@@ -9,6 +9,7 @@ import sys
 import time
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -64,6 +65,7 @@ def _try_costliest(setup: Setup, policy: Policy, reference: FrozenReference) -> 
     on_device = batch.to(setup.world.device)
     loss, device = Objective(setup.config.loss), setup.world.device
     chosen_length = float(setup.train_pairs.lengths[:, 1].mean())
+    _wait_for(device)
     started = time.perf_counter()
     known = look_ahead(policy, reference.train, [batch], device) if loss.couples else None
     of_row = setup.config.train.sequence_parallel_size
@@ -71,6 +73,7 @@ def _try_costliest(setup: Setup, policy: Policy, reference: FrozenReference) -> 
     reference_logps = reference.train(on_device)
     output = loss(policy.logps(on_device, reference_logps), reference_logps, context)
     deepspeed_engine.backward(policy.engine, output.losses.sum(), True)
+    _wait_for(device)
     seconds = time.perf_counter() - started
     sizes = {p: getattr(p, "ds_numel", p.numel()) for p in policy.scorer.model.parameters()}
     parts = memory(
@@ -88,6 +91,11 @@ def _try_costliest(setup: Setup, policy: Policy, reference: FrozenReference) -> 
         *((f"memory per GPU: {name}", f"{size:.3f} GiB") for name, size in parts.items()),
         ("memory per GPU: sum without activations", f"{sum(parts.values()):.3f} GiB"),
     ]
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _print(console: Console, title: str, rows: Rows) -> None:

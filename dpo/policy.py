@@ -205,7 +205,10 @@ def start_models(setup: Setup, path: str, say: Callable[[str], None]) -> tuple[P
     for note in policy.notes:
         say(note)
     if mode == "cached":
-        return policy, _cached_reference(setup, policy, scorer, score, dtype, say)
+        frozen = _cached_reference(setup, policy, scorer, score, dtype, say)
+        if own is not None and sharded:
+            deepspeed_engine.stop(score)
+        return policy, frozen
     answer = online_with_tokens(scorer) if "tdpo" in setup.config.loss.names else online(score)
     if mode != "adapter":
         return policy, FrozenReference(answer, answer, dtype, scorer)

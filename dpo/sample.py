@@ -30,12 +30,13 @@ SCORED_TOKENS = 4096
 
 @contextmanager
 def _generating(scorer: Scorer) -> Iterator[None]:
-    """The model's own attention, and layers that may keep a cache although checkpointing marks them as training."""
+    """The model's own attention, layers that may keep a cache although checkpointing marks them as training, and no
+    compiled code, which would be made anew for every length and then, at the compiler's limit, no more for training."""
     training = [module for module in scorer.model.modules() if module.training]
     for module in training:
         module.training = False
     try:
-        with scorer.own_attention():
+        with scorer.own_attention(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module in training:
@@ -156,9 +157,10 @@ def answer_logps(
     lengths = np.array([[len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)] for p in pairs])
     (plan,) = plan_batch(range(len(pairs)), lengths, world_size=1, token_budget=SCORED_TOKENS, layout=layout)
     found = np.zeros((len(pairs), 2))
-    for ids in plan:
-        logps = pair_logps(score, collate([pairs[i] for i in ids], layout).to(device))
-        found[ids] = torch.stack((logps.chosen, logps.rejected), dim=1).double().cpu().numpy()
+    with torch.compiler.set_stance("force_eager"):  # see `_generating`
+        for ids in plan:
+            logps = pair_logps(score, collate([pairs[i] for i in ids], layout).to(device))
+            found[ids] = torch.stack((logps.chosen, logps.rejected), dim=1).double().cpu().numpy()
     return found
 
 

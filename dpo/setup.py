@@ -16,10 +16,12 @@ from dpo import roles
 from dpo.config import Config, check_world_size
 from dpo.data.loader import Loader, with_fixed_rows
 from dpo.data.mixture import Mixture
-from dpo.data.planner import Epochs, Layout
+from dpo.data.planner import Costs, Epochs, Layout
 from dpo.data.tokenize import read_chat_template
 from dpo.errors import UserError
+from dpo.estimate import costs_of
 from dpo.model import adapters, load
+from dpo.model.shape import shape_of
 from dpo.objective.tokens import weigher
 from dpo.run_data import Pairs, RunData, prepare_data
 from dpo.runtime import engine as deepspeed_engine
@@ -29,6 +31,8 @@ from dpo.types import TokenizedPair
 
 LOOKED_AT = 32
 """Steps that decide the length of fixed rows."""
+UNTRIED_TOKENS = 16384
+"""Tokens a micro-batch on a GPU, where nothing has been tried."""
 TAIL_AT_MOST = 0.1
 """Share of dummy tokens above which train.static_shapes auto leaves rows as they are."""
 
@@ -47,6 +51,7 @@ class Setup:
         train_pairs, validation_pairs: All their pairs; None where there is no validation.
         start_dtype: Dtype of the policy's stored weights.
         notes: Lines for the log: what was decided, and why.
+        costs: By which the ranks get equal work.
         token_budget: Tokens per micro-batch that were found to fit; None before that is known.
     """
 
@@ -60,6 +65,7 @@ class Setup:
     validation_pairs: Pairs | None
     start_dtype: torch.dtype
     notes: tuple[str, ...]
+    costs: Costs = Costs()
     token_budget: int | None = None
 
     @property
@@ -134,7 +140,7 @@ class Setup:
         train = self.config.train
         budget = self.token_budget or train.tokens_per_micro_batch
         if budget == "auto":
-            budget = 16384 if self.world.device.type == "cuda" else 4096
+            budget = UNTRIED_TOKENS if self.world.device.type == "cuda" else 4096
         of_row = train.sequence_parallel_size  # ranks of a group get the same rows and hold a cut of each
         loss = self.config.loss
         weighs_tokens = layout not in ("chosen", "padded_chosen")  # SFT does not
@@ -143,6 +149,7 @@ class Setup:
             budget * of_row, train.micro_batch_size,
             pin_memory=self.world.device.type == "cuda",
             token_weights=weigher("sampo" in loss.names, loss.ld_alpha, train.seed) if weighs_tokens else None,
+            costs=self.costs,
         )
         must = self.config.model.compile or train.static_shapes is True
         may = self.world.device.type == "cuda" and train.static_shapes == "auto"
@@ -171,6 +178,17 @@ def _precision_notes(precision: str, device: torch.device) -> list[str]:
     if device.type != "cpu" or precision != "bf16" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return []
     return ["train.precision is bf16 and this CPU has no instructions for it: many times slower than fp32"]
+
+
+def _costs(config: Config, model_config: Any, world_size: int) -> Costs:
+    """What a pair costs under the model; tokens alone where nothing is spread or the model cannot be counted."""
+    if world_size == 1:
+        return Costs()
+    try:
+        shape = shape_of(model_config, torch.bfloat16, trust_remote_code=config.model.trust_remote_code)
+    except UserError:  # said better once its weights are read
+        return Costs()
+    return costs_of(body=shape.body, head=shape.hidden * shape.vocabulary, attention_width=shape.attention_width)
 
 
 def _longest(config: Config, model_config: Any) -> int:
@@ -261,6 +279,7 @@ def prepare(config: Config, world: World, deepspeed_json: str | None, *, for_els
             data=data, train_pairs=data.train_pairs(), validation_pairs=data.validation_pairs(),
             start_dtype=load.starting_dtype(model_config),
             notes=(*data.notes, *_precision_notes(precision, world.device)),
+            costs=_costs(config, model_config, world.world_size),
         )
 
     setup = together(work)

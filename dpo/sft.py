@@ -152,8 +152,8 @@ def _step(
         deepspeed_engine.backward(policy.engine, spoil(loss, losses[-1]), index == len(work.batches) - 1)
         sums[0] += nll.detach()
         sums[1] += len(batch.target_ids)  # not the step's: ranks that compute a row together all add its nll
-    asked = torch.tensor(preemption.is_asked(), device=device)
-    flags = torch.stack((~torch.cat(losses).isfinite().all(), asked))
+    bad = ~torch.cat(losses).isfinite().all()
+    flags = torch.stack((bad, torch.full_like(bad, preemption.is_asked())))
     (is_bad, stop), norm = any_ranks_and(flags, deepspeed_engine.gradient_norm(policy.engine))
     heartbeat.at(f"in the update of SFT step {step}", in_step=True)
     grad_norm, counts = nonfinite.step(policy.engine, lr, norm, work, losses, is_bad)

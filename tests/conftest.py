@@ -11,6 +11,22 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 _skips: list[str] = []
 
 
+HEAVY = [
+    "invariants/test_resume.py", "slurm/test_slurm.py", "invariants/test_scheduling.py", "test_quickstart.py",
+    "invariants/test_objectives.py", "invariants/test_dead_rank.py", "test_real_data.py", "invariants/test_elastic.py",
+    "invariants/test_variants.py", "test_adapters.py", "test_plan.py", "model/test_half_precision.py",
+    "test_benchmarks.py", "parity/test_trl_objectives.py", "parity/test_trl.py", "test_bad_input.py", "test_readme.py",
+    "test_mutations.py", "test_notebook.py", "test_docs_commands.py", "test_eight_bit.py",
+]  # fmt: skip
+"""First, so that no worker is left with a long file when the other has nothing to do."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(HEAVY)}
+    folder = Path(__file__).parent
+    items.sort(key=lambda item: place.get(item.path.relative_to(folder).as_posix(), len(HEAVY)))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu"):
         import torch

@@ -43,19 +43,32 @@ def size() -> int:
     return min(looks)
 
 
+def held(model: Any) -> int:
+    """Bytes of a model's weights on this rank."""
+    storages = [getattr(p, "ds_tensor", p).untyped_storage() for p in model.parameters()]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
 def measure(stage: int, precision: str, folder: Path) -> dict[str, int]:
     """Bytes of each part in the second optimizer step, of two micro-batches; of gradients, the most there ever are."""
     dtype = deepspeed_engine.DTYPES[precision]
-    config: dict[str, Any] = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 1000}}
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 1000}
+    if stage == 3:  # a tiny model's weights would stay gathered
+        always = ("stage3_param_persistence_threshold", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size")
+        zero |= dict.fromkeys(always, 0)
+    config: dict[str, Any] = {"zero_optimization": zero}
     optim = OptimConfig()
     config = deepspeed_engine.build_config(config, optim=optim, precision=precision, global_batch_size=2)
     model = load.cast_parameters(tiny.model("llama", dtype=torch.float32, vocab_size=2000), dtype)
     reference = load.frozen_copy(model, dtype)
-    weights, frozen = (sum(p.untyped_storage().nbytes() for p in m.parameters()) for m in (model, reference))
     parameters = sum(p.numel() for p in model.parameters())
-    before = size()
+    before = size() - held(model) - held(reference)
     engine = deepspeed_engine.start_training(Scorer(model), config, optim)
+    if stage == 3:
+        frozen_engine = deepspeed_engine.start_frozen(Scorer(reference), deepspeed_engine.frozen_config(config, dtype))
+        assert frozen_engine is not None
     states = 0
+    before += held(model) + held(reference)
     for step in range(2):
         for is_last in (False, True):
             ids = torch.arange(8)[None]
@@ -70,7 +83,8 @@ def measure(stage: int, precision: str, folder: Path) -> dict[str, int]:
     engine.save_checkpoint(str(folder), tag="step")
     written = sum(f.stat().st_size for f in (folder / "step").glob("*") if f.is_file())
     return {
-        "parameters": parameters, "weights": weights, "reference": frozen, "gradients and optimizer": states,
+        "parameters": parameters, "weights": held(model), "reference": held(reference),
+        "gradients and optimizer": states,
         "optimizer": optimizer, "checkpoint": written,
     }  # fmt: skip
 
@@ -78,6 +92,8 @@ def measure(stage: int, precision: str, folder: Path) -> dict[str, int]:
 def main(argv: list[str]) -> None:
     """Measure every job in turn."""
     world = distributed.start()
+    gc.collect()
+    gc.freeze()  # what importing has made is not looked at again and again
     folder = Path(argv[0])
     for job in argv[1:]:
         stage, precision = job.split("-")

@@ -20,7 +20,7 @@ from dpo.errors import UserError
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
 SYSTEMS = ["ours_online", "ours_cached", "trl_default", "trl_tuned", "plain_loop"]
 ARGV = [
-    "--quick", "--data", "builtin:world", "--tokenizer", "builtin:tiny", "--device", "cpu", "--dtype", "fp32",
+    "--size", "quick", "--data", "builtin:world", "--tokenizer", "builtin:tiny", "--device", "cpu", "--dtype", "fp32",
     "--threads", "1", "--micro_batches", "1", "2",
 ]
 Results = dict[str, dict[str, Any]]
@@ -118,6 +118,32 @@ def test_ratios_pair_the_runs_of_a_round():
     assert "| 7.00 (6.00 to 9.00) | at least 8 | missed by 12% |" in table and "| not measured |" in table
     memory = report.ratios([_run("ours_online", 1, peak_gib=2), _run("trl_default", 1, peak_gib=5)], "cuda")[-1]
     assert memory["values"] == [0.4] and "| at most 0.5 | met |" in report.ratios_table([memory])
+
+
+def test_one_changed_part_is_told_as_time_against_the_default(quick, tmp_path, monkeypatch):
+    measured = quick[2]["ours_online-0"]
+
+    def slower(module: str, job: Job, where: Path, threads: int) -> dict[str, Any]:
+        if module == "ceiling":
+            return dict(quick[2]["ceiling"])
+        return measured | {"seconds": measured["seconds"] * (2 if "train.layout" in job.options else 1)}
+
+    monkeypatch.setattr(throughput, "run_process", slower)
+    tables = shutil.copy(DOCS, tmp_path / "tables.md")
+    argv = [*ARGV, "--dtype", "bf16", "--ablations", "--docs", str(tables)]
+    assert throughput.main(argv) == 0
+    written = tables.read_text().split("<!-- cpu-ablations: begin -->")[1].split("<!-- cpu-ablations: end -->")[0]
+    times = {row.split(" | ")[0]: row.split(" | ")[2] for row in written.splitlines() if row.startswith("| ")}
+    assert len(times) == 2 + len(throughput.ABLATIONS["cpu"])
+    assert {name for name, time in times.items() if time == "2.00"} == {
+        "| " + report.NAMES[system] for system in ("ours_packed", "ours_padded")
+    }
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_changed_part_is_a_setting_that_a_run_takes(device):
+    job = Job("builtin:tiny", "builtin:world", "", "", "", 8, 4, 1, 1, "fp32", "cpu", 1e-4, 0.1)
+    assert all(throughput.unavailable(system, job) is None for system in throughput.ABLATIONS[device])
 
 
 def test_useful_work_by_hand():

@@ -6,15 +6,19 @@ Lack of memory is played on the CPU: torch.OutOfMemoryError wherever a micro-bat
 from __future__ import annotations
 
 import json
+import weakref
 
 import pytest
 import torch
 
 import dpo.budget
 import dpo.model.forward
+import dpo.train
 import train_dpo
-from dpo.budget import choose, from_free_memory
+from dpo.budget import choose, untried_budget
 from dpo.errors import UserError
+from dpo.model import load
+from dpo.model.shape import Shape
 from dpo.runtime.tracking import read_lines
 from tests.test_stages import arguments
 
@@ -49,10 +53,23 @@ def test_the_ladder_halves_down_to_the_longest_pair_then_recomputes_then_refuses
     assert len(said) == len(tried) - 1 and all("out of memory" in line for line in said)
 
 
+SHAPE = Shape(parameters=10**6, body=10**6, layers=2, hidden=8, vocabulary=100, attention_width=16, activations=1000,
+              block_input=100)  # fmt: skip
+RESERVED = 2 * 10 * 100 * 4 + 100 * 8 * 4  # a tile of 10 rows twice, the head's gradient
+
+
+def first(free: int, *, stage: int = 2, recomputed: bool = False, longest: int = 10) -> int:
+    return untried_budget(
+        SHAPE, torch.bfloat16, free=free, recomputed=recomputed, stage=stage, longest=longest, chunk_rows=10
+    )
+
+
 def test_the_first_budget_follows_free_memory_within_bounds():
-    assert from_free_memory(10_000_000, reserved=0, per_token=1000, longest=10) == 7168
-    assert from_free_memory(10**12, reserved=0, per_token=1000, longest=10) == 65536
-    assert from_free_memory(10_000_000, reserved=9_999_999, per_token=1000, longest=700) == 700
+    assert first(10_000_000 + RESERVED + 2 * 10**6) == 7168
+    assert first(10_000_000 + RESERVED + 2 * 10**6, recomputed=True) == 65536
+    assert first(10**12) == 65536 and first(1000, longest=700) == 700
+    assert first(10_000_000 + RESERVED + 2 * 10**6, stage=3) == 7168  # nothing is tried: never more than 16,384
+    assert first(10**12, stage=3) == 16384
 
 
 def lacking_above(monkeypatch, tokens, recomputed_tokens):
@@ -111,6 +128,47 @@ def test_a_run_without_enough_memory_takes_smaller_micro_batches_and_has_the_sam
     assert json.loads((tmp_path / "small/run/micro_batches.json").read_text()) == written
 
 
+def test_a_run_that_goes_on_recomputes_activations_again(tiny_policy, tmp_path, monkeypatch):
+    lacking_above(monkeypatch, 10, 10**9)
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, *SEVERAL)) == 0
+    seen, step = [], dpo.train.take_step
+
+    def looked(setup, policy, *rest):
+        seen.append(load.recomputes_activations(policy.scorer.model))
+        return step(setup, policy, *rest)
+
+    monkeypatch.setattr(dpo.train, "take_step", looked)
+    more = ["--train.max_steps", "3", "--train.epochs", "2"]
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, *SEVERAL, *more)) == 0
+    assert seen and all(seen)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_auto_starts_from_the_memory_of_the_rank_with_the_least_and_tries_nothing_under_zero_3(
+    stage, tiny_policy, tmp_path, monkeypatch
+):
+    """This rank's memory suggests 5,120 tokens, the other's 2,048."""
+    tried = lacking_above(monkeypatch, 10**9, 10**9)
+    own, suggested = dpo.budget.gather, []
+
+    def gathered(value):
+        if isinstance(value, bool):
+            return own(value)
+        suggested.append(value)
+        return [*own(value), 2048]
+
+    monkeypatch.setattr(dpo.budget, "_free_memory", lambda device: 150_000_000)
+    monkeypatch.setattr(dpo.budget, "gather", gathered)
+    config = tmp_path / "zero.json"
+    config.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    flags = ["--config", str(config), "--log.samples", "0", "--train.tokens_per_micro_batch", "auto"]
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, *flags)) == 0
+    assert len(suggested) == 1 and suggested[0] > 2048
+    assert tried == ([2048] if stage == 2 else [])
+    written = json.loads((tmp_path / "run/micro_batches.json").read_text())
+    assert (written["asked"], written["tokens"]) == ("auto", 2048)
+
+
 def test_what_one_rank_lacks_is_lacking_on_all(tiny_policy, tmp_path, monkeypatch):
     """This rank has room; the other says that it had none with more than 500 tokens."""
     tried = lacking_above(monkeypatch, 10**9, 10**9)
@@ -118,6 +176,32 @@ def test_what_one_rank_lacks_is_lacking_on_all(tiny_policy, tmp_path, monkeypatc
     monkeypatch.setattr(dpo.budget, "gather", lambda value: [*own(value), tried[-1] > 500])
     assert train_dpo.main(arguments(tmp_path, tiny_policy, *SEVERAL)) == 0
     assert tried == [1600, 800, 400]
+
+
+@pytest.mark.parametrize(("config", "bytes_a_parameter"), [("zero2", 8 + 4), ("zero2_offload", 4)])
+def test_the_trial_holds_beside_it_what_the_first_step_adds(
+    config, bytes_a_parameter, tiny_policy, tmp_path, monkeypatch
+):
+    """AdamW's two states and the gradients in fp32 do not exist before it."""
+    lacking_above(monkeypatch, 10**9, 10**9)
+    empty, attempt, kept = torch.empty, dpo.budget.attempt, []
+
+    def made(*size, **more):
+        tensor = empty(*size, **more)
+        if more.get("dtype") == torch.uint8:
+            kept.append(weakref.ref(tensor))
+        return tensor
+
+    def watched(setup, policy, reference, layout):
+        parameters = sum(p.numel() for p in policy.scorer.parameters())
+        assert kept[-1]().numel() == bytes_a_parameter * parameters
+        attempt(setup, policy, reference, layout)
+
+    monkeypatch.setattr(torch, "empty", made)
+    monkeypatch.setattr(dpo.budget, "attempt", watched)
+    flags = [*SEVERAL, "--config", f"ds_configs/{config}.json"]
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, *flags)) == 0
+    assert kept and not any(reference() is not None for reference in kept)
 
 
 def test_the_trial_leaves_no_gradient_behind(tiny_policy, tmp_path, monkeypatch):

@@ -24,8 +24,8 @@ ORDER = [
     "runtime.tracking",
     "report.pairs", "report.content", "report.figures", "report.charts", "report.panels", "report.card", "report.page",
     "reference_cache", "sample", "estimate", "run_data", "roles", "setup", "audit", "load_models", "policy", "budget",
-    "sync", "nonfinite", "context", "start", "step", "export", "sft", "evaluate", "forecast", "plan", "judge", "ask",
-    "export_run", "finish", "train", "__main__",
+    "sync", "nonfinite", "context", "start", "step", "export", "sft", "evaluate", "spread", "forecast", "plan", "judge",
+    "ask", "export_run", "finish", "train", "__main__",
 ]  # fmt: skip
 OWNERS = {
     "datasets": {"data.sources"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from dpo.reference_cache import cached_scores, folder_of, manifest_of
 from dpo.runtime import distributed
 from dpo.runtime.weights import fingerprint
 from tests import tiny
+from tests.test_stages import arguments
 
 
 class Scored:
@@ -84,8 +86,11 @@ def test_each_part_of_the_key_makes_another_cache(scored, part, monkeypatch):
         monkeypatch.setattr(reference_cache, "VERSION", 2)
         manifest = scored.manifest()
     else:
-        changed = {"dtype": "float16", "layout": "padded", "attention": "varlen"}
-        manifest[part] = changed[part]
+        parts = {"dtype": torch.float32, "layout": "shared", "attention": "sdpa per segment"}
+        changed = {"dtype": torch.float16, "layout": "padded", "attention": "varlen per segment"}
+        weights = fingerprint(scored.scorer.model)
+        assert manifest_of(weights, scored.pairs, *parts.values()) == manifest
+        manifest = manifest_of(weights, scored.pairs, *(parts | {part: changed[part]}).values())
     assert folder_of(scored.cache, manifest) != before
 
 
@@ -121,6 +126,17 @@ def test_damaged_scores_are_refused_or_made_again(scored, damage):
         np.save(path, values * np.nan if damage == "nan" else values[:3])
     with pytest.raises(UserError, match="delete its folder"):
         scored.scores()
+
+
+def test_every_rank_scores_its_share_alone(scored, monkeypatch):
+    monkeypatch.setattr(reference_cache, "sum_over_ranks", lambda tensor: tensor)
+    truth, shares = scored.scores(), []
+    for rank in range(2):
+        scored.scored, here = 0, replace(scored.world, rank=rank, world_size=2)
+        loader = Loader(scored.pairs, Epochs(10, 4, 0), rank, 2, "shared", 60)
+        shares.append(reference_cache._score_pairs(scored.score, loader, list(range(10)), here))
+        assert scored.scored == 5
+    assert torch.allclose(shares[0] + shares[1], truth) and (shares[0] * shares[1] == 0).all()
 
 
 def test_a_killed_build_goes_on_with_the_next_chunk(tmp_path, monkeypatch):
@@ -172,3 +188,27 @@ def test_a_copy_made_to_score_is_freed_before_training(tiny_policy, tmp_path, mo
         ])  # fmt: skip
         assert code == 0
     assert alive == [False, True]
+
+
+def test_a_sharded_copy_made_to_score_gives_its_memory_back_before_training(tiny_policy, tmp_path, monkeypatch):
+    start, step = dpo.policy.deepspeed_engine.start_frozen, dpo.train.take_step
+    parameters: list[torch.nn.Parameter] = []
+    held: list[int] = []
+
+    def started(*args):
+        engine = start(*args)
+        parameters.extend(engine.module.parameters())
+        return engine
+
+    def looked(*args):
+        held.append(sum(p.ds_tensor.untyped_storage().nbytes() + p.untyped_storage().nbytes() for p in parameters))
+        return step(*args)
+
+    monkeypatch.setattr(dpo.policy.deepspeed_engine, "start_frozen", started)
+    monkeypatch.setattr(dpo.train, "take_step", looked)
+    code = train_dpo.main(arguments(
+        tmp_path, tiny_policy, "--config", "ds_configs/zero3.json", "--reference.mode", "cached", "--reference.dtype",
+        "bf16",
+    ))  # fmt: skip
+    assert code == 0 and parameters
+    assert held == [0, 0]

@@ -6,14 +6,20 @@ import json
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import dpo.model.attention
 import dpo.model.forward
+import dpo.model.load
+import dpo.policy
 import dpo.step
 import dpo.train
 import train_dpo
 from dpo.estimate import peak_tflops
+from dpo.runtime import distributed
 from dpo.runtime.tracking import read_lines
 from tests.test_stages import arguments
 
@@ -88,17 +94,17 @@ SEVERAL = ["--train.micro_batch_size", "3", "--log.samples", "0"]
 
 def until_the_flag(monkeypatch, enter, leave):
     """Have every step call enter() first and leave() when its last backward pass is done, before the ranks' flag."""
-    take_step, any_ranks = dpo.step.take_step, dpo.step.distributed.any_ranks_and
+    take_step, norm = dpo.step.take_step, dpo.step.deepspeed_engine.gradient_norm
 
     def watched(*args):
-        def flag(*tensors):
-            leave()
-            return any_ranks(*tensors)
+        def looked(engine):
+            leave()  # DeepSpeed's norm puts a number on the device: a copy that CUDA counts as a wait
+            return norm(engine)
 
-        monkeypatch.setattr(dpo.step.distributed, "any_ranks_and", flag)
+        monkeypatch.setattr(dpo.step.deepspeed_engine, "gradient_norm", looked)
         enter()
         result = take_step(*args)
-        monkeypatch.setattr(dpo.step.distributed, "any_ranks_and", any_ranks)
+        monkeypatch.setattr(dpo.step.deepspeed_engine, "gradient_norm", norm)
         return result
 
     monkeypatch.setattr(dpo.train, "take_step", watched)
@@ -183,6 +189,88 @@ def test_the_gradient_is_taken_in_forward_where_the_loss_allows_and_changes_no_l
     for a, b in zip(*lines, strict=True):
         for name in ("loss", "grad_norm", "rewards/margins", "logps/chosen"):
             assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
+
+
+def lines_of(folder, policy, *flags):
+    """What a run of two steps wrote."""
+    more = ["--optim.lr", "1e-3", "--log.samples", "0", *flags]
+    assert train_dpo.main(arguments(folder, policy, *more)) == 0
+    return [line for line in read_lines(folder / "run") if "loss" in line]
+
+
+def assert_equal_lines(found, truth):
+    assert len(found) == len(truth) == 2 and truth[1]["loss"] != pytest.approx(truth[0]["loss"], abs=1e-4)
+    for a, b in zip(found, truth, strict=True):
+        for name in ("loss", "grad_norm", "rewards/margins", "logps/chosen"):
+            assert a[name] == pytest.approx(b[name], rel=2e-4, abs=5e-6), name
+
+
+def test_a_pair_longer_than_a_tile_is_scored_after_forward_and_changes_no_line(tiny_policy, tmp_path, monkeypatch):
+    truth, chunks = lines_of(tmp_path / "whole", tiny_policy), []
+    longest = 100  # of 40 to 170 completion tokens a pair
+
+    class Small(dpo.model.forward.Scorer):
+        def __init__(self, model, **more):
+            super().__init__(model, longest, **more)
+
+        def chunks(self, batch):
+            chunks.append(super().chunks(batch))
+            return chunks[-1]
+
+    monkeypatch.setattr(dpo.policy, "Scorer", Small)
+    flags = ["--model.loss_in_forward", "true", "--train.micro_batch_size", "1"]
+    assert_equal_lines(lines_of(tmp_path / "small", tiny_policy, *flags), truth)
+    assert None in chunks and any(chunks)
+
+
+@pytest.mark.parametrize("twin", ["varlen_eager", "flex_eager"])
+def test_a_run_has_the_same_lines_whichever_kernel_attends(twin, tiny_policy, tmp_path, monkeypatch):
+    truth = lines_of(tmp_path / "sdpa", tiny_policy)
+    monkeypatch.setattr(dpo.model.attention, "candidates", lambda wanted, device: [twin])
+    assert_equal_lines(lines_of(tmp_path / "twin", tiny_policy), truth)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed")
+def test_a_compiled_run_compiles_nothing_after_its_first_step(tiny_policy, tmp_path, monkeypatch):
+    """Evaluations and samples in between; traced and run eagerly."""
+    torch._dynamo.reset()
+    counters.clear()
+    compile_blocks, step, made = dpo.model.load.compile_blocks, dpo.train.take_step, []
+    monkeypatch.setattr(dpo.model.load, "compile_blocks", lambda model: compile_blocks(model, "eager"))
+
+    def counted(*args):
+        result = step(*args)
+        made.append(counters["stats"]["unique_graphs"])
+        return result
+
+    monkeypatch.setattr(dpo.train, "take_step", counted)
+    flags = ["--model.compile", "true", "--train.eval_every", "1", "--log.samples", "2", "--log.sample_every", "1",
+             "--train.epochs", "2", "--train.max_steps", "4"]  # fmt: skip
+    found = lines_of(tmp_path / "compiled", tiny_policy, *flags)
+    assert len(made) == 4 and made[0] > 0
+    assert made == made[:1] * 4 and not counters["recompiles"]
+    torch._dynamo.reset()
+    assert_equal_lines(found[:2], lines_of(tmp_path / "plain", tiny_policy, *flags[2:])[:2])
+
+
+def test_metrics_are_reduced_once_a_log_line(tiny_policy, tmp_path, monkeypatch):
+    reduce, calls = distributed.sum_over_ranks, []
+    monkeypatch.setattr(distributed, "sum_over_ranks", lambda *a: calls.append(1) or reduce(*a))
+    flags = ["--train.global_batch_size", "2", "--train.max_steps", "8", "--log.every", "4", "--log.samples", "0"]
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, *flags)) == 0
+    lines = read_lines(tmp_path / "run")
+    assert (sum("loss" in line for line in lines), sum("eval_loss" in line for line in lines)) == (2, 2)
+    assert len(calls) == 2 + 2 + 1  # lines, evaluations, the look at the start
+
+
+@pytest.mark.parametrize("config", ["ds_configs/zero2.json", "ds_configs/zero3.json"])
+def test_deepspeed_does_not_wait_for_the_device_to_time_its_own_steps(config, tiny_policy, tmp_path, monkeypatch):
+    """Unless told otherwise it does so twice a step, from the third on."""
+    accelerator, waits = get_accelerator(), []
+    monkeypatch.setattr(accelerator, "synchronize", lambda *_: waits.append(1))
+    flags = ["--config", config, "--train.global_batch_size", "2", "--train.max_steps", "5", "--log.samples", "0"]
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, *flags)) == 0
+    assert waits == []
 
 
 @pytest.mark.parametrize(

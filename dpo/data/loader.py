@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dpo.data.batch import collate
-from dpo.data.planner import Epochs, Layout, Plan, num_tokens, plan_batch
+from dpo.data.planner import Costs, Epochs, Layout, Plan, num_tokens, plan_batch
 from dpo.types import PackedBatch, PairDataset, TokenizedPair
 
 
@@ -53,6 +53,7 @@ class Loader:
         row_tokens: Length to which packed rows are filled by a dummy tail; None for none. See `with_fixed_rows`.
         pin_memory: Pin the tensors, so that copies to a GPU overlap its work.
         token_weights: token_weights(step, pair) -> what the tokens of its completions count; None: 1 each.
+        costs: Of the model, by which ranks get equal work.
     """
 
     dataset: PairDataset
@@ -65,6 +66,7 @@ class Loader:
     row_tokens: int | None = None
     pin_memory: bool = False
     token_weights: Callable[[int | None, TokenizedPair], tuple[np.ndarray, np.ndarray]] | None = None
+    costs: Costs = Costs()
 
     def __getitem__(self, step: int) -> StepBatches:
         """Build the micro-batches of a step, counted from 0."""
@@ -90,6 +92,7 @@ class Loader:
             token_budget=self.token_budget,
             layout=self.layout,
             max_pairs=self.max_pairs,
+            costs=self.costs,
         )
 
     def build(self, pair_ids: list[int], step: int | None = None) -> PackedBatch:

@@ -111,6 +111,47 @@ def num_tokens(lengths: np.ndarray, layout: Layout) -> np.ndarray:
     return 2 * (prompt + np.maximum(chosen, rejected))
 
 
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What tokens cost beside their way through the body, in millionths of that: whole numbers, so that ranks agree.
+
+    Attributes:
+        completion: The logits of a completion token: H V / N_body.
+        product: A query-key product: 2 (heads x head size, summed over layers) / N_body.
+    """
+
+    completion: int = 0
+    product: int = 0
+
+
+def attention_products(lengths: np.ndarray, layout: Layout) -> np.ndarray:
+    """Query-key products that each pair asks for, causally.
+
+    Args:
+        lengths: (n, 3) int64: P, C, R.
+        layout: shared computes the prompt's once; packed and padded twice.
+    Returns:
+        (n,) int64.
+    """
+    prompt, chosen, rejected = lengths.astype(np.int64).T
+    first, second = prompt + chosen, prompt + rejected
+    first, second = first * (first + 1) // 2, second * (second + 1) // 2
+    if layout in ("chosen", "padded_chosen"):
+        return first
+    return first + second - (prompt * (prompt + 1) // 2 if layout == "shared" else 0)
+
+
+def pair_costs(lengths: np.ndarray, layout: Layout, costs: Costs) -> np.ndarray:
+    """What each pair costs: its tokens, the logits of its completions, its attention.
+
+    Returns:
+        (n,) int64, millionths of a token's way through the body.
+    """
+    scored = lengths[:, 1] if layout in ("chosen", "padded_chosen") else lengths[:, 1:].sum(axis=1)
+    beside = costs.completion * scored + costs.product * attention_products(lengths, layout)
+    return 1_000_000 * num_tokens(lengths, layout) + beside
+
+
 @dataclass(slots=True)
 class _Bin:
     """A micro-batch being filled."""
@@ -137,7 +178,7 @@ EVEN_ENOUGH = 1.001
 
 def _spread_over_ranks(costs: Sequence[int], world_size: int) -> list[list[int]]:
     """Indices of each rank's pairs: LPT, the costliest pair first, always to the rank with the least work (Graham
-    1969, doi:10.1137/0117039), then exchanges; costliest first."""
+    1969, doi:10.1137/0117039), then exchanges."""
     order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
     heap = [(0, 0, rank) for rank in range(world_size)]
     shares: list[list[int]] = [[] for _ in range(world_size)]
@@ -146,7 +187,7 @@ def _spread_over_ranks(costs: Sequence[int], world_size: int) -> list[list[int]]
         shares[rank].append(i)
         heapq.heappush(heap, (load + costs[i], count + 1, rank))
     _exchange(shares, costs)
-    return [sorted(share, key=lambda i: (-costs[i], i)) for share in shares]
+    return shares
 
 
 def _exchange(shares: list[list[int]], costs: Sequence[int]) -> None:
@@ -204,6 +245,7 @@ def _into_micro_batches(
 
     For padded layouts, next-fit over pairs sorted by length, so that equals are padded together.
     """
+    share = sorted(share, key=lambda i: (-tokens[i], i))
     bins: list[_Bin] = []
     room: list[tuple[int, int]] = []  # tokens left in a bin that takes more pairs, its number; sorted
     for i in share:
@@ -230,22 +272,25 @@ def plan_batch(
     token_budget: int,
     layout: Layout,
     max_pairs: int | None = None,
+    costs: Costs = Costs(),
 ) -> Plan:
-    """Spread pairs over ranks and micro-batches at near-equal cost.
+    """Spread pairs over ranks at near-equal cost, and each rank's over micro-batches.
 
     Args:
         pair_ids: Pairs to score, each once.
         lengths: (n, 3) int64 of the whole data set, indexed by pair id.
         world_size: Ranks, >= 1.
         token_budget: Largest number of tokens in a micro-batch of one rank; a longer pair stands alone.
-        layout: Decides what a pair costs.
+        layout: Decides how many tokens a pair has.
         max_pairs: Largest number of pairs in a micro-batch.
+        costs: Of the model; by default a pair costs its tokens.
     Returns:
         plan[rank][micro_step] -> pair ids; the same number of micro-steps on every rank, at least one.
     """
     ids = [int(i) for i in pair_ids]
     tokens = [int(t) for t in num_tokens(lengths[ids], layout)] if ids else []
-    shares = _spread_over_ranks(tokens, world_size)
+    cost = [int(c) for c in pair_costs(lengths[ids], layout, costs)] if ids else []
+    shares = _spread_over_ranks(cost, world_size)
     packed = [_into_micro_batches(share, tokens, layout, token_budget, max_pairs) for share in shares]
     micro_steps = max(1, *(len(bins) for bins in packed))
     return [

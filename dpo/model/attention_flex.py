@@ -13,13 +13,19 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from dpo.types import Segments
 
 Visible = Callable[[Any, Any, Tensor, Tensor], Tensor]
+BLOCK = 128
+"""Rows of a block, the least that FlexAttention takes."""
+SHAPES = 64
+"""Variants of the kernel that may be compiled: grouped heads or not, windows, dtypes, with gradient and without. Beyond
+torch's own limit of 8 it would go on without compiling, with a T x T matrix of scores."""
 
 
 def visible_rows(segments: Segments, window: int | None) -> Visible:
@@ -46,6 +52,50 @@ def visible_rows(segments: Segments, window: int | None) -> Visible:
     return visible
 
 
+def seen_blocks(segments: Segments, length: int, window: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Which blocks of keys each block of queries has to look at, from the bounds of the segments: no T x T mask.
+
+    Args:
+        segments: Covering the row.
+        length: T.
+        window: See `visible_rows`.
+    Returns:
+        (blocks, blocks) bool twice: where some row sees some row, and where all rows see all rows.
+    """
+    count = -(-length // BLOCK)
+    some, every = np.zeros((count, count), dtype=bool), np.zeros((count, count), dtype=bool)
+    for segment in segments.items:
+        start, end, prefix, prefix_end = segment.start, segment.end, segment.prefix_start, segment.prefix_end
+        for block in range(start // BLOCK, (end - 1) // BLOCK + 1):
+            first, last = max(start, block * BLOCK), min(end, (block + 1) * BLOCK) - 1  # its rows of this segment
+            reach = length if window is None else window - 1
+            some[block, max(start, first - reach) // BLOCK : last // BLOCK + 1] = True
+            nearest = max(prefix, prefix_end + first - start - reach)
+            if nearest < prefix_end:
+                some[block, nearest // BLOCK : (prefix_end - 1) // BLOCK + 1] = True
+            if window is None and last - first + 1 == BLOCK:
+                every[block, -(-start // BLOCK) : block] = True
+                every[block, -(-prefix // BLOCK) : prefix_end // BLOCK] = True
+    return some, every
+
+
+def block_mask(segments: Segments, length: int, window: int | None, device: torch.device) -> BlockMask:
+    """What FlexAttention skips, what it computes whole, and what it asks `visible_rows` about."""
+    some, every = seen_blocks(segments, length, window)
+
+    def listed(blocks: np.ndarray) -> tuple[Tensor, Tensor]:
+        """(1, 1, blocks) int32: how many; (1, 1, blocks, blocks) int32: which, the others after them."""
+        order = np.argsort(~blocks, axis=1, kind="stable")
+        tensors = (torch.from_numpy(x.astype(np.int32))[None, None] for x in (blocks.sum(axis=1), order))
+        count, which = (x.to(device, non_blocking=True) for x in tensors)
+        return count, which
+
+    return BlockMask.from_kv_blocks(
+        *listed(some & ~every), *listed(every), BLOCK_SIZE=BLOCK, mask_mod=visible_rows(segments, window),
+        seq_lengths=(length, length),
+    )
+
+
 def _capped(softcap: float) -> Callable[..., Tensor]:
     def cap(score: Tensor, *_: Any) -> Tensor:
         return softcap * torch.tanh(score / softcap)
@@ -56,7 +106,10 @@ def _capped(softcap: float) -> Callable[..., Tensor]:
 @functools.cache
 def _kernel(fused: bool) -> Callable[..., Any]:
     attend_blocks: Any = flex_attention
-    return torch.compile(attend_blocks, dynamic=True) if fused else attend_blocks
+    if not fused:
+        return attend_blocks
+    torch._dynamo.config.recompile_limit = max(SHAPES, torch._dynamo.config.recompile_limit)
+    return torch.compile(attend_blocks, dynamic=True, fullgraph=True)
 
 
 def attend(
@@ -75,9 +128,7 @@ def attend(
         softcap: Scores s become softcap * tanh(s / softcap); None for none.
     """
     if window not in segments.made:
-        length = query.shape[2]
-        mask = create_block_mask(visible_rows(segments, window), None, None, length, length, device=str(query.device))
-        segments.made[window] = mask
+        segments.made[window] = block_mask(segments, query.shape[2], window, query.device)
     cap = None if softcap is None else _capped(softcap)
     grouped = query.shape[1] != key.shape[1]
     arguments = {"score_mod": cap, "block_mask": segments.made[window], "scale": scaling, "enable_gqa": grouped}

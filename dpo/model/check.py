@@ -55,7 +55,9 @@ def _complaint(
     try:
         with attention.counted_calls(backend) as attending:
             difference = _difference(scorer, layout, pairs, truth)
-    except (UnsupportedAttention, TypeError, AttributeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (UnsupportedAttention, TypeError, AttributeError, RuntimeError) as error:  # a kernel's own limits too
         return " ".join(str(error).split())
     layers = scorer.model.config.get_text_config().num_hidden_layers
     if layout != "padded" and len(attending) != layers:

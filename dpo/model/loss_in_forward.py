@@ -98,15 +98,16 @@ class _LossInForward(torch.autograd.Function):
             dz = tile.neg_().scatter_add_(1, targets[:, None], torch.ones_like(logps)[:, None])
             # The loss scale comes in backward: in fp16 g * p would be nothing before, so that there the largest g is
             # left out of the tile and meets the products in fp32.
-            largest = per_row.abs().max().clamp_min(1e-30) if hidden.dtype == torch.float16 else 1.0
-            dz = dz.mul_((per_row / largest)[:, None]).to(hidden.dtype)
-            rows = product(dz, weight) * largest
+            largest = per_row.abs().max().clamp_min(1e-30) if hidden.dtype == torch.float16 else None
+            dz = dz.mul_((per_row if largest is None else per_row / largest)[:, None]).to(hidden.dtype)
+            scaled = lambda x, by=largest: x if by is None else x.mul_(by)  # noqa: E731
+            rows = scaled(product(dz, weight))
             middle = chunk.chosen.stop - chunk.chosen.start
             d_hidden[chunk.chosen], d_hidden[chunk.rejected] = rows[:middle], rows[middle:]
             if d_weight is not None:
-                d_weight += product(dz.T, h) * largest
+                d_weight += scaled(product(dz.T, h))
             if d_bias is not None:
-                d_bias += dz.to(wide).sum(dim=0) * largest
+                d_bias += scaled(dz.to(wide).sum(dim=0))
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtypes = hidden.dtype, weight.dtype
         ctx.mark_non_differentiable(sums)

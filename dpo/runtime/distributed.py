@@ -74,6 +74,7 @@ def start() -> World:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every new length, and every row is new
     if not dist.is_initialized():
         atexit.register(stop)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"

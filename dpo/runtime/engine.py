@@ -101,6 +101,7 @@ def build_config(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW serves offloading too, without compiling an op
         "steps_per_print": 2**31,
+        "timers": {"throughput": {"enabled": False}} | config.get("timers", {}),  # it waits for the device twice a step
     }
     _check_sections(config, name)
     return config
@@ -161,6 +162,7 @@ def frozen_config(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         "bf16": {"enabled": dtype == torch.bfloat16},
         "fp16": {"enabled": dtype == torch.float16},
         "steps_per_print": 2**31,
+        "timers": config["timers"],
     }
 
 

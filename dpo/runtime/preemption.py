@@ -75,11 +75,11 @@ def stop_if(asked: bool) -> None:
 
 
 def check(device: torch.device) -> None:
-    """Stop if any rank was asked to; collective: one all-reduce of a number.
+    """Stop if any rank was asked to; collective: one all-reduce of a number, for whose result the host waits.
 
     Args:
         device: Of this rank.
     Raises:
         Preempted: On every rank.
     """
-    stop_if(any_rank(torch.tensor(is_asked(), device=device)))
+    stop_if(any_rank(torch.full((), is_asked(), device=device)))

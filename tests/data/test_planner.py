@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from dataclasses import fields, replace
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
+import torch
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dpo.data.loader import Loader, whole_pass
-from dpo.data.planner import Epochs, num_tokens, plan_batch
+from dpo.data.planner import Costs, Epochs, num_tokens, plan_batch
 from tests import tiny
 
 LAYOUTS = ("shared", "packed", "padded", "chosen", "padded_chosen")
@@ -35,11 +40,16 @@ def size(ids: list[int], lengths: np.ndarray, layout: str) -> int:
     budget=st.integers(1, 300),
     max_pairs=st.none() | st.integers(1, 4),
     layout=st.sampled_from(LAYOUTS),
+    costs=st.builds(Costs, st.integers(0, 10**6), st.integers(0, 10**5)),
 )
-def test_any_plan_scores_each_pair_once_within_the_budget(lengths, world_size, budget, max_pairs, layout):
+@example([(1, 1, 1)], 1, 300, None, "shared", Costs())  # a pair of one token each, alone
+@example([(1, 1, 1)], 5, 300, None, "shared", Costs())  # more ranks than pairs
+@example([(60, 60, 60), (1, 1, 1)], 2, 20, None, "shared", Costs())  # longer than the budget
+def test_any_plan_scores_each_pair_once_within_the_budget(lengths, world_size, budget, max_pairs, layout, costs):
     table = np.array(lengths, dtype=np.int64)
     plan = plan_batch(
-        range(len(table)), table, world_size=world_size, token_budget=budget, layout=layout, max_pairs=max_pairs
+        range(len(table)), table, world_size=world_size, token_budget=budget, layout=layout, max_pairs=max_pairs,
+        costs=costs,
     )
     assert sorted(i for rank in plan for ids in rank for i in ids) == list(range(len(table)))
     assert len(plan) == world_size
@@ -96,6 +106,39 @@ def test_an_evaluation_scores_every_pair_once_with_more_ranks_than_pairs_too(wor
     ]
     assert sorted(i for rank in batches for batch in rank for i in batch.pair_ids) == list(range(11))
     assert len({len(rank) for rank in batches}) == 1
+
+
+def test_the_next_step_is_built_in_a_thread_while_one_is_computed():
+    class Watched(tiny.Pairs):
+        read: dict[int, str] = {}
+
+        def __getitem__(self, pair_id):
+            self.read[pair_id] = threading.current_thread().name
+            return super().__getitem__(pair_id)
+
+    pairs = Watched(tiny.pairs(23))
+    loader = Loader(pairs, Epochs(23, 5, 0), 0, 1, "shared", 60)
+    steps, second = loader.steps(0, 3), loader.epochs.batch(1).tolist()
+    assert next(steps).step == 0
+    end = time.monotonic() + 10
+    while not set(second) <= pairs.read.keys() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert all(pairs.read[i].startswith("loader") for i in second)
+
+
+def test_what_goes_to_a_gpu_is_pinned(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.data_ptr()) or tensor)
+    loader = Loader(tiny.Pairs(tiny.pairs(5)), Epochs(5, 5, 0), 0, 1, "shared", 600)
+    (batch,) = replace(loader, pin_memory=True)[0].batches
+    tensors = [x for record in (batch, batch.segments) for x in vars_of(record) if isinstance(x, torch.Tensor)]
+    assert len(tensors) > 10 and {x.data_ptr() for x in tensors} <= set(pinned)
+    pinned.clear()
+    assert loader[0].batches and not pinned
+
+
+def vars_of(record):
+    return [getattr(record, field.name) for field in fields(record)]
 
 
 def test_prefetched_steps_are_those_asked_for():

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpo.runtime.tracking import read_lines
+from tests.ranks import run as run_on_ranks
 
 
 @dataclass(frozen=True)
@@ -42,16 +40,8 @@ def train_all(folder: Path, jobs: dict[str, list[str]], ranks: int, timeout: flo
     folder.mkdir(parents=True, exist_ok=True)
     argvs = {name: [*argv, "--train.output_dir", str(_output(folder, name))] for name, argv in jobs.items()}
     (folder / "jobs.json").write_text(json.dumps(argvs))
-    launch = [sys.executable]
-    if ranks > 1:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    done = subprocess.run(
-        [*launch, "tests/invariants/run_many.py", str(folder / "jobs.json"), str(folder)],
-        env=environment | {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=timeout, check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    done = run_on_ranks(["tests/invariants/run_many.py", str(folder / "jobs.json"), str(folder)], ranks, timeout)
+    assert not any(done.codes), done.output[-8000:]
     runs = {}
     for name in jobs:
         seen = [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(ranks)]

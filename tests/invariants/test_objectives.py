@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dpo.objective.catalog import LOSSES
+from tests.ranks import run
 
 NEEDED: dict[str, dict[str, Any]] = {"exo_pair": {"label_smoothing": 0.1}}
 OBJECTIVES: dict[str, dict[str, Any]] = {name: {"name": name} | NEEDED.get(name, {}) for name in LOSSES} | {
@@ -20,13 +18,17 @@ OBJECTIVES: dict[str, dict[str, Any]] = {name: {"name": name} | NEEDED.get(name,
     "ld_alpha": {"name": "sigmoid", "ld_alpha": 0.3},
     "reference_free": {"name": "sigmoid_norm", "beta": 2.0, "reference_free": True},
 }
-OTHERS = [
-    (ranks, layout, micro) for ranks in (1, 2) for layout in ("shared", "padded") for micro in (1, 3)
-    if (ranks, layout, micro) != (1, "shared", 1)
-]  # fmt: skip
+SPREADS = [(ranks, layout, micro) for ranks in (1, 2) for layout in ("shared", "padded") for micro in (1, 3)]
+FEW = [(1, "shared", 1), (1, "padded", 3), (2, "shared", 3), (2, "padded", 1)]
+"""Every two values of ranks, layout and micro-batches together: for losses of a pair's own two sums alone."""
+EVERY = {"sigmoid", "rpo", "wpo", "ld_alpha", "aot", "aot_unpaired", "beta_dpo", "sampo", "tdpo"}
 WITHOUT_REFERENCE = {"sft", "simpo", "orpo", "cpo", "reference_free"}
 CUT = (("sigmoid", "shared", 2), ("simpo", "packed", 1), ("sampo", "shared", 1))
 SHARDED = ("wpo", "aot", "simpo", "sampo")
+
+
+def spreads_of(objective: str) -> list[tuple[int, str, int]]:
+    return SPREADS if objective in EVERY else FEW
 
 
 def name_of(objective: str, ranks: int, layout: str, micro: int) -> str:
@@ -36,17 +38,9 @@ def name_of(objective: str, ranks: int, layout: str, micro: int) -> str:
 def steps_of_all(folder: Path, ranks: int, cases: dict[str, Any]) -> dict[str, Any]:
     """Run the cases in one process group."""
     (folder / f"{ranks}.json").write_text(json.dumps(cases))
-    launch = [sys.executable]
-    if ranks > 1:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     found = folder / f"{ranks}.found.json"
-    done = subprocess.run(
-        [*launch, "tests/invariants/run_losses.py", str(folder / f"{ranks}.json"), str(found)],
-        env=environment | {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=600, check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    done = run(["tests/invariants/run_losses.py", str(folder / f"{ranks}.json"), str(found)], ranks)
+    assert not any(done.codes), done.output[-8000:]
     return json.loads(found.read_text())
 
 
@@ -56,13 +50,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder, results = tmp_path_factory.mktemp("objectives"), {}
     for ranks in (1, 2):
         cases = {
-            name_of(objective, ranks, layout, micro): {"loss": loss, "layout": layout, "micro_batches": micro}
-            for objective, loss in OBJECTIVES.items() for layout in ("shared", "padded") for micro in (1, 3)
+            name_of(objective, *spread): {"loss": loss, "layout": spread[1], "micro_batches": spread[2]}
+            for objective, loss in OBJECTIVES.items() for spread in spreads_of(objective) if spread[0] == ranks
         } | {
-            f"{objective}, {ranks} ranks, ZeRO-3": {
-                "loss": OBJECTIVES[objective], "layout": "shared", "micro_batches": 2, "stage": 3
+            f"{objective}, {ranks} ranks, ZeRO-3{', in forward' * in_forward}": {
+                "loss": OBJECTIVES[objective], "layout": "shared", "micro_batches": 2, "stage": 3,
+                "loss_in_forward": in_forward,
             }
-            for objective in SHARDED if ranks == 2
+            for objective in SHARDED for in_forward in (False, objective != "wpo") if ranks == 2
         } | {
             f"{objective}, {ranks} ranks a row": {
                 "loss": OBJECTIVES[objective], "layout": layout, "micro_batches": micro, "ranks_a_row": ranks,
@@ -91,13 +86,15 @@ def assert_same_steps(one: dict[str, Any], other: dict[str, Any]) -> None:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_loss_is_the_same_in_every_layout_on_every_number_of_ranks_and_micro_batches(found, objective):
     truth = found[name_of(objective, 1, "shared", 1)]
-    for spread in OTHERS:
+    for spread in spreads_of(objective)[1:]:
         assert_same_steps(found[name_of(objective, *spread)], truth)
 
 
 @pytest.mark.parametrize("objective", SHARDED)
 def test_a_loss_is_the_same_under_zero_3(found, objective):
     assert_same_steps(found[f"{objective}, 2 ranks, ZeRO-3"], found[name_of(objective, 1, "shared", 1)])
+    if objective != "wpo":
+        assert_same_steps(found[f"{objective}, 2 ranks, ZeRO-3, in forward"], found[name_of(objective, 1, "shared", 1)])
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -134,7 +131,7 @@ def test_three_steps_move_every_loss(found, objective):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_no_reference_is_made_for_a_loss_that_needs_none(found, objective):
-    for spread in [(1, "shared", 1), *OTHERS]:
+    for spread in spreads_of(objective):
         run = found[name_of(objective, *spread)]
         assert run["has_reference"] is (objective not in WITHOUT_REFERENCE)
         assert ("no reference to compare with" in run["said"][-1]) is (objective in WITHOUT_REFERENCE)

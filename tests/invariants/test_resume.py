@@ -3,40 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks.soak import numbers, weights
 from dpo.runtime.tracking import read_lines
-
-
-def launch(script: list[str], argv: list[str], ranks: int) -> subprocess.CompletedProcess[str]:
-    """Run a script on some ranks."""
-    start = [sys.executable]
-    if ranks > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    return subprocess.run(
-        [*start, *script, *argv], env=environment | {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=400, check=False,
-    )
+from tests.ranks import run as run_on_ranks
 
 
 def train(argv: list[str], ranks: int) -> str:
     """Run to the end; what it printed."""
-    done = launch(["train_dpo.py"], argv, ranks)
-    assert done.returncode == 0, done.stderr[-5000:]
-    return done.stderr
+    done = run_on_ranks(["train_dpo.py", *argv], ranks)
+    assert not any(done.codes), done.output[-5000:]
+    return done.output
 
 
 def kill(moment: str, argv: list[str], ranks: int) -> None:
     """Run until the moment of death."""
-    done = launch(["tests/invariants/run_killed.py", moment], argv, ranks)
-    assert "SIGKILL" in done.stderr or done.returncode == -9, done.stderr[-5000:]
+    done = run_on_ranks(["tests/invariants/run_killed.py", moment, *argv], ranks)
+    assert done.codes == [-9] * ranks, done.output[-5000:]
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +79,9 @@ def test_a_killed_run_ends_in_the_same_metrics_and_the_same_weights(argv, uninte
 def test_a_run_that_is_asked_to_stop_loses_no_step_and_says_so(argv, uninterrupted, tmp_path, moment, ranks, step):
     run = tmp_path / "run"
     here = [*argv, "--train.output_dir", str(run), "--train.save_every", "7"]
-    done = launch(["tests/invariants/run_killed.py", moment], here, ranks)
-    assert done.returncode == (75 if ranks == 1 else 1), done.stderr[-3000:]  # torchrun makes every failure a 1
-    assert "start again to continue" in done.stderr
+    done = run_on_ranks(["tests/invariants/run_killed.py", moment, *here], ranks)
+    assert done.codes == [75] * ranks, done.output[-3000:]
+    assert done.output.count("start again to continue") == 1
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["step"]) == ("preempted", step)
     name = moment.split(":")[2]

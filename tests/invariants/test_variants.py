@@ -28,7 +28,7 @@ VARIANTS: dict[str, dict[str, tuple[int, list[str]]]] = {
     "lora": {
         "lora": (1, ["--config", "ds_configs/zero2.json", *LORA]),
         "lora_two_ranks": (2, ["--config", "ds_configs/zero2.json", *LORA, "--train.micro_batch_size", "2"]),
-        "lora_two_ranks_zero3": (2, ["--config", "SHARDED/zero3.json", *LORA]),
+        "lora_two_ranks_zero3": (2, ["--config", "SHARDED/zero3.json", *LORA, "--model.loss_in_forward", "true"]),
         "lora_cut_two_ranks_zero3": (2, ["--config", "SHARDED/zero3.json", *LORA, *CUT]),
     },
     "moving": {

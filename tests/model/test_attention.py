@@ -6,15 +6,17 @@ twin by the self-test, on a GPU.
 
 from __future__ import annotations
 
+import importlib.machinery
 import sys
 import types
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
+from torch.nn.attention.flex_attention import create_block_mask
 
 from dpo.data.batch import collate, index_segments
 from dpo.model import attention, attention_flex, attention_varlen
@@ -82,6 +84,8 @@ def test_index_tensors_say_of_any_lengths_what_the_segments_say(lengths, tail, l
 
 @settings(max_examples=15, deadline=None)
 @given(lengths=LENGTHS, tail=st.integers(0, 60))
+@example(lengths=[(1, 1, 1)], tail=0)
+@example(lengths=[(1, 9, 1), (9, 1, 9)], tail=1)
 def test_every_backend_agrees_over_random_lengths(lengths, tail):
     segments = collate(pairs_of(lengths), "shared", row_tokens=tail).segments
     length = segments.items[-1].end
@@ -117,6 +121,44 @@ def test_nothing_is_gathered_where_no_prompt_is_shared():
 def test_a_row_in_three_segments_is_refused():
     with pytest.raises(AssertionError, match="not in three"):
         index_segments([Segment(0, 4), Segment(4, 6, 0, 3), Segment(6, 8, 0, 2)])
+
+
+def test_whole_blocks_are_not_asked_about_row_by_row():
+    segments = index_segments([Segment(0, 600), Segment(600, 1024, 0, 300)])
+    some, every = attention_flex.seen_blocks(segments, 1024, None)
+    assert every.astype(int).tolist() == [
+        [0] * 8, [1] + [0] * 7, [1, 1] + [0] * 6, [1, 1, 1] + [0] * 5,
+        [0] * 8,  # of both segments
+        [1, 1] + [0] * 6, [1, 1, 0, 0, 0, 1, 0, 0], [1, 1, 0, 0, 0, 1, 1, 0],
+    ]
+    assert some[6].tolist() == [True, True, True, False, True, True, True, False]
+
+
+@settings(deadline=None, max_examples=40)
+@example(lengths=[(300, 200, 500)], window=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 400), st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=3),
+    window=st.none() | st.integers(1, 500),
+)
+def test_the_blocks_that_flex_looks_at_are_those_of_the_whole_mask(lengths, window):
+    items, at = [], 0
+    for p, c, r in lengths:
+        items += [Segment(at, at + p + c), Segment(at + p + c, at + p + c + r, at, at + p)]
+        at += p + c + r
+    segments = index_segments(items)
+    visible = attention_flex.visible_rows(segments, window)
+    rows = torch.arange(at)
+    mask = torch.nn.functional.pad(visible(0, 0, rows[:, None], rows[None, :]), (0, -at % 128, 0, -at % 128))
+    blocks = mask.view(len(mask) // 128, 128, -1, 128).transpose(1, 2)
+    some, every = attention_flex.seen_blocks(segments, at, window)
+    assert torch.equal(torch.from_numpy(some), blocks.any(-1).any(-1))
+    whole = blocks.all(-1).all(-1)  # a block of two segments that see the same is asked about all the same
+    assert not (torch.from_numpy(every) & ~whole).any() and (window is None or not every.any())
+    made, truth = (
+        attention_flex.block_mask(segments, at, window, torch.device("cpu")),
+        create_block_mask(visible, None, None, at, at, device="cpu"),
+    )
+    assert torch.equal(made.to_dense(), truth.to_dense())
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -201,6 +243,32 @@ def test_a_kernel_that_passes_is_used(monkeypatch):
     assert scorer.attention == "varlen_eager"
 
 
+def test_a_model_with_a_short_window_passes_over_kernels_that_do_not_know_it_and_ends_on_flex(monkeypatch):
+    monkeypatch.setattr(attention, "candidates", lambda wanted, device: ["varlen_eager", "flex_eager", "sdpa"])
+    scorer = Scorer(tiny.model("mistral", sliding_window=4))
+    layout, notes = settle(scorer, "shared", tiny.pairs(3)[1:], 100, CPU)
+    assert (layout, scorer.attention) == ("shared", "flex_eager")
+    assert notes == [
+        "layout shared by varlen_eager is not used: a sliding window of 4 tokens is shorter than sequences of up to 100"
+    ]
+
+
+def test_a_kernel_that_refuses_the_models_own_sizes_is_passed_over(monkeypatch):
+    """The self-test asks for heads of 64; a model's may be others."""
+
+    def picky(query, *rest):
+        if query.shape[-1] != 64:
+            raise RuntimeError("head sizes must be 64")
+        return attention_varlen.attend(attention_varlen.eager, query, *rest)
+
+    monkeypatch.setitem(attention.BACKENDS, "varlen", picky)
+    monkeypatch.setattr(attention, "self_test", lambda b, dtype, device: attention._mismatch(b, dtype, device))
+    scorer = Scorer(tiny.model("llama"))
+    layout, notes = settle(scorer, "shared", tiny.pairs(3)[1:], 100, CPU, "varlen")
+    assert (layout, scorer.attention) == ("shared", "sdpa")
+    assert notes == ["layout shared by varlen is not used: head sizes must be 64"]
+
+
 @pytest.mark.parametrize("wanted", ["varlen", "flash", "flex"])
 def test_kernels_that_need_a_gpu_say_so_on_a_cpu(wanted):
     scorer = Scorer(tiny.model("llama"))
@@ -215,6 +283,13 @@ def test_flash_kernels_are_refused_to_fp32_and_auto_prefers_them_on_a_gpu():
     assert attention.candidates("auto", gpu) == ["varlen", "flex", "sdpa"]
     assert attention.candidates("auto", CPU) == ["sdpa"]
     assert attention.candidates("flex", gpu) == ["flex", "sdpa"]
+
+
+def test_flash_attn_is_tried_where_it_is_installed(monkeypatch):
+    installed = types.ModuleType("flash_attn")
+    installed.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
+    monkeypatch.setitem(sys.modules, "flash_attn", installed)
+    assert attention.candidates("auto", torch.device("cuda")) == ["varlen", "flash", "flex", "sdpa"]
 
 
 @pytest.mark.parametrize(
@@ -291,6 +366,6 @@ def test_compiled_blocks_compile_once_for_all_batches_of_one_shape(backend):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backend", ["varlen", "flex", "sdpa"])
+@pytest.mark.parametrize("backend", ["varlen", "flash", "flex", "sdpa"])
 def test_the_kernels_of_a_gpu_pass_the_self_test(backend, dtype):
     assert attention.self_test(backend, dtype, torch.device("cuda")) is None

@@ -64,13 +64,14 @@ def paths(shared_data, tmp_path_factory):
         "full logits": errors("padded", way="full"),
         "sdpa": errors("shared"),
         "varlen": errors("shared", "varlen_eager"),
+        "flex": errors("shared", "flex_eager"),
         "in forward": errors("shared", way="in_forward"),
         "in forward, chunks": errors("shared", way="in_forward", rows=600),
         "recomputed": errors("shared", rows=600),
     }
 
 
-@pytest.mark.parametrize("path", ["sdpa", "varlen", "in forward", "in forward, chunks", "recomputed"])
+@pytest.mark.parametrize("path", ["sdpa", "varlen", "flex", "in forward", "in forward, chunks", "recomputed"])
 def test_errors_in_bf16_are_at_most_a_tenth_above_those_of_full_logits(paths, path):
     """Per pair: the rms error of log-probs, over the root of their tokens; over all parameters: of the gradient."""
     plain = paths["full logits"]

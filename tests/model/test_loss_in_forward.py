@@ -5,18 +5,20 @@ from __future__ import annotations
 import weakref
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import logsigmoid
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo.data.batch import collate
 from dpo.model.check import use_layout
-from dpo.model.forward import Scorer
+from dpo.model.forward import Scorer, sums_by_sequence
 from dpo.model.head import Head, token_logps
 from dpo.model.loss_in_forward import chunks_of, total_loss
+from dpo.types import TokenizedPair
 from tests import tiny
 
 HIDDEN = 6
@@ -24,7 +26,7 @@ HIDDEN = 6
 
 def per_pair(chosen, rejected, pairs):
     """A loss that differs from pair to pair."""
-    weights = torch.arange(1, 101, dtype=chosen.dtype)[pairs][: len(chosen)]
+    weights = torch.arange(1, 101, dtype=chosen.dtype, device=chosen.device)[pairs][: len(chosen)]
     return -logsigmoid(0.3 * (chosen - rejected)) * weights + 0.1 * chosen**2
 
 
@@ -94,6 +96,54 @@ def test_chunks_are_whole_pairs_in_order_that_fill_no_more_than_a_tile(sizes, ro
         assert (chunk.chosen.start, chunk.chosen.stop) == (starts[mine[0]], starts[mine[-1] + 1])
         assert (chunk.rejected.start, chunk.rejected.stop) == (starts[n + mine[0]], starts[n + mine[-1] + 1])
     assert covered == list(range(len(sizes)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=7),
+    rows=st.integers(18, 40),
+)
+@example(lengths=[(1, 1, 1)], rows=18)  # one pair, one token each
+@example(lengths=[(1, 9, 9), (5, 1, 1), (1, 1, 9)], rows=18)  # the first fills a tile
+def test_gradients_over_random_lengths_are_those_of_full_logits(lengths, rows):
+    rng = np.random.default_rng(0)
+    ids = [[rng.integers(1, tiny.VOCAB, n).astype(np.int32) for n in three] for three in lengths]
+    batch = collate([TokenizedPair(i, *three) for i, three in enumerate(ids)], "shared")
+    torch.manual_seed(0)
+    sizes = (len(batch.target_ids), HIDDEN), (tiny.VOCAB, HIDDEN)
+    leaves = [torch.randn(size, dtype=torch.float64).requires_grad_() for size in sizes]
+    found, sums = total_loss(*leaves, None, batch, chunks_of(batch.completion_sizes, rows), per_pair)
+    truth, expected = plain(batch, *leaves, None)
+    torch.testing.assert_close((found, sums), (truth, expected), rtol=1e-10, atol=1e-10)
+    for a, b in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(truth, leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_a_gpu_too_errors_in_16_bits_are_at_most_a_tenth_above_those_of_full_logits(dtype):
+    batch, hidden, weight, _ = problem(count=40, vocab=501)
+    batch, chunks = batch.to("cuda"), chunks_of(batch.completion_sizes, 100)
+    leaves = [x.cuda().to(dtype).requires_grad_() for x in (hidden, weight)]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    truth = torch.autograd.grad(plain(batch, *exact, None)[0], exact)
+
+    def errors(total):
+        return [float((a.double() - b).norm() / b.norm()) for a, b in zip(torch.autograd.grad(total, leaves), truth,
+                                                                          strict=True)]  # fmt: skip
+
+    def of_float(h, w):
+        logps = (h @ w.T).float().log_softmax(dim=1).gather(1, batch.target_ids[:, None]).squeeze(1)
+        sums = logps.new_zeros(batch.num_sequences).index_add(0, batch.sequence_ids, logps)
+        return per_pair(*sums.tensor_split(2), slice(None)).sum()
+
+    theirs = errors(of_float(*leaves))
+    for total in (
+        total_loss(*leaves, None, batch, chunks, per_pair)[0],
+        per_pair(*sums_by_sequence(token_logps(*leaves, None, batch.target_ids, 10_000), batch).tensor_split(2),
+                 slice(None)).sum(),
+    ):  # fmt: skip
+        assert all(a <= 1.1 * b for a, b in zip(errors(total), theirs, strict=True))
 
 
 @pytest.mark.parametrize("tied", [True, False])
