@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,15 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import plain_loop, report, throughput, workload
+from benchmarks import plain_loop, report, seed_study, step_profile, throughput, workload
 from benchmarks.clock import Job
 from dpo.errors import UserError
+from dpo.model.forward import Scorer
+from dpo.model.head import Head
+from dpo.nonfinite import Nonfinite
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
-SYSTEMS = ["ours_online", "ours_cached", "trl_default", "trl_tuned", "plain_loop"]
+SYSTEMS = ["ours_online", "ours_cached", "ours_own_gelu", "trl_default", "trl_tuned", "plain_loop"]
+DATA = ["--data", "builtin:world", "--tokenizer", "builtin:tiny"]
 ARGV = [
-    "--size", "quick", "--data", "builtin:world", "--tokenizer", "builtin:tiny", "--device", "cpu", "--dtype", "fp32",
-    "--threads", "1", "--micro_batches", "1", "2",
+    *DATA, "--size", "quick", "--device", "cpu", "--dtype", "fp32", "--threads", "1", "--micro_batches", "1", "2",
 ]
 Results = dict[str, dict[str, Any]]
 
@@ -82,6 +86,102 @@ def test_a_wrong_loss_is_an_error_and_leaves_the_tables_alone(quick, tmp_path, m
     assert "plain loop has loss" in capsys.readouterr().err
 
 
+def test_the_models_own_gelu_is_what_is_measured_under_its_name(quick):
+    """It rounds in another way, so that the losses of later steps are others in their last digits."""
+    own, fused = (quick[2][f"{name}-0"]["losses"] for name in ("ours_own_gelu", "ours_online"))
+    assert own != fused and own == pytest.approx(fused, abs=1e-5)
+
+
+def test_a_page_without_the_block_is_refused_before_anything_is_measured(tmp_path):
+    (tmp_path / "page.md").write_text("nothing")
+    with pytest.raises(UserError, match="must hold <!-- cpu-fp32-ablations: begin -->"):
+        throughput.main([*ARGV, "--ablations", "--docs", str(tmp_path / "page.md")])
+
+
+def test_a_changed_part_that_cannot_run_is_named_and_the_others_are_measured(quick, tmp_path, monkeypatch, capsys):
+    def failing(module: str, job: Job, where: Path, threads: int) -> dict[str, Any]:
+        if job.options.get("train.layout") == "padded":
+            raise SystemExit("ours failed:\nTraceback\nOutOfMemoryError: played")
+        return dict(quick[2]["ceiling" if module == "ceiling" else "ours_online-0"])
+
+    monkeypatch.setattr(throughput, "run_process", failing)
+    assert throughput.main([*ARGV, "--ablations", "--rounds", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert f"| {report.NAMES['ours_padded']} | not measured: OutOfMemoryError: played | - | - |" in shown
+    assert shown.count("round 2: ") == len(throughput.ABLATIONS["cpu"]) - 1
+
+
+def test_the_work_of_a_llama_is_a_llama_with_grouped_heads_and_its_operations(quick, tmp_path, monkeypatch, capsys):
+    small = replace(workload.SIZES["quick"], family="llama", heads=4, vocabulary=600)
+    monkeypatch.setitem(workload.SIZES, "llama_1b", small)
+    built: list[workload.Workload] = []
+    build = workload.build
+    monkeypatch.setattr(workload, "build", lambda *a, **k: built.append(build(*a, **k)) or built[-1])
+
+    def replayed(module: str, job: Job, where: Path, threads: int) -> dict[str, Any]:
+        if module == "ceiling":
+            config = json.loads(Path(job.policy, "config.json").read_text())
+            assert (config["model_type"], config["vocab_size"], config["num_key_value_heads"]) == ("llama", 600, 1)
+            assert config["tie_word_embeddings"] is True
+            return dict(quick[2]["ceiling"])
+        return quick[2]["ours_online-0"] | {"tokens": workload.useful_tokens(built[0].lengths), "seconds": 2.0}
+
+    monkeypatch.setattr(throughput, "run_process", replayed)
+    argv = [*DATA, "--size", "llama_1b", "--device", "cpu", "--threads", "1"]
+    assert throughput.main(argv) == 0
+    h, v, layers = small.width, 600, small.layers
+    body = layers * (h * h * 2 + 2 * h * h // 4 + 12 * h * h + 2 * h) + h
+    timed = built[0].lengths[small.warmup * small.pairs :]
+    assert built[0].parameters == body + h * v
+    share = workload.flops(timed, body, layers, h, v) / 2.0 / quick[2]["ceiling"]["flops_per_second"]
+    assert f"| MFU: ours, cached reference | {share:.2f} | at least 0.5 |" in capsys.readouterr().out
+
+
+def test_a_profile_says_what_every_part_of_a_step_takes(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- cpu-profile: begin -->\nold\n<!-- cpu-profile: end -->\n")
+    before = Scorer.hidden, Head.forward, Nonfinite.step
+    argv = [*DATA, "--size", "quick", "--device", "cpu", "--dtype", "fp32", "--threads", "1", "--warmup", "1",
+            "--steps", "1"]  # fmt: skip
+    assert step_profile.main([*argv, "--docs", str(page)]) == 0
+    assert (Scorer.hidden, Head.forward, Nonfinite.step) == before
+    rows = [row.strip("| ").split(" | ") for row in page.read_text().splitlines() if row.startswith("| ")][1:]
+    shares = {row[0]: [float(share.rstrip("%")) for share in row[1:]] for row in rows if row[0] != "---"}
+    assert list(shares) == [*step_profile.PARTS, "between"]
+    assert sum(own[-1] for own in shares.values()) == pytest.approx(100, abs=0.5)
+    for part in ("reference", "blocks", "head", "backward"):
+        assert shares[part][0] > 0 and shares[part][2] > 0, part
+    assert shares["reference"][1] > 0 < shares["blocks"][1] and shares["head"][1] == 0 and shares["update"][2] > 0
+
+
+def test_operations_are_told_apart_by_name_and_the_outermost_mark():
+    assert [step_profile.kind_of(f"aten::{name}") for name in ("addmm", "_flash_attention_forward", "add")] == [
+        "products", "attention", "other"
+    ]  # fmt: skip
+    event = types.SimpleNamespace
+    outer = event(name="reference", cpu_parent=None)
+    inner = event(name="head", cpu_parent=outer)
+    alone = event(name="autograd::engine::evaluate_function: MmBackward0", cpu_parent=None)
+    parents = (inner, alone, None)
+    assert [step_profile.part_of(event(name="aten::mm", cpu_parent=parent)) for parent in parents] == [
+        "reference", "backward", "between"
+    ]  # fmt: skip
+
+
+def test_the_seed_study_is_timed_from_the_first_score_to_the_last_validation(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- seed_study: begin -->\nold\n<!-- seed_study: end -->\n")
+    argv = ["--data", "builtin:world", "--validation", "builtin:world", "--validation_split", "validation",
+            "--tokenizer", "builtin:tiny", "--pairs", "12", "--validation_pairs", "4", "--epochs", "2", "--quick"]
+    assert seed_study.main([*argv, "--docs", str(page)]) == 0
+    rows = [row.strip("| ").split(" | ") for row in page.read_text().splitlines() if row.startswith("| ")][2:]
+    seconds = {row[0]: float(row[1]) for row in rows}
+    assert list(seconds) == ["start-up", "data read and tokenised", "SFT", "reference scores", "validation",
+                             "checkpoints", "first score to the end of validation 2"]  # fmt: skip
+    assert rows[-1][2] == "target: under 60, met" and seconds["SFT"] > 0
+    assert seconds["validation"] < seconds["first score to the end of validation 2"] < 60
+
+
 def test_other_pairs_are_an_error(quick, monkeypatch):
     monkeypatch.setattr(throughput, "run_process", _replayed(quick[2]))
     with pytest.raises(SystemExit, match="not the pairs that were drawn"):
@@ -101,7 +201,9 @@ def _run(system: str, seconds: float, *losses: float, **more: Any) -> report.Run
 
 def test_losses_that_prove_nothing_or_are_not_finite_are_found():
     start = math.log(2)
-    assert "prove nothing" in report.disagreements([_run("ours_online", 1, start, start)], "fp32")[0]
+    still = [_run("ours_online", 1, start, start), _run("trl_default", 1, start, start)]
+    assert "prove nothing" in report.disagreements(still, "fp32")[0]
+    assert report.disagreements(still[:1], "fp32") == []  # there is nothing to agree with
     assert "not finite" in report.disagreements([_run("plain_loop", 1, start, math.nan)], "fp32")[0]
     far = [_run("ours_online", 1, start, 0.5), _run("trl_default", 1, start, 0.5002)]
     assert len(report.disagreements(far, "fp32")) == 1 and report.disagreements(far, "bf16") == []
@@ -116,8 +218,12 @@ def test_ratios_pair_the_runs_of_a_round():
     assert first["values"] == [9.0, 7.0, 6.0]
     table = report.ratios_table(report.ratios(runs, "cpu"))
     assert "| 7.00 (6.00 to 9.00) | at least 8 | missed by 12% |" in table and "| not measured |" in table
-    memory = report.ratios([_run("ours_online", 1, peak_gib=2), _run("trl_default", 1, peak_gib=5)], "cuda")[-1]
+    memory = report.ratios([_run("ours_8_pairs", 1, peak_gib=2), _run("trl_default", 1, peak_gib=5)], "cuda")[-1]
     assert memory["values"] == [0.4] and "| at most 0.5 | met |" in report.ratios_table([memory])
+    share = report.ratios([_run("ours_cached", 1, mfu=0.41), _run("ours_cached", 1, mfu=0.43)], "llama_1b")
+    assert "| MFU: ours, cached reference | 0.42 (0.41 to 0.43) | at least 0.5 | missed by 16% |" in (
+        report.ratios_table(share)
+    )
 
 
 def test_one_changed_part_is_told_as_time_against_the_default(quick, tmp_path, monkeypatch):
