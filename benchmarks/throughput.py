@@ -192,6 +192,7 @@ def measure(
                 if not args.ablations or not runs:
                     raise
                 missing[system] = str(failure).strip().splitlines()[-1]  # no kernel for it, or out of memory
+                print(f"round {number + 1}: {report.NAMES[system]}: {missing[system]}", flush=True)
                 continue
             if result["tokens"] not in (None, workload.useful_tokens(work.lengths)):
                 raise SystemExit(f"{system} trained on {result['tokens']} tokens: not the pairs that were drawn")

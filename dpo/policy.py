@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,11 @@ from dpo.errors import UserError
 from dpo.load_models import add_adapter, load_weights
 from dpo.model import adapters, load, router
 from dpo.model.check import settle, use_layout
-from dpo.model.forward import Scorer, pair_logps
+from dpo.model.forward import Scorer, own_logits_logps, pair_logps
 from dpo.model.reference import Reference, from_scores, nothing, online, online_with_tokens
 from dpo.model.sequence import sequence_notes
 from dpo.reference_cache import cached_scores, manifest_of
-from dpo.roles import reference_dtype
+from dpo.roles import check_distributions, reference_dtype
 from dpo.run_data import Pairs
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime import sequence
@@ -29,7 +29,7 @@ from dpo.runtime.distributed import gather, together
 from dpo.runtime.weights import fingerprint
 from dpo.sample import Answer, Decoding, answers_to
 from dpo.setup import Setup
-from dpo.types import PackedBatch, PairLogps
+from dpo.types import PackedBatch, PairLogps, TokenizedPair
 
 Frozen = tuple[Scorer, Callable[[PackedBatch], Tensor]]
 """A reference and what scores a batch with it: the scorer itself, or the engine that shards it."""
@@ -155,13 +155,24 @@ def start_policy(setup: Setup, path: str, model: Any = None, *, for_sft: bool = 
 
 def _settled(setup: Setup, scorer: Scorer, wanted: Layout) -> tuple[Layout, list[str]]:
     """See `check.settle`; the same on every rank."""
-    by_length = setup.train_pairs.lengths.sum(axis=1).argsort()
-    middle = [setup.train_pairs[int(i)] for i in by_length[len(by_length) // 2 :][:2]]
-    longest, kernel, device = setup.longest_sequence, setup.config.model.attention, setup.world.device
+    middle, longest, kernel = _middle(setup), setup.longest_sequence, setup.config.model.attention
+    device = setup.world.device
     layout, given_up = together(lambda: settle(scorer, wanted, middle, longest, device, kernel))
     if len(set(gather((layout, scorer.own_head, scorer.attention)))) > 1:
         raise UserError(f"train.layout {wanted}: the ranks disagree whether it is exact; use padded")
     return layout, given_up
+
+
+def _middle(setup: Setup) -> list[TokenizedPair]:
+    """Two pairs of middling length, or the one there is."""
+    by_length = setup.train_pairs.lengths.sum(axis=1).argsort()
+    return [setup.train_pairs[int(i)] for i in by_length[len(by_length) // 2 :][:2]]
+
+
+def _overflows(setup: Setup, scorer: Scorer) -> bool:
+    """Whether a model's log-probs are not finite on any rank; collective."""
+    logps = [own_logits_logps(scorer, pair, setup.world.device) for pair in _middle(setup)]
+    return any(gather(not bool(torch.cat(logps).isfinite().all())))
 
 
 def start_models(setup: Setup, path: str, say: Callable[[str], None]) -> tuple[Policy, FrozenReference]:
@@ -188,11 +199,14 @@ def start_models(setup: Setup, path: str, say: Callable[[str], None]) -> tuple[P
     model = load_weights(setup, path, setup.dtype, setup.engine_config, policy=True)
     if mode == "none":
         policy = start_policy(setup, path, model)
-        _check_distributions(setup, [policy.scorer])
+        check_distributions(setup.config, [policy.scorer])
         return _without_reference(setup, policy, say)
     own: Frozen | None = None
     if mode == "online" or (mode == "cached" and (dtype != setup.dtype or wanted.path)):
         own = _start_reference(setup, path, model, dtype, sharded=sharded)
+        if dtype == torch.float16 != setup.dtype and wanted.dtype == "auto" and _overflows(setup, own[0]):
+            dtype, reason = setup.dtype, "the policy's dtype: this model overflows in fp16"
+            own = _start_reference(setup, path, model, dtype, sharded=sharded)
     if mode == "adapter" and adapters.is_adapter(path):
         together(lambda: adapters.take_up(model, path, adapters.REFERENCE))
     policy = start_policy(setup, path, model)
@@ -201,7 +215,7 @@ def start_models(setup: Setup, path: str, say: Callable[[str], None]) -> tuple[P
     scorer, score = own or (policy.scorer, policy.score)
     if own is not None:
         _set_layout(setup, scorer, policy)
-    _check_distributions(setup, [policy.scorer, scorer])
+    check_distributions(setup.config, [policy.scorer, scorer])
     for note in policy.notes:
         say(note)
     if mode == "cached":
@@ -246,22 +260,6 @@ def _set_layout(setup: Setup, scorer: Scorer, policy: Policy) -> None:
     layout, given_up = _settled(setup, scorer, policy.layout)
     if layout != policy.layout:
         raise UserError(f"reference.path {setup.config.reference.path}: {given_up[0]}; use --train.layout {layout}")
-
-
-def _check_distributions(setup: Setup, scorers: Sequence[Scorer]) -> None:
-    """Refuse losses of whole next-token distributions where these are not to be had."""
-    loss = setup.config.loss
-    if not loss.wpo and "tdpo" not in loss.names:
-        return
-    option = "loss.wpo" if loss.wpo else "loss.name tdpo"
-    if any(scorer.own_head for scorer in scorers):
-        raise UserError(f"{option} is for models whose logits are a matrix product; this head does more, leave it out")
-    vocabularies = [len(scorer.head.weight) for scorer in scorers]
-    if not loss.wpo and len(set(vocabularies)) > 1:
-        raise UserError(
-            f"loss.name tdpo compares whole next-token distributions: reference.path {setup.config.reference.path} has"
-            f" {vocabularies[1]} tokens, the policy {vocabularies[0]}; use a reference with the policy's tokens"
-        )
 
 
 def _without_reference(setup: Setup, policy: Policy, say: Callable[[str], None]) -> tuple[Policy, FrozenReference]:

@@ -1,7 +1,8 @@
-"""Which weights a run trains and what its reference is, told from the settings alone; what cannot work is refused."""
+"""Which weights a run trains and what its reference is, told from the settings; what cannot work is refused."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from dpo.config import Config, LoraConfig
 from dpo.errors import UserError
 from dpo.model import adapters, load
+from dpo.model.forward import Scorer
 from dpo.model.sequence import heads_complaint
 from dpo.runtime import engine as deepspeed_engine
 
@@ -172,3 +174,26 @@ def check_reference_path(config: Config, tokenizer: Any, longest: int) -> None:
         )
     if vocabulary < len(tokenizer):
         raise UserError(f"reference.path {path} has {vocabulary} tokens, the policy's tokenizer {len(tokenizer)}")
+
+
+def check_distributions(config: Config, scorers: Sequence[Scorer]) -> None:
+    """Refuse losses of whole next-token distributions where these are not to be had.
+
+    Args:
+        config: Settings.
+        scorers: Of the policy, and of the reference where there is one.
+    Raises:
+        UserError: Naming the loss.
+    """
+    loss = config.loss
+    if not loss.wpo and "tdpo" not in loss.names:
+        return
+    option = "loss.wpo" if loss.wpo else "loss.name tdpo"
+    if any(scorer.own_head for scorer in scorers):
+        raise UserError(f"{option} is for models whose logits are a matrix product; this head does more, leave it out")
+    vocabularies = [len(scorer.head.weight) for scorer in scorers]
+    if not loss.wpo and len(set(vocabularies)) > 1:
+        raise UserError(
+            f"loss.name tdpo compares whole next-token distributions: reference.path {config.reference.path} has"
+            f" {vocabularies[1]} tokens, the policy {vocabularies[0]}; use a reference with the policy's tokens"
+        )

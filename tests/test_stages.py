@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import shutil
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import dpo.policy
 import dpo.setup
 import dpo.sft
+import dpo.train
 import train_dpo
 from dpo.runtime.tracking import read_lines
 from dpo.sample import _last_tokens
@@ -27,6 +31,36 @@ def arguments(folder: Path, policy: object, *more: str) -> list[str]:
         "--train.global_batch_size", "8", "--train.max_steps", "2", "--train.output_dir", str(folder / "run"),
         "--log.samples", "2", "--log.sample_tokens", "2", *more,
     ]  # fmt: skip
+
+
+def test_a_reference_that_overflows_in_fp16_takes_the_policys_dtype(tiny_policy, tmp_path, monkeypatch, capsys):
+    """fp16 is what auto takes on a GPU; an embedding of 1e5 is infinite in it."""
+    policy, half = shutil.copytree(tiny_policy, tmp_path / "policy"), torch.float16
+    monkeypatch.setattr(dpo.policy, "reference_dtype", lambda *_, **__: (half, "half the memory"))
+    assert train_dpo.main(arguments(tmp_path / "plain", policy)) == 0
+    assert "reference: online, float16 (half the memory)" in capsys.readouterr().err
+    weights = load_file(policy / "model.safetensors")
+    name = next(key for key in weights if "embed_tokens" in key)
+    save_file(weights | {name: weights[name] * 1e7}, policy / "model.safetensors", {"format": "pt"})
+    assert train_dpo.main(arguments(tmp_path / "large", policy)) == 0
+    said = capsys.readouterr().err
+    assert "reference: online, float32 (the policy's dtype: this model overflows in fp16)" in said
+    assert "start: loss 0.693147" in said
+
+
+def test_a_run_adds_up_in_one_order_if_it_is_told_to_and_the_next_one_does_not(tiny_policy, tmp_path, monkeypatch):
+    seen, step = [], dpo.train.take_step
+
+    def looked(*args):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return step(*args)
+
+    monkeypatch.setattr(dpo.train, "take_step", looked)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    assert train_dpo.main(arguments(tmp_path / "same", tiny_policy, "--train.deterministic", "true")) == 0
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert train_dpo.main(arguments(tmp_path / "any", tiny_policy)) == 0
+    assert seen == [True, True, False, False]
 
 
 @pytest.fixture

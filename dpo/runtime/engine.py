@@ -95,8 +95,7 @@ def build_config(
                 f" {half['data_types']['grad_accum_dtype']} there; use 1, 2 or 3"
             )
     config |= half | {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
         "gradient_clipping": optim.max_grad_norm,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW serves offloading too, without compiling an op
@@ -161,8 +160,7 @@ def frozen_config(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         "zero_optimization": config["zero_optimization"],
         "bf16": {"enabled": dtype == torch.bfloat16},
         "fp16": {"enabled": dtype == torch.float16},
-        "steps_per_print": 2**31,
-        "timers": config["timers"],
+        "steps_per_print": 2**31, "timers": config["timers"],
     }
 
 
