@@ -3,7 +3,7 @@
     python benchmarks/step_profile.py --data ROWS --tokenizer FOLDER [--cached] [--docs docs/benchmarks.md]
 
 The work is that of benchmarks/throughput.py. The profiler itself takes time, so that this says what a step consists of
-and not how long it takes. The row "head, other" is what a fused kernel of softmax and gradient could save at most.
+and not how long it takes. Counted are PyTorch's own operations: kernels of compiled blocks and of flex are not.
 """
 
 from __future__ import annotations
@@ -149,9 +149,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--docs", type=Path, help="write the table between the markers of this file")
     args = parser.parse_args(argv)
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    block = f"{device}-profile"
+    block = "-".join([device, *[args.size] * bool(args.size), *["cached"] * args.cached, "profile"])
     if args.docs:
         report.write_block(args.docs, block)
+    if min(args.warmup, args.steps) < 1:
+        raise SystemExit("--warmup and --steps must be at least 1")
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads)
     size = replace(workload.SIZES[args.size or device], warmup=args.warmup, steps=args.steps)

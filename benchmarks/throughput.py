@@ -43,7 +43,7 @@ SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
     "ours_sdpa": ("ours", {"model.attention": "sdpa"}),
     "ours_flex": ("ours", {"model.attention": "flex"}),
     "ours_flash": ("ours", {"model.attention": "flash"}),
-    "ours_ragged": ("ours", {"train.static_shapes": "false"}),
+    "ours_static": ("ours", {"train.static_shapes": "true"}),
     "ours_loss_in_forward": ("ours", {"model.loss_in_forward": "true"}),
     "ours_loss_after_forward": ("ours", {"model.loss_in_forward": "false"}),
     "ours_vocabulary_64": ("ours", {"model.vocabulary_multiple": 64}),
@@ -65,7 +65,7 @@ EVERYWHERE = ["ours_packed", "ours_padded", "ours_single", "ours_own_gelu", "our
 ABLATIONS = {
     "cpu": ["ours_online", "ours_cached", *EVERYWHERE, "ours_loss_in_forward"],
     "cuda": [
-        "ours_online", "ours_cached", *EVERYWHERE, "ours_loss_after_forward", "ours_ragged", "ours_compiled",
+        "ours_online", "ours_cached", *EVERYWHERE, "ours_loss_after_forward", "ours_static", "ours_compiled",
         "ours_sdpa", "ours_flex", "ours_flash",
     ],
 }  # fmt: skip
@@ -81,14 +81,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tokenizer", required=True, help="folder, hub id, or builtin:tiny; its size is the model's vocabulary")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the products; master weights are fp32")
-    chosen = parser.add_mutually_exclusive_group()
-    chosen.add_argument(
-        "--systems", nargs="+", choices=SYSTEMS, help="in the order of a round; default: those of the table"
-    )
-    chosen.add_argument("--ablations", action="store_true", help="ours alone, with one part after the other changed")
+    add("--systems", nargs="+", choices=SYSTEMS, help="in the order of a round; default: those of the table")
+    add("--ablations", action="store_true", help="ours alone, with one part after the other changed")
     add("--threads", type=int, default=2, help="of every process")
     add("--rounds", type=int, help="fresh processes per system")
-    add("--minutes", type=float, default=float("inf"), help="start no round that would end later than this")
+    add("--minutes", type=float, default=float("inf"), help="start no process that would end later than this")
     add("--warmup", type=int, help="optimizer steps before the clock starts, at least 1")
     add("--steps", type=int, help="optimizer steps under the clock")
     add("--micro_batches", type=int, nargs="+", default=[1, 2, 4, 8], help="pairs a forward pass in TRL's sweep")
@@ -165,7 +162,7 @@ def measure(
     Args:
         args, size, work: What to measure.
         folder: For the processes.
-        deadline: Time of `time.monotonic` after which no round may end, judged by the longest so far.
+        deadline: Time of `time.monotonic` after which no process may end, judged by the system's last one.
     Returns:
         Runs in the order they were made, TRL's combinations tried, and system -> why it could not be measured.
     """
@@ -178,13 +175,13 @@ def measure(
         tried = run_process("trl_side", job, folder / "sweep", args.threads)["tried"]
         print(report.sweep_table(tried), flush=True)
     runs: list[report.Run] = []
-    longest = 0.0
+    took: dict[str, float] = {}
     for number in range(size.rounds):
-        started = time.monotonic()
-        if number and started + longest > deadline:
-            print(f"no time for round {number + 1} within {args.minutes:g} minutes", flush=True)
-            break
         for system in [s for s in systems if s not in missing]:
+            started = time.monotonic()
+            if runs and started + took.get(system, 0.0) > deadline:
+                print(f"no time for more within {args.minutes:g} minutes", flush=True)
+                return runs, tried, missing | {s: "no time" for s in systems if s not in took and s not in missing}
             job = replace(work.job, options=_options(system, size, tried))
             try:
                 result = run_process(SYSTEMS[system][0], job, folder / f"{system}-{number}", args.threads)
@@ -201,9 +198,11 @@ def measure(
                 | {"system": system, "round": number, "timed_pairs": size.steps * size.pairs, "options": job.options}
                 | {"same_order": not job.options.get("grouped", False)}
             )
+            took[system] = time.monotonic() - started
             speed = 1 / report.seconds_per_pair(runs[-1])
             print(f"round {number + 1}: {report.NAMES[system]}: {speed:.3g} pairs/s", flush=True)
-        longest = max(longest, time.monotonic() - started)
+            if args.json:  # what was measured is not lost with a later process
+                args.json.write_text(json.dumps({"sweep": tried, "missing": missing, "runs": runs}, indent=1))
     return runs, tried, missing
 
 
@@ -252,6 +251,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.docs:
         report.write_block(args.docs, block)
     args.systems = args.systems or (ABLATIONS[device] if args.ablations else COMPARED[name])
+    if args.ablations:
+        args.systems = list(dict.fromkeys(["ours_online", *args.systems]))  # what the others are compared with
     sizes = ("warmup", "steps", "rounds", "sweep_steps", "lr")
     given = {key: value for key in sizes if (value := getattr(args, key)) is not None}
     size = replace(workload.SIZES[args.size or device], **given)

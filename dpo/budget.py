@@ -59,7 +59,9 @@ def untried_budget(
     free: int,
     recomputed: bool,
     stage: int,
+    trained: int,
     longest: int,
+    most: int = LARGEST,
     chunk_rows: int = CHUNK_ROWS,
 ) -> int:
     """What free memory suggests.
@@ -69,19 +71,20 @@ def untried_budget(
         free: Bytes that are free once models, optimizer states and gradients in fp32 are there.
         recomputed: Whether activations are.
         stage: ZeRO's: up to 2 a micro-batch's own gradients are whole, 3 gathers weights.
+        trained: Parameters that learn.
         longest: Tokens of the longest pair, which must fit.
+        most: Tokens.
         chunk_rows: Rows of a tile of logits.
     Returns:
-        Tokens, a multiple of 1,024 unless it is `longest`; at most UNTRIED_TOKENS under ZeRO-3.
+        Tokens, a multiple of 1,024 unless it is `longest`.
     """
-    per_token = shape.block_input if recomputed or shape.activations is None else shape.activations
-    reserved = 2 * chunk_rows * shape.vocabulary * 4 + shape.vocabulary * shape.hidden * 4
-    if stage == 3:
-        reserved += min(shape.parameters, LIVE_PARAMETERS) * dtype.itemsize
-    else:
-        reserved += shape.parameters * dtype.itemsize
+    per_token: float = shape.activations or shape.block_input
+    if recomputed:  # the inputs of all blocks, and one block at a time
+        per_token = shape.block_input + (shape.activations or 0) / shape.layers
+    reserved = 2 * chunk_rows * shape.vocabulary * 4 + min(trained, shape.vocabulary * shape.hidden) * 4
+    reserved += (min(shape.parameters, LIVE_PARAMETERS) if stage == 3 else trained) * dtype.itemsize
     fits = int(SHARE_OF_FREE * (free - reserved) / per_token)
-    return max(longest, min(LARGEST if stage < 3 else UNTRIED_TOKENS, fits) // 1024 * 1024)
+    return max(longest, min(most, fits) // 1024 * 1024)
 
 
 def choose(
@@ -156,13 +159,21 @@ def attempt(setup: Setup, policy: Policy, reference: Reference | None, layout: L
 
 
 def _owed(setup: Setup, policy: Policy, stage: int) -> int:
-    """Bytes of a rank that a step adds to what is there before the first one: AdamW's states and gradients in fp32."""
-    train, ranks, engine = setup.config.optim, setup.world.world_size, policy.engine
-    trained = sum(getattr(p, "ds_numel", p.numel()) for p in policy.scorer.parameters() if p.requires_grad)
-    offloads = setup.engine_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
-    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    states = 0 if offloads != "none" or inner.state else 2 if train.name == "adamw_8bit" else 8
-    return trained * states // ranks + 4 * trained // (ranks if stage >= 2 else 1)
+    """Bytes of a rank that a step adds to what is there before the first one: AdamW's states and gradients in fp32.
+
+    With an offloaded optimizer both are elsewhere.
+    """
+    zero, ranks, engine = setup.engine_config.get("zero_optimization", {}), setup.world.world_size, policy.engine
+    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        return 0
+    trained, inner = _trained(policy), getattr(engine.optimizer, "optimizer", engine.optimizer)
+    states = 0 if inner.state else 2 if setup.config.optim.name == "adamw_8bit" else 8
+    return trained * states // (ranks if stage >= 1 else 1) + 4 * trained // (ranks if stage >= 2 else 1)
+
+
+def _trained(policy: Policy) -> int:
+    """Parameters that learn."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in policy.scorer.parameters() if p.requires_grad)
 
 
 def _fits(
@@ -181,7 +192,9 @@ def _fits(
     return not any(gather(lacking))
 
 
-def _first(setup: Setup, policy: Policy, longest: int, recomputed: bool, stage: int, owed: int) -> int:
+def _first(
+    setup: Setup, policy: Policy, longest: int, recomputed: bool, stage: int, owed: int, *, is_tried: bool
+) -> int:
     """The budget asked for, or what the memory of the rank with the least of it suggests; the same on every rank."""
     asked, device = setup.config.train.tokens_per_micro_batch, setup.world.device
     if asked != "auto":
@@ -189,7 +202,8 @@ def _first(setup: Setup, policy: Policy, longest: int, recomputed: bool, stage: 
     shape = shape_of(policy.scorer.model.config, setup.dtype, trust_remote_code=setup.config.model.trust_remote_code)
     budget = untried_budget(
         shape, setup.dtype, free=_free_memory(device) - owed, recomputed=recomputed, stage=stage,
-        longest=longest, chunk_rows=policy.scorer.head.chunk_rows,
+        trained=_trained(policy), longest=longest, most=LARGEST if is_tried else UNTRIED_TOKENS,
+        chunk_rows=policy.scorer.head.chunk_rows,
     )
     return min(gather(budget))
 
@@ -229,7 +243,11 @@ def fit_budget(
         return setup
     stage, of_row = deepspeed_engine.zero_stage(setup.engine_config), config.train.sequence_parallel_size
     model, path = policy.scorer.model, setup.run / name
-    key = {"asked": config.train.tokens_per_micro_batch, "world_size": world.world_size, "layout": layout}
+    is_tried = stage < 3 and of_row == 1
+    key = {
+        "asked": config.train.tokens_per_micro_batch, "world_size": world.world_size, "layout": layout,
+        "ranks_a_row": of_row, "tried": is_tried,
+    }  # fmt: skip
     recomputed = load.recomputes_activations(model)
     found = only_main(world, lambda: _read(path))
     if found is None or {k: found.get(k) for k in key} != key:
@@ -237,8 +255,8 @@ def fit_budget(
         may = config.model.gradient_checkpointing is not False and not recomputed
         recompute = (lambda: load.checkpoint_activations(model)) if may else None
         owed = _owed(setup, policy, stage)
-        budget = _first(setup, policy, longest, recomputed, stage if of_row == 1 else 3, owed)
-        if stage < 3 and of_row == 1:
+        budget = _first(setup, policy, longest, recomputed, stage, owed, is_tried=is_tried)
+        if is_tried:
             fits = partial(_fits, setup, policy, reference, layout, owed=owed)
             budget = choose(budget, longest, fits, recompute, say)
         found = key | {"tokens": budget, "recomputed": load.recomputes_activations(model)}

@@ -494,8 +494,6 @@ class TrainConfig:
     """At a loss or gradient that is not finite no rank steps, and the run stops; skip: it goes on without the step."""
     max_nonfinite: int = 10
     """Steps that on_nonfinite skip leaves out, in SFT and in DPO each; at one more the run stops."""
-    deterministic: bool = False
-    """On a GPU, add up in the same order every time, where PyTorch can: slower, and the same bits again."""
 
     def __post_init__(self) -> None:
         for key in ("epochs", "global_batch_size", "keep_checkpoints", "sequence_parallel_size", "max_nonfinite"):

@@ -184,7 +184,7 @@ def traffic(
 
 def costs_of(*, body: int, head: int, attention_width: int) -> Costs:
     """What the planner balances, from a model's sizes; see `useful_flops`."""
-    return Costs(completion=round(1e6 * head / body), product=round(2e6 * attention_width / body))
+    return Costs(completion=round(1e6 * head / max(1, body)), product=round(2e6 * attention_width / max(1, body)))
 
 
 def useful_flops(lengths: np.ndarray, *, body: int, head: int, attention_width: int) -> float:

@@ -15,6 +15,7 @@ from dpo.config import to_dict
 from dpo.data import example
 from dpo.data.mixture import Mixture
 from dpo.model.forward import whole_rows
+from dpo.model.load import uncompiled
 from dpo.policy import FrozenReference, Policy
 from dpo.report.card import closing_rows, model_card
 from dpo.report.figures import plot
@@ -53,7 +54,7 @@ def take_samples(setup: Setup, policy: Policy, reference: FrozenReference, step:
     after = answers_to(setup.sample_prompts(), policy.scorer, setup.tokenizer, decoding, device)
     kl = None
     if reference.scorer is not None:  # else its scores are cached, and it cannot be asked about new answers
-        with whole_rows(policy.scorer, reference.scorer):
+        with whole_rows(policy.scorer, reference.scorer), uncompiled(policy.scorer):
             own = answer_logps(policy.score, after, before, policy.layout, device)
             base = answer_logps(lambda batch: _scores(reference, batch), after, before, policy.layout, device)
         kl = float((own - base)[:, 0].mean())

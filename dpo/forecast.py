@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dpo.budget import untried_budget
+from dpo.budget import LARGEST, untried_budget
 from dpo.commandline import Command
 from dpo.data.planner import num_tokens
 from dpo.estimate import (
@@ -29,7 +29,7 @@ from dpo.policy import CHECKPOINTING_FROM
 from dpo.roles import reference_dtype
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import World
-from dpo.setup import Setup, prepare
+from dpo.setup import UNTRIED_TOKENS, Setup, prepare
 from dpo.spread import Schedule, schedule_of, schedule_rows
 
 Rows = list[tuple[str, str]]
@@ -122,20 +122,25 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def memory_parts(setup: Setup, machine: Machine, schedule: Schedule) -> dict[str, float | None]:
-    """Part -> GiB per GPU; activations are None where they cannot be told."""
-    shape, zero = machine.shape, setup.engine_config.get("zero_optimization", {})
-    held = shape.parameters + (machine.trained if setup.trains_adapters else 0)
-    parts: dict[str, float | None] = dict(
-        memory(
-            held, stage=machine.stage, world_size=setup.world.world_size, half=machine.half,
-            reference_bytes=machine.reference_bytes, trained=machine.trained,
-        )
+def _fixed_parts(setup: Setup, machine: Machine) -> dict[str, float]:
+    """Part -> GiB per GPU, of what does not depend on the batch."""
+    zero = setup.engine_config.get("zero_optimization", {})
+    held = machine.shape.parameters + (machine.trained if setup.trains_adapters else 0)
+    parts = memory(
+        held, stage=machine.stage, world_size=setup.world.world_size, half=machine.half,
+        reference_bytes=machine.reference_bytes, trained=machine.trained,
     )
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
         parts["optimizer (AdamW, fp32 master)"] = 0.0
     if zero.get("offload_param", {}).get("device", "none") != "none":
         parts["weights"] = parts["reference"] = 0.0
+    return parts
+
+
+def memory_parts(setup: Setup, machine: Machine, schedule: Schedule) -> dict[str, float | None]:
+    """Part -> GiB per GPU; activations are None where they cannot be told."""
+    shape, zero = machine.shape, setup.engine_config.get("zero_optimization", {})
+    parts: dict[str, float | None] = dict(_fixed_parts(setup, machine))
     bucket = zero.get("reduce_bucket_size", 5e8) * (2 if zero.get("overlap_comm") else 1)
     parts["reduction buckets"] = (bucket if machine.stage >= 1 else 0) * machine.width / GIB
     if machine.stage == 3:
@@ -216,18 +221,14 @@ def speed_rows(setup: Setup, machine: Machine, schedule: Schedule, hardware: Har
 
 def _with_budget(setup: Setup, machine: Machine, hardware: Hardware) -> Setup:
     """The setup with the tokens a micro-batch that a run on such GPUs would try first."""
-    train = setup.config.train
+    train, shape = setup.config.train, machine.shape
     if train.tokens_per_micro_batch != "auto":
         return setup
-    shape = machine.shape
-    parts = memory(
-        shape.parameters, stage=machine.stage, world_size=setup.world.world_size, half=machine.half,
-        reference_bytes=machine.reference_bytes, trained=machine.trained,
-    )  # fmt: skip
+    room = GPUS[hardware.gpu].memory_gib - sum(_fixed_parts(setup, machine).values())
     budget = untried_budget(
-        shape, setup.dtype, free=int((GPUS[hardware.gpu].memory_gib - sum(parts.values())) * GIB),
-        recomputed=machine.recompute, stage=machine.stage,
-        longest=int(num_tokens(setup.train_pairs.lengths, train.layout).max()),
+        shape, setup.dtype, free=int(room * GIB), recomputed=machine.recompute, stage=machine.stage,
+        trained=machine.trained, longest=int(num_tokens(setup.train_pairs.lengths, train.layout).max()),
+        most=LARGEST if machine.stage < 3 else UNTRIED_TOKENS,
     )  # fmt: skip
     return replace(setup, token_budget=budget)
 

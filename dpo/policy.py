@@ -205,7 +205,7 @@ def start_models(setup: Setup, path: str, say: Callable[[str], None]) -> tuple[P
     if mode == "online" or (mode == "cached" and (dtype != setup.dtype or wanted.path)):
         own = _start_reference(setup, path, model, dtype, sharded=sharded)
         if dtype == torch.float16 != setup.dtype and wanted.dtype == "auto" and _overflows(setup, own[0]):
-            dtype, reason = setup.dtype, "the policy's dtype: this model overflows in fp16"
+            own, dtype, reason = None, setup.dtype, "the policy's dtype: this model overflows in fp16"
             own = _start_reference(setup, path, model, dtype, sharded=sharded)
     if mode == "adapter" and adapters.is_adapter(path):
         together(lambda: adapters.take_up(model, path, adapters.REFERENCE))

@@ -19,7 +19,7 @@ from dpo.data import example
 from dpo.data.batch import collate
 from dpo.data.planner import Layout, plan_batch
 from dpo.model.forward import Scorer, pair_logps
-from dpo.model.load import context_length
+from dpo.model.load import context_length, uncompiled
 from dpo.runtime.engine import is_sharded
 from dpo.runtime.files import read_records, write_whole
 from dpo.types import PackedBatch, TokenizedPair
@@ -31,12 +31,12 @@ SCORED_TOKENS = 4096
 @contextmanager
 def _generating(scorer: Scorer) -> Iterator[None]:
     """The model's own attention, layers that may keep a cache although checkpointing marks them as training, and no
-    compiled code, which would be made anew for every length and then, at the compiler's limit, no more for training."""
+    compiled code."""
     training = [module for module in scorer.model.modules() if module.training]
     for module in training:
         module.training = False
     try:
-        with scorer.own_attention(), torch.compiler.set_stance("force_eager"):
+        with scorer.own_attention(), uncompiled(scorer):
             yield
     finally:
         for module in training:
@@ -157,10 +157,9 @@ def answer_logps(
     lengths = np.array([[len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)] for p in pairs])
     (plan,) = plan_batch(range(len(pairs)), lengths, world_size=1, token_budget=SCORED_TOKENS, layout=layout)
     found = np.zeros((len(pairs), 2))
-    with torch.compiler.set_stance("force_eager"):  # see `_generating`
-        for ids in plan:
-            logps = pair_logps(score, collate([pairs[i] for i in ids], layout).to(device))
-            found[ids] = torch.stack((logps.chosen, logps.rejected), dim=1).double().cpu().numpy()
+    for ids in plan:
+        logps = pair_logps(score, collate([pairs[i] for i in ids], layout).to(device))
+        found[ids] = torch.stack((logps.chosen, logps.rejected), dim=1).double().cpu().numpy()
     return found
 
 

@@ -52,7 +52,7 @@ class Setup:
         start_dtype: Dtype of the policy's stored weights.
         notes: Lines for the log: what was decided, and why.
         costs: By which the ranks get equal work.
-        token_budget: Tokens per micro-batch that were found to fit; None before that is known.
+        token_budget: Tokens per micro-batch that fit; None before that is known.
     """
 
     config: Config
@@ -186,7 +186,7 @@ def _costs(config: Config, model_config: Any, world_size: int) -> Costs:
         return Costs()
     try:
         shape = shape_of(model_config, torch.bfloat16, trust_remote_code=config.model.trust_remote_code)
-    except UserError:  # said better once its weights are read
+    except Exception:  # any architecture's own code runs here, and only even work is lost
         return Costs()
     return costs_of(body=shape.body, head=shape.hidden * shape.vocabulary, attention_width=shape.attention_width)
 

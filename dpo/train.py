@@ -64,7 +64,6 @@ def train(command: Command) -> None:
         UserError: The same line on every rank.
     """
     world, train = distributed.start(), command.config.train
-    distributed.add_in_order(train.deterministic)
     with heartbeat.watching(world, Path(train.output_dir), train.hang_timeout):
         _run(command, world)
 

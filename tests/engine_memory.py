@@ -1,6 +1,6 @@
-"""What a tiny run really allocates, part by part, and what its checkpoint takes; started by torchrun.
+"""What a tiny run really allocates, part by part, and what its checkpoint takes; started by tests/ranks.py.
 
-    torchrun --nproc_per_node N tests/engine_memory.py OUT_FOLDER JOB...
+    tests/engine_memory.py OUT_FOLDER JOB...
 
 JOB: STAGE-PRECISION, e.g. 2-bf16. OUT_FOLDER/JOB.RANK.json: part -> bytes on that rank.
 """

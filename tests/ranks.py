@@ -2,7 +2,8 @@
 
 Importing torch, transformers and DeepSpeed is most of a job of a few steps. One process of its own has imported them
 and forks the ranks of every job: new processes with the environment of a launcher, each running the script as
-`__main__`. That torchrun, deepspeed and srun start the same program is for the tests that call those.
+`__main__`. Ranks share the seed of Python's hashes, as forks do. That torchrun, deepspeed and srun start the same
+program, in processes of their own, is for the tests that call those.
 
     run(["train_dpo.py", ...], ranks=2) -> Done
 """
@@ -26,7 +27,7 @@ from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 GRACE = 60
-"""Seconds that the other ranks have to end by themselves after one has failed."""
+"""Seconds in which the other ranks must end by themselves after one has failed."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Done:
     """What became of a job.
 
     Attributes:
-        codes: Exit codes by rank; negative: the signal that ended it.
+        codes: Exit codes by rank; negative: the signal that ended it by itself.
         output: Of all ranks, stdout and stderr as they came.
     """
 
@@ -65,11 +66,19 @@ def run(argv: list[str], ranks: int = 1, timeout: float = 600) -> Done:
     assert server.stdin is not None and server.stdout is not None
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "output")
-        server.stdin.write(json.dumps({"argv": argv, "ranks": ranks, "output": str(output), "timeout": timeout}) + "\n")
-        server.stdin.flush()
-        answer = server.stdout.readline()
+        job = {"argv": argv, "ranks": ranks, "output": str(output), "timeout": timeout}
+        try:
+            server.stdin.write(json.dumps(job) + "\n")
+            server.stdin.flush()
+            answer = server.stdout.readline()
+        except BaseException:
+            server.kill()  # its answer would be taken for that to the next job
+            raise
         assert answer, "the process that forks ranks has died"
-        return Done(json.loads(answer), output.read_text(encoding="utf-8", errors="replace"))
+        said = output.read_text(encoding="utf-8", errors="replace")
+        codes = json.loads(answer)
+        assert codes is not None, f"{argv[0]} did not end by itself\n{said[-8000:]}"
+        return Done(codes, said)
 
 
 def _free_port() -> int:
@@ -112,8 +121,8 @@ def _output_of(job: dict[str, Any]) -> int:
     return os.open(job["output"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
 
-def _run(job: dict[str, Any]) -> list[int]:
-    """Fork the ranks and wait for them; one that failed ends the others, as a launcher would."""
+def _run(job: dict[str, Any]) -> list[int] | None:
+    """Fork the ranks and wait for their codes; None if they had to be ended, after the time or a rank's failure."""
     port, end = _free_port(), time.monotonic() + job["timeout"]
     places: dict[int, int] = {}
     for rank in range(job["ranks"]):
@@ -130,7 +139,8 @@ def _run(job: dict[str, Any]) -> list[int]:
         elif time.monotonic() > end:
             for each in places:
                 os.kill(each, signal.SIGKILL)
-            end = float("inf")
+                os.waitpid(each, 0)
+            return None
         else:
             time.sleep(0.01)
     return codes

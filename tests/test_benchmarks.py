@@ -139,7 +139,7 @@ def test_the_work_of_a_llama_is_a_llama_with_grouped_heads_and_its_operations(qu
 
 def test_a_profile_says_what_every_part_of_a_step_takes(tmp_path, capsys):
     page = tmp_path / "page.md"
-    page.write_text("<!-- cpu-profile: begin -->\nold\n<!-- cpu-profile: end -->\n")
+    page.write_text("<!-- cpu-quick-profile: begin -->\nold\n<!-- cpu-quick-profile: end -->\n")
     before = Scorer.hidden, Head.forward, Nonfinite.step
     argv = [*DATA, "--size", "quick", "--device", "cpu", "--dtype", "fp32", "--threads", "1", "--warmup", "1",
             "--steps", "1"]  # fmt: skip
@@ -176,8 +176,10 @@ def test_the_seed_study_is_timed_from_the_first_score_to_the_last_validation(tmp
     assert seed_study.main([*argv, "--docs", str(page)]) == 0
     rows = [row.strip("| ").split(" | ") for row in page.read_text().splitlines() if row.startswith("| ")][2:]
     seconds = {row[0]: float(row[1]) for row in rows}
-    assert list(seconds) == ["start-up", "data read and tokenised", "SFT", "reference scores", "validation",
-                             "checkpoints", "first score to the end of validation 2"]  # fmt: skip
+    assert list(seconds) == [
+        "start-up", "data read and tokenised", "SFT", "reference scores", "validation", "checkpoints",
+        "DPO steps, and all else", "first score to the end of validation 2",
+    ]  # fmt: skip
     assert rows[-1][2] == "target: under 60, met" and seconds["SFT"] > 0
     assert seconds["validation"] < seconds["first score to the end of validation 2"] < 60
 

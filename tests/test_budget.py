@@ -58,18 +58,20 @@ SHAPE = Shape(parameters=10**6, body=10**6, layers=2, hidden=8, vocabulary=100, 
 RESERVED = 2 * 10 * 100 * 4 + 100 * 8 * 4  # a tile of 10 rows twice, the head's gradient
 
 
-def first(free: int, *, stage: int = 2, recomputed: bool = False, longest: int = 10) -> int:
+def first(free: int, *, stage: int = 2, recomputed: bool = False, longest: int = 10, **more: int) -> int:
     return untried_budget(
-        SHAPE, torch.bfloat16, free=free, recomputed=recomputed, stage=stage, longest=longest, chunk_rows=10
+        SHAPE, torch.bfloat16, free=free, recomputed=recomputed, stage=stage, longest=longest, chunk_rows=10,
+        **{"trained": 10**6} | more,
     )
 
 
 def test_the_first_budget_follows_free_memory_within_bounds():
     assert first(10_000_000 + RESERVED + 2 * 10**6) == 7168
-    assert first(10_000_000 + RESERVED + 2 * 10**6, recomputed=True) == 65536
+    assert first(10_000_000 + RESERVED + 2 * 10**6, recomputed=True) == 13312  # 100 + 1000 / 2 bytes a token
     assert first(10**12) == 65536 and first(1000, longest=700) == 700
-    assert first(10_000_000 + RESERVED + 2 * 10**6, stage=3) == 7168  # nothing is tried: never more than 16,384
-    assert first(10**12, stage=3) == 16384
+    assert first(10_000_000 + RESERVED + 2 * 10**6, stage=3) == 7168
+    assert first(10**12, stage=3, most=16384) == 16384
+    assert first(10_000_000 + RESERVED - 400 + 2 * 700, trained=700) == 7168  # adapters
 
 
 def lacking_above(monkeypatch, tokens, recomputed_tokens):
@@ -178,7 +180,7 @@ def test_what_one_rank_lacks_is_lacking_on_all(tiny_policy, tmp_path, monkeypatc
     assert tried == [1600, 800, 400]
 
 
-@pytest.mark.parametrize(("config", "bytes_a_parameter"), [("zero2", 8 + 4), ("zero2_offload", 4)])
+@pytest.mark.parametrize(("config", "bytes_a_parameter"), [("zero2", 8 + 4), ("zero2_offload", 0)])
 def test_the_trial_holds_beside_it_what_the_first_step_adds(
     config, bytes_a_parameter, tiny_policy, tmp_path, monkeypatch
 ):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import shutil
 import weakref
 from pathlib import Path
@@ -17,7 +16,6 @@ from safetensors.torch import load_file, save_file
 import dpo.policy
 import dpo.setup
 import dpo.sft
-import dpo.train
 import train_dpo
 from dpo.runtime.tracking import read_lines
 from dpo.sample import _last_tokens
@@ -46,21 +44,6 @@ def test_a_reference_that_overflows_in_fp16_takes_the_policys_dtype(tiny_policy,
     said = capsys.readouterr().err
     assert "reference: online, float32 (the policy's dtype: this model overflows in fp16)" in said
     assert "start: loss 0.693147" in said
-
-
-def test_a_run_adds_up_in_one_order_if_it_is_told_to_and_the_next_one_does_not(tiny_policy, tmp_path, monkeypatch):
-    seen, step = [], dpo.train.take_step
-
-    def looked(*args):
-        seen.append(torch.are_deterministic_algorithms_enabled())
-        return step(*args)
-
-    monkeypatch.setattr(dpo.train, "take_step", looked)
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    assert train_dpo.main(arguments(tmp_path / "same", tiny_policy, "--train.deterministic", "true")) == 0
-    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-    assert train_dpo.main(arguments(tmp_path / "any", tiny_policy)) == 0
-    assert seen == [True, True, False, False]
 
 
 @pytest.fixture

@@ -149,6 +149,7 @@ def test_a_step_waits_for_the_device_once_behind_its_last_backward_pass(
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("reference", [[], CACHED], ids=["online", "cached"])
 @pytest.mark.parametrize("head", ["false", "true"], ids=["plain", "in_forward"])
 @pytest.mark.parametrize("attention", ["sdpa", "varlen"])

@@ -22,10 +22,10 @@ from dpo.types import Segments
 
 Visible = Callable[[Any, Any, Tensor, Tensor], Tensor]
 BLOCK = 128
-"""Rows of a block, the least that FlexAttention takes."""
+"""Rows of a block."""
 SHAPES = 64
-"""Variants of the kernel that may be compiled: grouped heads or not, windows, dtypes, with gradient and without. Beyond
-torch's own limit of 8 it would go on without compiling, with a T x T matrix of scores."""
+"""Variants of the kernel that may be compiled: grouped heads or not, windows, dtypes, with gradient and without. Torch
+allows 8."""
 
 
 def visible_rows(segments: Segments, window: int | None) -> Visible:

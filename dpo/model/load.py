@@ -7,6 +7,7 @@ memory-mapped by safetensors, so the ranks of a node share one copy of the file 
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -236,9 +237,19 @@ def compile_blocks(model: Any, backend: str = "inductor") -> int:
         How many blocks there are.
     """
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    # Blocks share their code; torch keeps 8 variants of it by default and runs further ones as they were written.
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, 4 * len(blocks))
     for block in blocks:
         block.compile(backend=backend, dynamic=False)
     return len(blocks)
+
+
+def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
+    """Within the block compiled blocks run as they were written: code would be made for every length of an answer, and
+    then, at the compiler's limit, no more for training."""
+    is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
 
 
 def frozen_copy(model: nn.Module, dtype: torch.dtype) -> Any:

@@ -88,14 +88,6 @@ def start() -> World:
     return World(rank, world_size, local_rank, device)
 
 
-def add_in_order(always: bool) -> None:
-    """Have this process's kernels add up in one order, where there is such a kernel; else as fast as they can."""
-    if always:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is made
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(always, warn_only=True)
-
-
 def store() -> Any:
     """A connection of its own to the key-value store over which the ranks of a launcher met."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

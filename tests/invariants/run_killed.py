@@ -1,4 +1,4 @@
-"""Train, and die by SIGKILL or be asked to stop at a stated moment; started by python or torchrun.
+"""Train, and die by SIGKILL or be asked to stop at a stated moment; started by tests/ranks.py.
 
     tests/invariants/run_killed.py {after_sft|in_step:N|in_evaluation:N|in_save:N}[:SIGNAL] [arguments of train_dpo.py]
 

@@ -1,6 +1,6 @@
-"""Take three steps under many losses in one process group and write what each gave; started by torchrun.
+"""Take three steps under many losses in one process group and write what each gave; started by tests/ranks.py.
 
-    torchrun --nproc_per_node N tests/invariants/run_losses.py CASES.json OUT.json
+    tests/invariants/run_losses.py CASES.json OUT.json
 
 CASES.json: name -> {"loss": the loss section, "layout", "micro_batches", maybe "stage" (of ZeRO), "steps", "shuffle",
 "loss_in_forward", "ranks_a_row", "keep_weights"}.

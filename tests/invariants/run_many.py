@@ -1,6 +1,6 @@
-"""Run several trainings in one process group and write down what happened inside; started by torchrun.
+"""Run several trainings in one process group and write down what happened inside; started by tests/ranks.py.
 
-    torchrun --nproc_per_node N tests/invariants/run_many.py JOBS.json OUT_FOLDER
+    tests/invariants/run_many.py JOBS.json OUT_FOLDER
 
 JOBS.json: name -> argv of train_dpo.py. OUT_FOLDER/NAME.RANK.json: see `watch`.
 """

@@ -21,7 +21,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {name: {"name": name} | NEEDED.get(name,
 SPREADS = [(ranks, layout, micro) for ranks in (1, 2) for layout in ("shared", "padded") for micro in (1, 3)]
 FEW = [(1, "shared", 1), (1, "padded", 3), (2, "shared", 3), (2, "padded", 1)]
 """Every two values of ranks, layout and micro-batches together: for losses of a pair's own two sums alone."""
-EVERY = {"sigmoid", "rpo", "wpo", "ld_alpha", "aot", "aot_unpaired", "beta_dpo", "sampo", "tdpo"}
+EVERY = {"sigmoid", "rpo", "wpo", "ld_alpha", "aot", "aot_unpaired", "beta_dpo", "sampo", "tdpo", "odpo"}
+assert EVERY <= OBJECTIVES.keys()
 WITHOUT_REFERENCE = {"sft", "simpo", "orpo", "cpo", "reference_free"}
 CUT = (("sigmoid", "shared", 2), ("simpo", "packed", 1), ("sampo", "shared", 1))
 SHARDED = ("wpo", "aot", "simpo", "sampo")
