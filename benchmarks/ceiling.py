@@ -12,7 +12,7 @@ from benchmarks.clock import Job, main, synchronize
 
 def run(job: Job) -> dict[str, Any]:
     """Floating-point operations per second of the best of several windows."""
-    n, repeats = (8192, 20) if job.device == "cuda" else (2048, 5)
+    n, repeats = (8192, 20) if job.device == "cuda" else (job.options.get("size", 2048), 5)
     dtype = torch.bfloat16 if job.dtype == "bf16" else torch.float32
     a, b = (torch.randn(n, n, device=job.device).to(dtype) for _ in range(2))
     best = 0.0

@@ -264,7 +264,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder, size, data=args.data, split=args.split, tokenizer=args.tokenizer, seed=args.seed,
             dtype=args.dtype, device=device, beta=0.1,
         )
-        ceiling = run_process("ceiling", work.job, folder / "ceiling", args.threads)
+        small = {"size": 256} if args.size == "quick" else {}
+        ceiling = run_process("ceiling", replace(work.job, options=small), folder / "ceiling", args.threads)
         runs, tried, missing = measure(args, size, work, folder, deadline)
     for run in runs:
         run["mfu"] = work.model_flops / run["seconds"] / ceiling["flops_per_second"]

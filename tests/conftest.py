@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +11,12 @@ import pytest
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 _skips: list[str] = []
+_source, _known_source = inspect.getsource, functools.cache(inspect.getsource)
+# Every parse looks up the help texts in the source of dpo/config.py, which never changes. Of classes and modules alone:
+# functions kept here would keep what they close over.
+inspect.getsource = lambda found: (_known_source if inspect.isclass(found) or inspect.ismodule(found) else _source)(
+    found
+)
 
 
 HEAVY = [

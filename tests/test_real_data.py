@@ -69,10 +69,10 @@ def test_a_real_model_starts_at_ln_2_with_dropout_in_its_config_and_learns_its_r
 
 @pytest.fixture(scope="module")
 def gpt2_folder(shared_data, tmp_path_factory) -> Path:
-    """A random GPT-2 of 4 layers x 256 with the real tokenizer."""
+    """A random GPT-2 of 2 layers x 64 with the real tokenizer."""
     folder = tmp_path_factory.mktemp("gpt2")
     torch.manual_seed(0)
-    config = transformers.GPT2Config(n_layer=4, n_embd=256, n_head=4)
+    config = transformers.GPT2Config(n_layer=2, n_embd=64, n_head=2)
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(shared_data / "gpt2-tokenizer").save_pretrained(folder)
     return folder
@@ -103,7 +103,7 @@ def hh_runs(shared_data, gpt2_folder, tmp_path_factory) -> dict[str, tuple[Path,
             "--data.train", str(hh / "train.jsonl.gz"), "--data.validation", str(hh / "validation.jsonl.gz"),
             "--data.train_limit", "64", "--data.validation_limit", "8", "--data.on_bad_row", "skip",
             "--data.max_length", "128", "--train.sft_epochs", "1", "--train.global_batch_size", "16",
-            "--optim.lr", "1e-5", "--log.samples", "1", "--log.sample_tokens", "4",
+            "--optim.lr", "1e-5", "--optim.sft_lr", "1e-3", "--log.samples", "1", "--log.sample_tokens", "4",
             "--data.cache_dir", str(folder / "cache"), "--train.output_dir", str(folder / "run"),
         ]  # fmt: skip
         nodes = [

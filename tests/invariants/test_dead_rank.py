@@ -50,8 +50,11 @@ def until(condition: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+@pytest.mark.parametrize(
+    ("number", "launcher"),
+    [(signal.SIGKILL, "deepspeed"), (signal.SIGKILL, "torchrun"), (signal.SIGSTOP, "deepspeed")],
+    ids=["killed, deepspeed", "killed, torchrun", "stopped, deepspeed"],
+)
 def test_a_rank_that_is_killed_or_stopped_ends_the_job_by_name_and_leaves_no_process(
     launcher, number, tiny_policy, tmp_path
 ):
