@@ -152,6 +152,8 @@ def memory_parts(setup: Setup, machine: Machine, schedule: Schedule) -> dict[str
         parts[name] = None if size is None else schedule.largest * size / GIB
     rows = min(CHUNK_ROWS, schedule.largest_completions)
     parts[f"logits tile, {rows:,} rows in fp32"] = rows * shape.vocabulary * 4 / GIB
+    if setup.loss_in_forward and not setup.trains_adapters:
+        parts["gradient of the head in fp32"] = shape.vocabulary * shape.hidden * 4 / GIB
     return parts
 
 

@@ -366,7 +366,8 @@ def test_a_thousand_ranks_are_planned_without_weights_gpu_or_process_group(
     assert "SFT steps before 4 optimizer steps 2 (2 an epoch)" in shown
     assert "looked at all 2 steps of the first epoch" in shown
     assert "Memory of each GPU, 1,024 x t4" in shown and "GiB on a t4: fits" in shown
-    for part in ("weights", "gradients", "optimizer (AdamW, fp32 master)", "reference", "activations, kept"):
+    for part in ("weights", "gradients", "optimizer (AdamW, fp32 master)", "reference", "activations, kept",
+                 "gradient of the head in fp32"):  # fmt: skip
         assert re.search(rf"{re.escape(part)} (\(not in use\) )?[\d.]+ [KMG]iB", shown), part
     assert re.search(r"logits tile, [\d,]+ rows in fp32 [\d.]+ [KM]iB", shown)
     assert "12 bytes a parameter" in shown and "(8 ranks)" in shown and "between nodes" in shown
