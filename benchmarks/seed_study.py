@@ -15,8 +15,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 BEGAN = time.perf_counter()
 
@@ -97,15 +99,11 @@ def run(argv: Sequence[str]) -> Stages:
         (training, "evaluate", stages.timed("validation", training.evaluate)),
         (training, "_save", stages.timed("checkpoints", training._save)),
     ]
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
     stages.seconds["start-up"] = time.perf_counter() - BEGAN
-    try:
-        for owner, name, changed in changes:
-            setattr(owner, name, changed)
+    with ExitStack() as watched:
+        for change in changes:
+            watched.enter_context(patch.object(*change))
         training.train(parse(list(argv)))
-    finally:
-        for owner, name, kept in before:
-            setattr(owner, name, kept)
     return stages
 
 
@@ -129,11 +127,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write rows and weights, train, show the times."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--data", required=True, help="training rows in any form that train_dpo.py reads")
+    workload.add_rows(parser)
     add("--validation", required=True, help="validation rows")
-    add("--split", default="train", help="split of the training data, where it has splits")
-    add("--validation_split", default="test", help="the same of the validation data")
-    add("--tokenizer", required=True, help="folder, hub id, or builtin:tiny; its size is the model's vocabulary")
+    add("--validation_split", default="test", help="split of them, where there are splits")
     add("--pairs", type=int, default=7000)
     add("--validation_pairs", type=int, default=3000)
     add("--epochs", type=int, default=5)

@@ -14,9 +14,11 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -120,14 +122,10 @@ def record(argv: Sequence[str], device: str, warmup: int, steps: int) -> dict[tu
         (engine, "backward", _marked("backward", engine.backward)),
         (Nonfinite, "step", _marked("update", Nonfinite.step)),
     ]  # fmt: skip
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
-    try:
-        for owner, name, changed in changes:
-            setattr(owner, name, changed)
+    with ExitStack() as watched:
+        for change in changes:
+            watched.enter_context(patch.object(*change))
         training.train(parse(list(argv)))
-    finally:
-        for owner, name, kept in before:
-            setattr(owner, name, kept)
     return times(profiler.events() or (), device)
 
 
@@ -135,17 +133,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Build the work, train under the profiler, show the shares."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--data", required=True, help="preference rows in any form that train_dpo.py reads")
-    add("--split", default="train", help="split of the data, where it has splits")
-    add("--tokenizer", required=True, help="folder, hub id, or builtin:tiny; its size is the model's vocabulary")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the products; master weights are fp32")
-    add("--size", choices=("quick", "llama_1b"), help="default: by device")
+    workload.add_rows(parser)
+    workload.add_work(parser)
     add("--cached", action="store_true", help="with the reference's scores from a cache")
-    add("--threads", type=int, default=2)
     add("--warmup", type=int, default=3, help="optimizer steps before the profiler starts")
     add("--steps", type=int, default=3, help="optimizer steps under it")
-    add("--seed", type=int, default=0, help="decides the weights and which rows are drawn")
     add("--docs", type=Path, help="write the table between the markers of this file")
     args = parser.parse_args(argv)
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -76,14 +77,10 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "M
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--data", required=True, help="preference rows in any form that train_dpo.py reads")
-    add("--split", default="train", help="split of the data, where it has splits")
-    add("--tokenizer", required=True, help="folder, hub id, or builtin:tiny; its size is the model's vocabulary")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the products; master weights are fp32")
+    workload.add_rows(parser)
+    workload.add_work(parser)
     add("--systems", nargs="+", choices=SYSTEMS, help="in the order of a round; default: those of the table")
     add("--ablations", action="store_true", help="ours alone, with one part after the other changed")
-    add("--threads", type=int, default=2, help="of every process")
     add("--rounds", type=int, help="fresh processes per system")
     add("--minutes", type=float, default=float("inf"), help="start no process that would end later than this")
     add("--warmup", type=int, help="optimizer steps before the clock starts, at least 1")
@@ -91,8 +88,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--micro_batches", type=int, nargs="+", default=[1, 2, 4, 8], help="pairs a forward pass in TRL's sweep")
     add("--sweep_steps", type=int, help="optimizer steps per combination of the sweep")
     add("--lr", type=float, help="large enough for losses to leave ln 2 within the timed steps")
-    add("--seed", type=int, default=0, help="decides the weights and which rows are drawn")
-    add("--size", choices=("quick", "llama_1b"), help="quick: whether it works, not how fast it is; default: by device")
     add("--docs", type=Path, help="write the tables between the markers of this file")
     add("--json", type=Path, help="write the raw numbers there")
     return parser.parse_args(argv)
@@ -208,7 +203,8 @@ def measure(
 
 def _conditions(args: argparse.Namespace, size: workload.Size, work: workload.Workload, facts: dict[str, Any]) -> str:
     """Two sentences over the tables: the work, and the machine."""
-    rounds = facts["runs"][-1]["round"] + 1
+    counts = Counter(run["system"] for run in facts["runs"]).values()  # the last round may have ended early
+    rounds = " to ".join(map(str, sorted({min(counts), max(counts)})))
     loads = [facts["load_at_start"], *(run["load"] for run in facts["runs"])]
     cores = [run["cores_used"] for run in facts["runs"]]
     return (

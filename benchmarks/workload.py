@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+from argparse import ArgumentParser
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -72,6 +73,24 @@ SIZES = {
         2, 2, 32, max_length=128, pairs=4, warmup=1, steps=2, rounds=1, sweep_steps=1, plain_micro_batch=4, lr=1e-2
     ),
 }
+
+
+def add_rows(parser: ArgumentParser) -> None:
+    """Flags that say which rows are trained on."""
+    add = parser.add_argument
+    add("--data", required=True, help="preference rows in any form that train_dpo.py reads")
+    add("--split", default="train", help="split of the data, where it has splits")
+    add("--tokenizer", required=True, help="folder, hub id, or builtin:tiny; its size is the model's vocabulary")
+
+
+def add_work(parser: ArgumentParser) -> None:
+    """Flags that say what is done with them, and on what."""
+    add = parser.add_argument
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the products; master weights are fp32")
+    add("--size", choices=("quick", "llama_1b"), help="quick: whether it works, not how fast it is; default: by device")
+    add("--threads", type=int, default=2, help="of every process")
+    add("--seed", type=int, default=0, help="decides the weights and which rows are drawn")
 
 
 @dataclass(frozen=True)

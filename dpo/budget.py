@@ -52,7 +52,7 @@ def can_run_out(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def untried_budget(
+def suggested_budget(
     shape: Shape,
     dtype: torch.dtype,
     *,
@@ -200,7 +200,7 @@ def _first(
     if asked != "auto":
         return max(asked, longest)
     shape = shape_of(policy.scorer.model.config, setup.dtype, trust_remote_code=setup.config.model.trust_remote_code)
-    budget = untried_budget(
+    budget = suggested_budget(
         shape, setup.dtype, free=_free_memory(device) - owed, recomputed=recomputed, stage=stage,
         trained=_trained(policy), longest=longest, most=LARGEST if is_tried else UNTRIED_TOKENS,
         chunk_rows=policy.scorer.head.chunk_rows,

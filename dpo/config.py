@@ -466,7 +466,7 @@ class TrainConfig:
     """At most this many pairs per forward pass; default: as many as tokens_per_micro_batch allows."""
     tokens_per_micro_batch: Literal["auto"] | int = "auto"
     """Tokens per forward pass of one GPU; changes speed and memory alone. auto: what fits a GPU's memory, found out by
-    running the costliest micro-batch; 16384 on a GPU under ZeRO-3, 4096 on a CPU."""
+    running the costliest micro-batch (under ZeRO-3: what is free, at most 16384); 4096 on a CPU."""
     static_shapes: Literal["auto"] | bool = "auto"
     """Fill packed rows with a dummy tail, so that all have one shape. auto: on a GPU, if the tail is under 10 %."""
     sequence_parallel_size: int = 1

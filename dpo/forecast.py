@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dpo.budget import LARGEST, untried_budget
+from dpo.budget import LARGEST, suggested_budget
 from dpo.commandline import Command
 from dpo.data.planner import num_tokens
 from dpo.estimate import (
@@ -227,7 +227,7 @@ def _with_budget(setup: Setup, machine: Machine, hardware: Hardware) -> Setup:
     if train.tokens_per_micro_batch != "auto":
         return setup
     room = GPUS[hardware.gpu].memory_gib - sum(_fixed_parts(setup, machine).values())
-    budget = untried_budget(
+    budget = suggested_budget(
         shape, setup.dtype, free=int(room * GIB), recomputed=machine.recompute, stage=machine.stage,
         trained=machine.trained, longest=int(num_tokens(setup.train_pairs.lengths, train.layout).max()),
         most=LARGEST if machine.stage < 3 else UNTRIED_TOKENS,

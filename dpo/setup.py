@@ -283,8 +283,8 @@ def prepare(config: Config, world: World, deepspeed_json: str | None, *, for_els
         )
 
     setup = together(work)
-    if len(set(gather((setup.train_pairs.key, setup.precision)))) > 1:
-        raise UserError("the ranks do not see the same data or kind of device: use a shared folder, and equal nodes")
+    if len(set(gather((setup.train_pairs.key, setup.precision, setup.costs)))) > 1:
+        raise UserError("the ranks do not see the same data, model or kind of device: use a shared folder, equal nodes")
     return setup
 
 

@@ -168,7 +168,7 @@ def test_operations_are_told_apart_by_name_and_the_outermost_mark():
     ]  # fmt: skip
 
 
-def test_the_seed_study_is_timed_from_the_first_score_to_the_last_validation(tmp_path, monkeypatch):
+def test_the_seed_study_is_timed_from_the_first_score_to_the_last_validation(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("<!-- seed_study: begin -->\nold\n<!-- seed_study: end -->\n")
     argv = ["--data", "builtin:world", "--validation", "builtin:world", "--validation_split", "validation",

@@ -15,7 +15,7 @@ import dpo.budget
 import dpo.model.forward
 import dpo.train
 import train_dpo
-from dpo.budget import choose, untried_budget
+from dpo.budget import choose, suggested_budget
 from dpo.errors import UserError
 from dpo.model import load
 from dpo.model.shape import Shape
@@ -59,7 +59,7 @@ RESERVED = 2 * 10 * 100 * 4 + 100 * 8 * 4  # a tile of 10 rows twice, the head's
 
 
 def first(free: int, *, stage: int = 2, recomputed: bool = False, longest: int = 10, **more: int) -> int:
-    return untried_budget(
+    return suggested_budget(
         SHAPE, torch.bfloat16, free=free, recomputed=recomputed, stage=stage, longest=longest, chunk_rows=10,
         **{"trained": 10**6} | more,
     )
@@ -149,7 +149,7 @@ def test_a_run_that_goes_on_recomputes_activations_again(tiny_policy, tmp_path, 
 def test_auto_starts_from_the_memory_of_the_rank_with_the_least_and_tries_nothing_under_zero_3(
     stage, tiny_policy, tmp_path, monkeypatch
 ):
-    """This rank's memory suggests 5,120 tokens, the other's 2,048."""
+    """This rank's memory suggests more than the other's, 2,048 tokens."""
     tried = lacking_above(monkeypatch, 10**9, 10**9)
     own, suggested = dpo.budget.gather, []
 

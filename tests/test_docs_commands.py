@@ -7,6 +7,7 @@ A training command is checked in two parts: its launcher takes the options that 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import re
 import shlex
@@ -19,6 +20,7 @@ import torch
 import transformers
 
 import train_dpo
+from benchmarks import workload
 from dpo.__main__ import VERBS, main
 from dpo.commandline import parse
 from tests import tiny
@@ -200,6 +202,8 @@ def test_a_benchmark_of_the_docs_has_a_test_and_the_flags_that_are_shown():
     for name, command in found.items():
         assert re.search(rf"from benchmarks(\.{name} import| import (\w+, )*{name})|benchmarks\.{name}\b", tests), name
         source = (ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8")
+        shared = re.findall(r"workload\.(add_\w+)\(parser\)", source)
+        source += "".join(inspect.getsource(getattr(workload, adds)) for adds in shared)
         own = command.split(name, 1)[1]
         assert all(f'"{flag}"' in source for flag in re.findall(r"--\w+", own)), command
 

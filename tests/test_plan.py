@@ -106,7 +106,8 @@ def test_a_checkpoint_takes_the_disk_that_was_planned(allocated: Any, job: str, 
     stage, precision = job.split("-")
     measured = allocated[job, ranks][0]
     planned = checkpoint_bytes(measured["parameters"], stage=int(stage), half=precision == "bf16")
-    assert planned <= measured["checkpoint"] <= planned + 14_000 * ranks + 8_000  # names and pickles
+    names_and_pickles = (14_000 if stage == "3" else 12_000) * ranks + 8_000
+    assert planned <= measured["checkpoint"] <= planned + names_and_pickles
 
 
 # --- the model without its weights -----------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import dpo.policy
 import dpo.setup
 import dpo.sft
 import train_dpo
+from dpo.data.planner import Costs
 from dpo.runtime.tracking import read_lines
 from dpo.sample import _last_tokens
 
@@ -44,6 +45,17 @@ def test_a_reference_that_overflows_in_fp16_takes_the_policys_dtype(tiny_policy,
     said = capsys.readouterr().err
     assert "reference: online, float32 (the policy's dtype: this model overflows in fp16)" in said
     assert "start: loss 0.693147" in said
+
+
+def test_ranks_that_would_plan_other_micro_batches_are_stopped(tiny_policy, tmp_path, monkeypatch, capsys):
+    """On the other one the model could not be counted, so that a pair costs something else there."""
+
+    def gathered(mine):
+        return [mine, tuple(Costs(1, 1) if isinstance(value, Costs) else value for value in mine)]
+
+    monkeypatch.setattr(dpo.setup, "gather", gathered)
+    assert train_dpo.main(arguments(tmp_path, tiny_policy)) == 2
+    assert "the ranks do not see the same data, model or kind of device" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -22,8 +22,7 @@ from dpo.runtime.files import write_whole
 MAY_CHANGE = (
     "train.epochs", "train.max_steps", "train.eval_every", "train.save_every", "train.keep_checkpoints",
     "train.save_weights_only", "train.hang_timeout", "train.on_nonfinite", "train.max_nonfinite",
-    "train.export_dtype", "train.resume", "train.output_dir", "train.micro_batch_size",
-    "train.tokens_per_micro_batch",
+    "train.export_dtype", "train.resume", "train.output_dir", "train.tokens_per_micro_batch", "train.micro_batch_size",
     "train.sequence_parallel_size", "train.layout", "train.static_shapes", "model.gradient_checkpointing",
     "model.attention", "model.loss_in_forward", "model.vocabulary_multiple", "model.compile",
     "data.workers", "data.cache_dir", "log.every", "log.backends", "log.samples", "log.sample_every",
