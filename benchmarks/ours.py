@@ -12,13 +12,13 @@ from typing import Any
 
 from benchmarks.clock import Clock, Job, main
 
-OWN_GELU = "own_gelu"
-"""An option that is no setting: leave the model's activation function as it is."""
+OWN_GELU, OWN_PRODUCTS = "own_gelu", "own_products"
+"""Options that are no settings: leave the model's activation function, and PyTorch's products of bf16, as they are."""
 DEEPSPEED_JSON = Path(__file__).resolve().parents[1] / "ds_configs" / "zero2.json"
 
 
 def arguments(job: Job) -> list[str]:
-    """The command line of a job; its options are settings (`reference.mode: cached`), but for OWN_GELU."""
+    """The command line of a job; its options are settings (`reference.mode: cached`), but for OWN_...."""
     settings: dict[str, Any] = {
         "model.policy": job.policy,
         "data.train": job.rows,
@@ -41,7 +41,7 @@ def arguments(job: Job) -> list[str]:
         settings["reference.dtype"] = "policy"  # as every other system's
     if job.options.get("reference.mode") == "cached":
         settings["reference.cache_dir"] = f"{job.folder}/scores"
-    settings |= {key: value for key, value in job.options.items() if key != OWN_GELU}
+    settings |= {key: value for key, value in job.options.items() if key not in (OWN_GELU, OWN_PRODUCTS)}
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     return ["--config", str(DEEPSPEED_JSON), *words]
 
@@ -50,11 +50,13 @@ def run(job: Job) -> dict[str, Any]:
     """Train, and note every line that the recorder writes."""
     from dpo import train as training
     from dpo.commandline import parse
-    from dpo.model import load
+    from dpo.model import load, products
     from dpo.runtime import tracking
 
     if job.options.get(OWN_GELU):
         load.fuse_gelu = lambda model: None
+    if job.options.get(OWN_PRODUCTS):
+        products.fp32_is_faster = lambda: False  # type: ignore[assignment]
     clock = Clock(job)
     last_said = [time.perf_counter()]
 

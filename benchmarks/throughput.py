@@ -49,6 +49,7 @@ SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
     "ours_loss_after_forward": ("ours", {"model.loss_in_forward": "false"}),
     "ours_vocabulary_64": ("ours", {"model.vocabulary_multiple": 64}),
     "ours_own_gelu": ("ours", {ours.OWN_GELU: True}),
+    "ours_own_products": ("ours", {ours.OWN_PRODUCTS: True}),
     "ours_compiled": ("ours", {"model.compile": "true"}),
     "ours_recomputed": ("ours", {"model.gradient_checkpointing": "true"}),
     "trl_default": ("trl_side", {}),
@@ -64,7 +65,7 @@ COMPARED = {
 """Table -> the systems in it."""
 EVERYWHERE = ["ours_packed", "ours_padded", "ours_single", "ours_own_gelu", "ours_vocabulary_64", "ours_recomputed"]
 ABLATIONS = {
-    "cpu": ["ours_online", "ours_cached", *EVERYWHERE, "ours_loss_in_forward"],
+    "cpu": ["ours_online", "ours_cached", *EVERYWHERE, "ours_own_products", "ours_loss_in_forward"],
     "cuda": [
         "ours_online", "ours_cached", *EVERYWHERE, "ours_loss_after_forward", "ours_static", "ours_compiled",
         "ours_sdpa", "ours_flex", "ours_flash",
@@ -211,7 +212,7 @@ def _conditions(args: argparse.Namespace, size: workload.Size, work: workload.Wo
         f"{time.strftime('%Y-%m-%d')}. {workload.describe(size, work)}; {size.warmup} + {size.steps} steps,"
         f" rounds: {rounds}; {args.dtype}, lr {size.lr:g}.\n"
         f"{workload.machine(work.job.device)}, {facts['threads']} threads;"
-        f" matrix products of {facts['ceiling']['size']} reach"
+        f" matrix products of {facts['ceiling']['size']} reach in {facts['ceiling']['dtype']}"
         f" {facts['ceiling']['flops_per_second'] / 1e12:.3g} TFLOP/s; load average {loads[0]:.2f} at the start,"
         f" {min(loads[1:]):.2f} to {max(loads[1:]):.2f} while measuring;"
         f" the processes got {min(cores):.2f} to {max(cores):.2f} cores;"

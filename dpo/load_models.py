@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dpo.errors import UserError
-from dpo.model import adapters, load
+from dpo.model import adapters, load, products
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import together
 from dpo.setup import Setup
@@ -46,6 +46,8 @@ def load_weights(
         raise UserError("the tokenizer has more tokens than the policy; use the policy's own tokenizer")
     if adapters.is_adapter(path):
         together(lambda: adapters.take_up(loaded, path))
+    if setup.world.device.type == "cpu" and dtype in products.HALF:
+        products.widen(loaded)
     return loaded
 
 

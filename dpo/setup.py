@@ -20,7 +20,7 @@ from dpo.data.planner import Costs, Epochs, Layout
 from dpo.data.tokenize import read_chat_template
 from dpo.errors import UserError
 from dpo.estimate import costs_of
-from dpo.model import adapters, load
+from dpo.model import adapters, load, products
 from dpo.model.shape import shape_of
 from dpo.objective.tokens import weigher
 from dpo.run_data import Pairs, RunData, prepare_data
@@ -174,8 +174,12 @@ def resolve_precision(wanted: str, device: torch.device) -> str:
 
 
 def _precision_notes(precision: str, device: torch.device) -> list[str]:
-    """Say where products are done without instructions for them, which looks like a run that hangs."""
-    if device.type != "cpu" or precision != "bf16" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    """Say how a CPU computes bf16; without instructions for it a run looks as if it hung."""
+    if device.type != "cpu" or precision != "bf16":
+        return []
+    if products.fp32_is_faster():
+        return ["products: operands in bf16, multiplied in fp32, which is faster on this CPU"]
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return []
     return ["train.precision is bf16 and this CPU has no instructions for it: many times slower than fp32"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 import types
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,10 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import plain_loop, report, seed_study, step_profile, throughput, workload
+from benchmarks import ceiling, ours, plain_loop, report, seed_study, step_profile, throughput, workload
 from benchmarks.clock import Job
+from dpo import train as training
 from dpo.errors import UserError
+from dpo.model import products
 from dpo.model.forward import Scorer
 from dpo.model.head import Head
 from dpo.nonfinite import Nonfinite
@@ -90,6 +94,29 @@ def test_the_models_own_gelu_is_what_is_measured_under_its_name(quick):
     """It rounds in another way, so that the losses of later steps are others in their last digits."""
     own, fused = (quick[2][f"{name}-0"]["losses"] for name in ("ours_own_gelu", "ours_online"))
     assert own != fused and own == pytest.approx(fused, abs=1e-5)
+
+
+def test_pytorchs_own_products_are_what_is_measured_under_their_name(monkeypatch, tmp_path):
+    job = Job("tiny", "rows", "", "cache", str(tmp_path), 8, 4, 1, 1, "bf16", "cpu", 1e-4, 0.1)
+    seen: list[bool] = []
+    monkeypatch.setattr(training, "train", lambda command: seen.append(products.fp32_is_faster()))
+    monkeypatch.setattr(training, "Recorder", training.Recorder)  # undone after the test
+    for options in ({}, throughput.SYSTEMS["ours_own_products"][1]):
+        monkeypatch.setattr(products, "fp32_is_faster", lambda: True)
+        with pytest.raises(RuntimeError, match="0 steps were seen"):
+            ours.run(replace(job, options=options))
+    assert seen == [True, False]
+
+
+def test_the_ceiling_of_a_bf16_run_on_a_cpu_is_the_faster_of_bf16_and_fp32(monkeypatch):
+    job = Job("", "", "", "", "", 8, 4, 1, 1, "bf16", "cpu", 1e-4, 0.1, {"size": 16})
+    reached = {}
+    for slow in (torch.bfloat16, torch.float32):
+        multiply = lambda a, b, slow=slow: time.sleep(0.01 * (a.dtype == slow))  # noqa: E731
+        monkeypatch.setattr(torch, "mm", multiply)
+        reached[slow] = ceiling.run(job)["dtype"]
+    assert reached == {torch.bfloat16: "fp32", torch.float32: "bf16"}
+    assert ceiling.run(replace(job, dtype="fp32"))["dtype"] == "fp32"
 
 
 def test_a_page_without_the_block_is_refused_before_anything_is_measured(tmp_path):

@@ -18,6 +18,7 @@ import dpo.setup
 import dpo.sft
 import train_dpo
 from dpo.data.planner import Costs
+from dpo.model import products
 from dpo.runtime.tracking import read_lines
 from dpo.sample import _last_tokens
 
@@ -163,13 +164,15 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(flags,
 
 
 @pytest.mark.parametrize(
-    ("precision", "device", "supported", "said"),
+    ("precision", "device", "supported", "slower", "said"),
     [
-        ("bf16", "cpu", False, True), ("bf16", "cpu", True, False), ("fp32", "cpu", False, False),
-        ("bf16", "cuda", False, False),
+        ("bf16", "cpu", False, False, "many times slower than fp32"), ("bf16", "cpu", True, False, None),
+        ("bf16", "cpu", False, True, "multiplied in fp32"), ("bf16", "cpu", True, True, "multiplied in fp32"),
+        ("fp32", "cpu", False, True, None), ("bf16", "cuda", False, True, None),
     ],
 )  # fmt: skip
-def test_bf16_on_a_cpu_without_instructions_for_it_is_said(precision, device, supported, said, monkeypatch):
+def test_how_a_cpu_computes_bf16_is_said(precision, device, supported, slower, said, monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    monkeypatch.setattr(products, "fp32_is_faster", lambda: slower)
     notes = dpo.setup._precision_notes(precision, torch.device(device))
-    assert [("many times slower than fp32" in note) for note in notes] == [True] * said
+    assert len(notes) == (said is not None) and all(said in note for note in notes)

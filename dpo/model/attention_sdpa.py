@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from dpo.model.products import widened
 from dpo.types import Segments
 
 
@@ -26,6 +27,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scalin
     Returns:
         (1, T, heads, head_dim).
     """
+    dtype = query.dtype
+    query, key, value = widened(query, key, value)
     grouped = query.shape[1] != key.shape[1]
     # One split, not a slice a segment: backward of a slice fills a tensor as long as the whole row with zeros.
     sizes = [s.end - s.start for s in segments.items]
@@ -46,4 +49,4 @@ def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scalin
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
             )
         )
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype)

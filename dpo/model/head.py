@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 from torch.utils.checkpoint import checkpoint
 
+from dpo.model.products import widened
+
 CHUNK_ROWS = 2048
 """Rows of one logits tile; 2048 x 50257 in fp32 is 0.4 GB. Measured on a CPU, one tile up to 2048 rows is fastest."""
 
@@ -37,7 +39,7 @@ def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if hidden.is_cuda and hidden.dtype != torch.float64:
         tile = product(hidden, weight.T)
         return tile if bias is None else tile.add_(bias)
-    logits = linear(hidden, weight, bias)
+    logits = linear(*widened(hidden, weight, bias))
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -74,14 +76,15 @@ class _TileLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         hidden, weight, bias, targets, exps, total = ctx.saved_tensors
-        dz = exps * (-grad[:, None] / total)
+        dz = exps.mul_(-grad[:, None] / total)  # in place: a graph is used once, and a second time autograd refuses
         dz.scatter_add_(1, targets[:, None], grad[:, None])
-        dz = dz.to(hidden.dtype)
+        rows, output = widened(hidden, weight)
+        dz = dz.to(rows.dtype)
         wants_hidden, wants_weight, wants_bias, _ = ctx.needs_input_grad
         return (
-            dz @ weight if wants_hidden else None,
-            dz.T @ hidden if wants_weight else None,
-            dz.sum(dim=0) if wants_bias else None,
+            (dz @ output).to(hidden.dtype) if wants_hidden else None,
+            (dz.T @ rows).to(weight.dtype) if wants_weight else None,
+            dz.sum(dim=0).to(weight.dtype) if wants_bias else None,
             None,
         )
 

@@ -95,11 +95,12 @@ class _LossInForward(torch.autograd.Function):
             losses, g = _gradient(sums, chunk, batch.num_sequences // 2, pair_losses)
             total += losses
             per_row = g[sequences] if weights is None else g[sequences] * weights
-            dz = tile.neg_().scatter_add_(1, targets[:, None], torch.ones_like(logps)[:, None])
+            tile.neg_().scatter_add_(1, targets[:, None], torch.ones_like(logps)[:, None])
             # The loss scale comes in backward: in fp16 g * p would be nothing before, so that there the largest g is
             # left out of the tile and meets the products in fp32.
             largest = per_row.abs().max().clamp_min(1e-30) if hidden.dtype == torch.float16 else None
-            dz = dz.mul_((per_row if largest is None else per_row / largest)[:, None]).to(hidden.dtype)
+            dz = tile.mul_((per_row if largest is None else per_row / largest)[:, None]).to(hidden.dtype)
+            del tile
             scaled = lambda x, by=largest: x if by is None else x.mul_(by)  # noqa: E731
             rows = scaled(product(dz, weight))
             middle = chunk.chosen.stop - chunk.chosen.start
@@ -108,6 +109,7 @@ class _LossInForward(torch.autograd.Function):
                 d_weight += scaled(product(dz.T, h))
             if d_bias is not None:
                 d_bias += scaled(dz.to(wide).sum(dim=0))
+            del dz  # before the next chunk makes its tile
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtypes = hidden.dtype, weight.dtype
         ctx.mark_non_differentiable(sums)

@@ -112,13 +112,14 @@ def test_head_chunks_change_neither_log_probs_nor_gradients(rows):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_head_gradients_equal_finite_differences(bias):
+    """With recomputed tiles: a kept one is overwritten in backward, and gradcheck goes back more than once."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(5, 4, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
     shift = torch.randn(9, dtype=torch.float64).requires_grad_() if bias else None
     targets = torch.randint(9, (5,))
 
     def logps(h, w, *b):
-        return token_logps(h, w, b[0] if b else None, targets)
+        return token_logps(h, w, b[0] if b else None, targets, chunk_rows=3)
 
     inputs = (hidden.requires_grad_(), weight.requires_grad_(), *([shift] if bias else []))
     assert torch.autograd.gradcheck(logps, inputs)

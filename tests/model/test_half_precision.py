@@ -9,6 +9,7 @@ from torch.nn.functional import logsigmoid
 
 from dpo.data.batch import collate
 from dpo.data.tokenize import prepare_pairs
+from dpo.model import products
 from dpo.model.check import use_layout
 from dpo.model.forward import Scorer
 from dpo.model.head import logps_of_logits
@@ -31,9 +32,15 @@ def paths(shared_data, tmp_path_factory):
         cache_dir=tmp_path_factory.mktemp("cache"),
     )
 
-    def measure(dtype, layout, backend="sdpa", way="plain", rows=2048, together=8):
+    def measure(dtype, layout, backend="sdpa", way="plain", rows=2048, together=8, wide=False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(products, "fp32_is_faster", lambda: wide)
+            return outcome(dtype, layout, backend, way, rows, together)
+
+    def outcome(dtype, layout, backend, way, rows, together):
         batches = [[pairs[i] for i in range(first, first + together)] for first in range(0, COUNT, together)]
-        scorer = Scorer(load_model(str(folder), dtype=dtype), rows)
+        products.widen(model := load_model(str(folder), dtype=dtype))
+        scorer = Scorer(model, rows)
         use_layout(scorer, layout, backend=backend)
         sums = []
         for some in batches:
@@ -69,10 +76,14 @@ def paths(shared_data, tmp_path_factory):
         "in forward": errors("shared", way="in_forward"),
         "in forward, chunks": errors("shared", way="in_forward", rows=600),
         "recomputed": errors("shared", rows=600),
+        "by way of fp32": errors("shared", wide=True),
     }
 
 
-@pytest.mark.parametrize("path", ["sdpa", "varlen", "flex", "in forward", "in forward, chunks", "recomputed"])
+PATHS = ["sdpa", "varlen", "flex", "in forward", "in forward, chunks", "recomputed", "by way of fp32"]
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_errors_in_bf16_are_at_most_a_tenth_above_those_of_full_logits(paths, path):
     """Per pair: the rms error of log-probs, over the root of their tokens; over all parameters: of the gradient."""
     plain = paths["full logits"]
