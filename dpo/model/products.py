@@ -26,9 +26,9 @@ def fp32_is_faster() -> bool:
     By the CPU's features and not by a measurement, so that a run that goes on computes what it computed before.
     """
     has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    if has.get("architecture") != "x86_64":
+    if has.get("architecture") != "x86_64" or has.get("amx_bf16", True):
         return False
-    return not has["amx_bf16"] and (not has["avx512_bf16"] or has["cpu_name"].startswith("Intel"))
+    return not has.get("avx512_bf16", True) or str(has.get("cpu_name")).startswith("Intel")
 
 
 def widened(*tensors: Tensor | None) -> list[Any]:
@@ -57,7 +57,7 @@ class _Product(torch.autograd.Function):
         d_x = d_weight = d_bias = None
         if wants_x:
             d_x = linear(wide, weight.float() if ctx.is_transposed else weight.float().T).to(x.dtype)
-        rows, inputs = wide.flatten(0, -2), x.float().flatten(0, -2)
+        rows, inputs = wide.reshape(-1, wide.shape[-1]), x.float().reshape(-1, x.shape[-1])
         if wants_weight:
             d_weight = (inputs.T @ rows if ctx.is_transposed else rows.T @ inputs).to(weight.dtype)
         if wants_bias:

@@ -33,9 +33,10 @@ def slow(monkeypatch):
     (X86 | {"avx512_bf16": True, "amx_bf16": True}, False),
     (X86 | {"cpu_name": "AMD EPYC"}, True),
     (X86 | {"cpu_name": "AMD EPYC", "avx512_bf16": True}, False),
+    ({"architecture": "x86_64", "cpu_name": "Intel Xeon"}, False),
     ({"architecture": "aarch64"}, False),
     ({}, False),
-], ids=["AVX2", "Intel's AVX512-BF16", "AMX", "AMD, AVX2", "AMD's AVX512-BF16", "Arm", "unknown"])  # fmt: skip
+], ids=["AVX2", "Intel's AVX512-BF16", "AMX", "AMD, AVX2", "AMD's AVX512-BF16", "old", "Arm", "unknown"])  # fmt: skip
 def test_fp32_is_chosen_by_what_the_cpu_can_do(monkeypatch, features, wide):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
     assert products.fp32_is_faster.__wrapped__() is wide
@@ -76,6 +77,25 @@ def test_a_widened_layer_rounds_the_products_of_fp32_once(slow, dtype, which):
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == dtype
         torch.testing.assert_close(a, b.to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(24,), (0, 24), (1, 2, 3, 24)])
+def test_a_widened_layer_takes_what_any_layer_takes(slow, shape):
+    for layer in layers(torch.bfloat16):
+        before = [x.shape for x in outcome(layer, torch.ones(shape, dtype=torch.bfloat16))]
+        products.widen(torch.nn.ModuleList([layer]))
+        assert [x.shape for x in outcome(layer, torch.ones(shape, dtype=torch.bfloat16))] == before
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch.compile itself
+def test_compiled_blocks_multiply_in_fp32_too_without_a_break_in_their_code(slow):
+    module = layers(torch.bfloat16)[0]
+    products.widen(model := torch.nn.ModuleList([module]))
+    x = torch.randn(5, 24, dtype=torch.bfloat16)
+    expected = outcome(module, x)
+    model[0].compile(backend="eager", fullgraph=True)
+    for a, b in zip(outcome(module, x), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
