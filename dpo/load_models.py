@@ -44,10 +44,10 @@ def load_weights(
     )
     if len(setup.tokenizer) > loaded.get_input_embeddings().num_embeddings:
         raise UserError("the tokenizer has more tokens than the policy; use the policy's own tokenizer")
+    if setup.world.device.type == "cpu":
+        products.widen(loaded)  # and no adapter: policy and reference get theirs at different times
     if adapters.is_adapter(path):
         together(lambda: adapters.take_up(loaded, path))
-    if setup.world.device.type == "cpu" and dtype in products.HALF:
-        products.widen(loaded)
     return loaded
 
 

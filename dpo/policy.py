@@ -15,7 +15,7 @@ from dpo.config import Config
 from dpo.data.planner import Layout
 from dpo.errors import UserError
 from dpo.load_models import add_adapter, load_weights
-from dpo.model import adapters, load, router
+from dpo.model import adapters, load, products, router
 from dpo.model.check import settle, use_layout
 from dpo.model.forward import Scorer, own_logits_logps, pair_logps
 from dpo.model.reference import Reference, from_scores, nothing, online, online_with_tokens
@@ -286,6 +286,8 @@ def _cached_reference(
     path = policy.attention + (", own head" if scorer.own_head else "")
     if setup.config.loss.ld_alpha is not None:
         path += f", ld_alpha {setup.config.loss.ld_alpha}"
+    if dtype in products.HALF and setup.world.device.type == "cpu" and products.fp32_is_faster():
+        path += ", products in fp32"
     cache = Path(setup.config.reference.cache_dir or setup.config.data.cache_folder)
 
     def scores(pairs: Pairs) -> Reference:

@@ -56,7 +56,8 @@ def manifest_of(weights: str, pairs: PairDataset, dtype: torch.dtype, layout: st
         pairs: The data set.
         dtype: Of the reference.
         layout: Of the batches it scores.
-        attention: Name of the attention path, and of the head where it is the model's own.
+        attention: Name of the attention path, of the head where it is the model's own, and of other products than
+            PyTorch's.
     Returns:
         Part -> value; the key of the cache is the hash of it all.
     """

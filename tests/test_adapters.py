@@ -21,7 +21,7 @@ import train_dpo
 from dpo.config import LoraConfig
 from dpo.data.batch import collate
 from dpo.estimate import memory, traffic
-from dpo.model import adapters
+from dpo.model import adapters, products
 from dpo.model.forward import Scorer, own_logits_logps
 from dpo.model.shape import adapter_parameters
 from dpo.runtime.tracking import read_lines
@@ -322,6 +322,21 @@ def test_a_continued_adapter_is_its_own_frozen_reference(lora, tiny_policy, tmp_
     final = load_file(tmp_path / "run/final/adapter_model.safetensors")
     assert final.keys() == stored.keys()
     assert not any("reference" in name for name in final)
+
+
+def test_the_reference_of_an_sft_adapter_multiplies_as_the_policy_does_where_products_are_in_fp32(
+    tiny_policy, tmp_path, monkeypatch
+):
+    """Its adapter joins the model later than the policy's."""
+    monkeypatch.setattr(products, "fp32_is_faster", lambda: True)
+    flags = ["--train.sft_epochs", "1", "--optim.sft_lr", "1e-2", "--train.precision", "bf16"]
+    seen = seen_run(arguments(tmp_path, tiny_policy, *LORA, *flags), monkeypatch)
+    first = next(line for line in seen["lines"] if "loss" in line)
+    assert first["rewards/margins"] == 0 and first["loss"] == pytest.approx(0.693147, abs=1e-6)
+    modules = dict(seen["model"].named_modules())
+    pairs = [(m, modules[name.replace(".default", ".reference")]) for name, m in modules.items() if ".default" in name]
+    assert pairs and all(type(a) is type(b) for a, b in pairs)
+    assert any(isinstance(m, products.WideConv1D | products.WideLinear) for m in modules.values())
 
 
 def test_a_continued_adapter_resumes_bit_equal(lora, tmp_path):

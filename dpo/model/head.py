@@ -81,8 +81,10 @@ class _TileLogps(torch.autograd.Function):
         rows, output = widened(hidden, weight)
         dz = dz.to(rows.dtype)
         wants_hidden, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        d_hidden = (dz @ output).to(hidden.dtype) if wants_hidden else None
+        del output  # a copy as large as the gradient that follows
         return (
-            (dz @ output).to(hidden.dtype) if wants_hidden else None,
+            d_hidden,
             (dz.T @ rows).to(weight.dtype) if wants_weight else None,
             dz.sum(dim=0).to(weight.dtype) if wants_bias else None,
             None,

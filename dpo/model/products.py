@@ -17,6 +17,8 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 HALF = (torch.float16, torch.bfloat16)
+FEW_ROWS = 16
+"""Below, as when an answer is written token by token, copying the weight takes longer than multiplying."""
 
 
 @cache
@@ -44,7 +46,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: bool) -> Tensor:
         # The weight itself, not its copy: under ZeRO-3 it is whole again in backward.
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         ctx.is_transposed = is_transposed
         wide = weight.float()
         return linear(x.float(), wide.T if is_transposed else wide, None if bias is None else bias.float()).to(x.dtype)
@@ -56,13 +58,18 @@ class _Product(torch.autograd.Function):
         wide = grad.float()
         d_x = d_weight = d_bias = None
         if wants_x:
-            d_x = linear(wide, weight.float() if ctx.is_transposed else weight.float().T).to(x.dtype)
-        rows, inputs = wide.reshape(-1, wide.shape[-1]), x.float().reshape(-1, x.shape[-1])
+            d_x = linear(wide, weight.float() if ctx.is_transposed else weight.float().T).to(grad.dtype)
+        rows = wide.reshape(-1, wide.shape[-1])
         if wants_weight:
+            inputs = x.float().reshape(-1, x.shape[-1])
             d_weight = (inputs.T @ rows if ctx.is_transposed else rows.T @ inputs).to(weight.dtype)
         if wants_bias:
             d_bias = rows.sum(dim=0).to(weight.dtype)
         return d_x, d_weight, d_bias, None
+
+
+def _is_worth_a_copy(x: Tensor) -> bool:
+    return x.dtype in HALF and x.numel() >= FEW_ROWS * x.shape[-1]
 
 
 class WideLinear(nn.Linear):
@@ -70,7 +77,9 @@ class WideLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        return _Product.apply(input, self.weight, self.bias, False) if input.dtype in HALF else super().forward(input)
+        if not _is_worth_a_copy(input):
+            return super().forward(input)
+        return _Product.apply(input, self.weight, self.bias, False)
 
 
 class WideConv1D(Conv1D):
@@ -78,7 +87,7 @@ class WideConv1D(Conv1D):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        return _Product.apply(x, self.weight, self.bias, True) if x.dtype in HALF else super().forward(x)
+        return _Product.apply(x, self.weight, self.bias, True) if _is_worth_a_copy(x) else super().forward(x)
 
 
 def widen(model: nn.Module) -> None:

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
+from dpo.model.products import widened
 from dpo.types import FrozenTokens
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(n, V) in fp32, or fp64 for fp64 weights."""
-    logits = linear(hidden, weight, bias)
+    logits = linear(*widened(hidden, weight, bias))
     return logits if logits.dtype == torch.float64 else logits.float()
 
 

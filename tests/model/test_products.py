@@ -64,7 +64,7 @@ def outcome(layer, x):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("which", range(3), ids=["linear", "without bias", "GPT-2's"])
 def test_a_widened_layer_rounds_the_products_of_fp32_once(slow, dtype, which):
-    layer, x = layers(dtype)[which], torch.randn(2, 5, 24, dtype=dtype)
+    layer, x = layers(dtype)[which], torch.randn(2, 12, 24, dtype=dtype)
     exact = copy.deepcopy(layer).float()
     products.widen(torch.nn.ModuleList([layer]))
     y = layer(x)
@@ -79,7 +79,18 @@ def test_a_widened_layer_rounds_the_products_of_fp32_once(slow, dtype, which):
         torch.testing.assert_close(a, b.to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("shape", [(24,), (0, 24), (1, 2, 3, 24)])
+def test_few_rows_are_multiplied_without_a_copy_of_the_weight(slow, monkeypatch):
+    model = layers(torch.bfloat16)
+    products.widen(model)
+    seen = []
+    monkeypatch.setattr(products._Product, "apply", lambda x, *rest: seen.append(len(x)) or x)
+    for layer in model:
+        for rows in (products.FEW_ROWS - 1, products.FEW_ROWS):
+            layer(torch.ones(rows, 24, dtype=torch.bfloat16))
+    assert seen == [products.FEW_ROWS] * 3
+
+
+@pytest.mark.parametrize("shape", [(24,), (0, 24), (3, 24), (2, 2, 8, 24)])
 def test_a_widened_layer_takes_what_any_layer_takes(slow, shape):
     for layer in layers(torch.bfloat16):
         before = [x.shape for x in outcome(layer, torch.ones(shape, dtype=torch.bfloat16))]
@@ -91,7 +102,7 @@ def test_a_widened_layer_takes_what_any_layer_takes(slow, shape):
 def test_compiled_blocks_multiply_in_fp32_too_without_a_break_in_their_code(slow):
     module = layers(torch.bfloat16)[0]
     products.widen(model := torch.nn.ModuleList([module]))
-    x = torch.randn(5, 24, dtype=torch.bfloat16)
+    x = torch.randn(20, 24, dtype=torch.bfloat16)
     expected = outcome(module, x)
     model[0].compile(backend="eager", fullgraph=True)
     for a, b in zip(outcome(module, x), expected, strict=True):
