@@ -19,6 +19,7 @@ from dpo import reference_cache
 from dpo.data.loader import Loader
 from dpo.data.planner import Epochs
 from dpo.errors import UserError
+from dpo.model import products
 from dpo.model.check import use_layout
 from dpo.model.forward import Scorer
 from dpo.model.load import frozen_copy
@@ -188,6 +189,17 @@ def test_a_copy_made_to_score_is_freed_before_training(tiny_policy, tmp_path, mo
         ])  # fmt: skip
         assert code == 0
     assert alive == [False, True]
+
+
+def test_scores_of_products_in_fp32_and_in_bf16_have_caches_of_their_own(tiny_policy, tmp_path, monkeypatch):
+    """Two a run: of training and of validation pairs."""
+    flags = ["--reference.mode", "cached", "--data.cache_dir", str(tmp_path / "c")]
+    for precision, caches in (("bf16", [2, 4, 4]), ("fp32", [6, 6, 6])):
+        for number, wide in enumerate((True, False, True)):
+            monkeypatch.setattr(products, "fp32_is_faster", lambda wide=wide: wide)
+            run = ["--train.precision", precision, "--train.output_dir", str(tmp_path / f"{precision}{number}")]
+            assert train_dpo.main(arguments(tmp_path, tiny_policy, *flags, *run)) == 0
+            assert len(list((tmp_path / "c" / "reference").iterdir())) == caches[number]
 
 
 def test_a_sharded_copy_made_to_score_gives_its_memory_back_before_training(tiny_policy, tmp_path, monkeypatch):
