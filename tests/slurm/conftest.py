@@ -24,7 +24,8 @@ printf '%s\\n' "$@" >"arguments-$SLURM_NODEID"
 echo "${CUDA_VISIBLE_DEVICES:-none}" >"gpus-$SLURM_NODEID"
 echo "$PET_NPROC_PER_NODE" >"processes-$SLURM_NODEID"
 echo "${SETTING_OF_THE_SITE:-none}" >"setting-$SLURM_NODEID"
-[ -z "${FAKE_SLEEP:-}" ] || { trap 'echo saved >"saved-$SLURM_NODEID"; exit 9' TERM; sleep "$FAKE_SLEEP" & wait; }
+[ -z "${FAKE_SLEEP:-}" ] || { trap 'echo saved >"saved-$SLURM_NODEID"; exit 9' TERM; sleep "$FAKE_SLEEP" &
+    echo >"ready-$SLURM_NODEID"; wait; }
 exit "${FAKE_STATUS:-0}"
 """
 

@@ -208,14 +208,17 @@ def test_the_exit_status_of_training_is_the_jobs(cpu_cluster, stand_in):
 
 def test_a_cancelled_job_lets_training_finish_its_own_end(cpu_cluster, stand_in):
     job = cpu_cluster.submit("--nodes=2", "slurm/dpo.sh", cwd=stand_in, FAKE_SLEEP="60")
-    for _ in range(100):
-        if (stand_in / "setting-0").exists() and (stand_in / "setting-1").exists():
-            break
-        cpu_cluster.call("sleep", "0.1")
-    cpu_cluster.call("sleep", "0.3")
+    _wait_for_files(stand_in, "ready-0", "ready-1")
     cpu_cluster.call("scancel", job)
     assert cpu_cluster.finish(job) == "CANCELLED"
-    assert (stand_in / "saved-0").exists() and (stand_in / "saved-1").exists()
+    _wait_for_files(stand_in, "saved-0", "saved-1")
+
+
+def _wait_for_files(folder: Path, *names: str, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not all((folder / name).exists() for name in names):
+        assert time.monotonic() < deadline, f"{names} are not all in {sorted(folder.iterdir())}"
+        time.sleep(0.1)
 
 
 def _wait_for_step(run: Path, step: int, seconds: float = JOB_SECONDS) -> None:
