@@ -12,13 +12,13 @@ from typing import Any
 
 from benchmarks.clock import Clock, Job, main
 
-OWN_GELU, OWN_PRODUCTS = "own_gelu", "own_products"
-"""Options that are no settings: leave the model's activation function, and PyTorch's products of bf16, as they are."""
+NO_SETTINGS = OWN_GELU, OWN_PRODUCTS = "own_gelu", "own_products"
+"""Options: leave the model's activation function, and PyTorch's products of bf16, as they are."""
 DEEPSPEED_JSON = Path(__file__).resolve().parents[1] / "ds_configs" / "zero2.json"
 
 
 def arguments(job: Job) -> list[str]:
-    """The command line of a job; its options are settings (`reference.mode: cached`), but for OWN_...."""
+    """The command line of a job; its options are settings (`reference.mode: cached`), but for NO_SETTINGS."""
     settings: dict[str, Any] = {
         "model.policy": job.policy,
         "data.train": job.rows,
@@ -41,7 +41,7 @@ def arguments(job: Job) -> list[str]:
         settings["reference.dtype"] = "policy"  # as every other system's
     if job.options.get("reference.mode") == "cached":
         settings["reference.cache_dir"] = f"{job.folder}/scores"
-    settings |= {key: value for key, value in job.options.items() if key not in (OWN_GELU, OWN_PRODUCTS)}
+    settings |= {key: value for key, value in job.options.items() if key not in NO_SETTINGS}
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     return ["--config", str(DEEPSPEED_JSON), *words]
 

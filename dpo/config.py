@@ -475,7 +475,8 @@ class TrainConfig:
     layout: Literal["shared", "packed", "padded"] = "shared"
     """shared: a pair's prompt is computed once; packed: no padding; padded: one sequence a row."""
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
-    """Precision of the policy's weights and products. auto: bf16 on a GPU that has it, else fp16; fp32 on a CPU."""
+    """Precision of the policy's weights and products (some CPUs multiply bf16 in fp32). auto: bf16 on a GPU that has
+    it, else fp16; fp32 on a CPU."""
     eval_every: int | Literal["epoch"] = "epoch"
     """Steps between evaluations, or epoch; there is always one at the start and one at the end."""
     save_every: int | Literal["epoch"] = "epoch"

@@ -286,7 +286,7 @@ def _cached_reference(
     path = policy.attention + (", own head" if scorer.own_head else "")
     if setup.config.loss.ld_alpha is not None:
         path += f", ld_alpha {setup.config.loss.ld_alpha}"
-    if dtype in products.HALF and setup.world.device.type == "cpu" and products.fp32_is_faster():
+    if products.multiplies_in_fp32(dtype, setup.world.device):
         path += ", products in fp32"
     cache = Path(setup.config.reference.cache_dir or setup.config.data.cache_folder)
 

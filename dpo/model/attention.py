@@ -26,6 +26,7 @@ from transformers import AttentionInterface
 
 from dpo.data.batch import index_segments
 from dpo.model import attention_flex, attention_sdpa, attention_varlen
+from dpo.model.products import HALF
 from dpo.model.sequence import SequenceGroup
 from dpo.types import Segment, Segments
 
@@ -40,7 +41,6 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
 """attend(query, key, value, segments, scaling) -> (1, T, heads, head_dim); CHANGE_SCORES also take
 window and softcap."""
 CHANGE_SCORES = ("flex", "flex_eager")
-HALF = (torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.05}
 """Largest error of the self-test, relative to the largest value, that is rounding and not another mask."""
 

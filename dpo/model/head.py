@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 from torch.utils.checkpoint import checkpoint
 
-from dpo.model.products import widened
+from dpo.model.products import HALF, widened
 
 CHUNK_ROWS = 2048
 """Rows of one logits tile; 2048 x 50257 in fp32 is 0.4 GB. Measured on a CPU, one tile up to 2048 rows is fastest."""
@@ -29,7 +29,7 @@ CHUNK_ROWS = 2048
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in fp32 (fp64 for fp64 inputs), without rounding the sums to 16 bits: on a GPU by the product itself, on a
     CPU, which has no such product, from wider copies."""
-    if a.dtype not in (torch.float16, torch.bfloat16):
+    if a.dtype not in HALF:
         return a @ b
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 

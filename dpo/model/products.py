@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 HALF = (torch.float16, torch.bfloat16)
 FEW_ROWS = 16
-"""Below, as when an answer is written token by token, copying the weight takes longer than multiplying."""
+"""Fewer are left in 16 bits, as when an answer is written token by token: copying the weight would take longest."""
 
 
 @cache
@@ -33,11 +33,16 @@ def fp32_is_faster() -> bool:
     return not has.get("avx512_bf16", True) or str(has.get("cpu_name")).startswith("Intel")
 
 
-def widened(*tensors: Tensor | None) -> list[Any]:
-    """The operands of a product, in fp32 where they are of 16 bits and that is faster."""
-    if any(t is not None and (t.dtype not in HALF or t.device.type != "cpu") for t in tensors) or not fp32_is_faster():
-        return list(tensors)
-    return [None if t is None else t.float() for t in tensors]
+def multiplies_in_fp32(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products of operands of this dtype on this device are computed in fp32."""
+    return dtype in HALF and device.type == "cpu" and fp32_is_faster()
+
+
+def widened(*operands: Tensor | None) -> list[Any]:
+    """The operands of a product, copied to fp32 if it is to be computed there."""
+    if not all(t is None or multiplies_in_fp32(t.dtype, t.device) for t in operands):
+        return list(operands)
+    return [None if t is None else t.float() for t in operands]
 
 
 class _Product(torch.autograd.Function):
