@@ -93,7 +93,7 @@ def _scorer(folder: Path) -> Scorer:
 
 
 def _prompts(split: str, count: int, seed: int) -> list[str]:
-    rows = example.rows(split, seed)[:count]
+    rows = example.rows(split, seed, count)
     return [row["chosen"][: row["chosen"].rindex("\n\nAssistant:") + len("\n\nAssistant:")] for row in rows]
 
 

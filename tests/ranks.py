@@ -146,15 +146,30 @@ def _run(job: dict[str, Any]) -> list[int] | None:
     return codes
 
 
+def _do_what_every_rank_would_do_first() -> None:
+    """Imports that come late, and what libraries keep once they have it; no backward pass, which would forbid forks."""
+    import deepspeed.runtime.zero.muon.muon_optimizer
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    import dpo.train
+    from dpo.commandline import parse
+    from dpo.runtime.engine import build_config
+
+    assert all((deepspeed.runtime.zero.muon.muon_optimizer, dpo.train))
+    config = parse(["--model.policy", "builtin:tiny", "--data.train", "builtin:world"]).config
+    build_config({}, optim=config.optim, precision="fp32", global_batch_size=1)
+    get_checkpoint_conversion_mapping("llama")
+
+
 def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what imports print is no answer
     import benchmarks.collectives
-    import dpo.train
     import tests.invariants.cut
     import train_dpo
 
-    assert all((benchmarks.collectives, dpo.train, tests.invariants.cut, train_dpo))
+    assert all((benchmarks.collectives, tests.invariants.cut, train_dpo))
+    _do_what_every_rank_would_do_first()
     gc.collect()
     gc.freeze()  # what is there now is not looked at in a rank, and its memory stays shared
     for line in sys.stdin:

@@ -69,7 +69,7 @@ def run_at_tiny_size(book, tmp_path_factory) -> tuple[list[Any], Path]:
     folder = tmp_path_factory.mktemp("notebook")
     given = {"suite": str(ROOT), "install": False, "model": "builtin:tiny", "train_limit": 12, "validation_limit": 4}
     for name in ("train", "validation"):
-        rows = [json.dumps(row) for row in example.rows(name)[: 12 if name == "train" else 4]]
+        rows = [json.dumps(row) for row in example.rows(name, limit=12 if name == "train" else 4)]
         (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
         given[f"{name}_data"] = str(folder / f"{name}.jsonl")
     given |= {"epochs": 2, "precision": "fp32", "run": str(folder / "run"), "prompts": [PROMPT], "answer_tokens": 4}

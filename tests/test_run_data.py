@@ -21,7 +21,7 @@ TRAIN = [{"path": WORLD, "weight": 1}, {"path": WORLD, "split": "validation", "w
 
 def sets(folder: Path) -> list[dict[str, str]]:
     """Five held-out rows, and three that training sees."""
-    (folder / "seen.jsonl").write_text("".join(json.dumps(row) + "\n" for row in example.rows("train")[:3]))
+    (folder / "seen.jsonl").write_text("".join(json.dumps(row) + "\n" for row in example.rows("train", limit=3)))
     return [{"path": WORLD, "name": "held"}, {"path": str(folder / "seen.jsonl"), "name": "seen"}]
 
 
@@ -71,7 +71,7 @@ def test_every_validation_set_has_its_own_metrics_and_eval_is_over_all_their_pai
 def test_the_samples_are_of_every_validation_set(whole):
     rows = [json.loads(line) for line in (whole / "samples.jsonl").read_text().splitlines()]
     assert len({row["prompt"] for row in rows}) == 3
-    starts = [next(iter(example.rows(split)))["chosen"] for split in ("validation", "train")]
+    starts = [example.rows(split, limit=1)[0]["chosen"] for split in ("validation", "train")]
     assert [start.startswith(row["prompt"]) for start, row in zip(starts, rows, strict=False)] == [True, True]
 
 

@@ -172,14 +172,15 @@ def knows(prompt: str) -> bool:
     return True
 
 
-def rows(split: str, seed: int = 0) -> list[dict[str, str]]:
+def rows(split: str, seed: int = 0, limit: int | None = None) -> list[dict[str, str]]:
     """Write the preference rows of one split in the form of Anthropic HH-RLHF.
 
     Args:
         split: "train" or "validation".
         seed: Chooses the dialogues; which slot values are held out does not depend on it.
+        limit: How many of the first rows to write; None: all.
     Returns:
-        `SPLIT_SIZES[split]` mappings with two transcripts, "chosen" and "rejected", which share everything up to the
+        At most `SPLIT_SIZES[split]` mappings with two transcripts, "chosen" and "rejected", which share everything up to the
         last "\\n\\nAssistant:". The reward of `chosen` is the higher one by at least 1.
     Raises:
         ValueError: If the split is neither of the two.
@@ -188,7 +189,7 @@ def rows(split: str, seed: int = 0) -> list[dict[str, str]]:
         raise ValueError(f"split {split!r}: the built-in world has {' and '.join(SPLIT_SIZES)}")
     rng = random.Random(f"{split} {seed}")
     values = slot_values(held_out=split == "validation")
-    return [_draw_row(rng, values) for _ in range(SPLIT_SIZES[split])]
+    return [_draw_row(rng, values) for _ in range(SPLIT_SIZES[split])[:limit]]
 
 
 def slot_values(held_out: bool) -> dict[str, list[str]]:

@@ -167,7 +167,7 @@ def _load(
     path: str, subset: str | None, data_dir: str | None, revision: str | None, split: str | None, limit: int | None
 ) -> Rows:
     if path.startswith("builtin:"):
-        return example.rows(_pick_split(path, split, _builtin_splits(path)))[:limit]
+        return example.rows(_pick_split(path, split, _builtin_splits(path)), limit=limit)
     if not _is_local(path):
         return _take(_without_files(_load_hub(path, subset, data_dir, revision, split)), limit)
     source = _local_path(path, subset, data_dir)
