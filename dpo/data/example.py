@@ -180,8 +180,8 @@ def rows(split: str, seed: int = 0, limit: int | None = None) -> list[dict[str, 
         seed: Chooses the dialogues; which slot values are held out does not depend on it.
         limit: How many of the first rows to write; None: all.
     Returns:
-        At most `SPLIT_SIZES[split]` mappings with two transcripts, "chosen" and "rejected", which share everything up to the
-        last "\\n\\nAssistant:". The reward of `chosen` is the higher one by at least 1.
+        At most `SPLIT_SIZES[split]` mappings with two transcripts, "chosen" and "rejected", which share everything up
+        to the last "\\n\\nAssistant:". The reward of `chosen` is the higher one by at least 1.
     Raises:
         ValueError: If the split is neither of the two.
     """
