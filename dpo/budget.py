@@ -61,6 +61,7 @@ def suggested_budget(
     stage: int,
     trained: int,
     longest: int,
+    layout: Layout,
     most: int = LARGEST,
     chunk_rows: int = CHUNK_ROWS,
 ) -> int:
@@ -73,14 +74,15 @@ def suggested_budget(
         stage: ZeRO's: up to 2 a micro-batch's own gradients are whole, 3 gathers weights.
         trained: Parameters that learn.
         longest: Tokens of the longest pair, which must fit.
+        layout: Of the micro-batches.
         most: Tokens.
         chunk_rows: Rows of a tile of logits.
     Returns:
         Tokens, a multiple of 1,024 unless it is `longest`.
     """
-    per_token: float = shape.activations or shape.block_input
-    if recomputed:  # the inputs of all blocks, and one block at a time
-        per_token = shape.block_input + (shape.activations or 0) / shape.layers
+    per_token = shape.kept(recomputed=recomputed) or shape.block_input
+    if layout == "shared":  # where prompts are nearly all of the data, each stands there twice
+        per_token += 2 * shape.gathered(recomputed=recomputed)
     reserved = 2 * chunk_rows * shape.vocabulary * 4 + min(trained, shape.vocabulary * shape.hidden) * 4
     reserved += (min(shape.parameters, LIVE_PARAMETERS) if stage == 3 else trained) * dtype.itemsize
     fits = int(SHARE_OF_FREE * (free - reserved) / per_token)
@@ -193,7 +195,8 @@ def _fits(
 
 
 def _first(
-    setup: Setup, policy: Policy, longest: int, recomputed: bool, stage: int, owed: int, *, is_tried: bool
+    setup: Setup, policy: Policy, layout: Layout, longest: int, recomputed: bool, stage: int, owed: int, *,
+    is_tried: bool,
 ) -> int:
     """The budget asked for, or what the memory of the rank with the least of it suggests; the same on every rank."""
     asked, device = setup.config.train.tokens_per_micro_batch, setup.world.device
@@ -202,7 +205,7 @@ def _first(
     shape = shape_of(policy.scorer.model.config, setup.dtype, trust_remote_code=setup.config.model.trust_remote_code)
     budget = suggested_budget(
         shape, setup.dtype, free=_free_memory(device) - owed, recomputed=recomputed, stage=stage,
-        trained=_trained(policy), longest=longest, most=LARGEST if is_tried else UNTRIED_TOKENS,
+        trained=_trained(policy), longest=longest, layout=layout, most=LARGEST if is_tried else UNTRIED_TOKENS,
         chunk_rows=policy.scorer.head.chunk_rows,
     )
     return min(gather(budget))
@@ -255,7 +258,7 @@ def fit_budget(
         may = config.model.gradient_checkpointing is not False and not recomputed
         recompute = (lambda: load.checkpoint_activations(model)) if may else None
         owed = _owed(setup, policy, stage)
-        budget = _first(setup, policy, longest, recomputed, stage, owed, is_tried=is_tried)
+        budget = _first(setup, policy, layout, longest, recomputed, stage, owed, is_tried=is_tried)
         if is_tried:
             fits = partial(_fits, setup, policy, reference, layout, owed=owed)
             budget = choose(budget, longest, fits, recompute, say)

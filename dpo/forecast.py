@@ -13,7 +13,7 @@ import torch
 
 from dpo.budget import LARGEST, suggested_budget
 from dpo.commandline import Command
-from dpo.data.planner import num_tokens
+from dpo.data.planner import Layout, num_tokens
 from dpo.estimate import (
     GIB,
     GPUS,
@@ -146,14 +146,32 @@ def memory_parts(setup: Setup, machine: Machine, schedule: Schedule) -> dict[str
     if machine.stage == 3:
         live = min(shape.parameters, zero.get("stage3_max_live_parameters", 1e9))
         parts["gathered weights, at most"] = live * machine.width / GIB
-    kept = shape.activations
-    few = None if kept is None else shape.block_input + kept / shape.layers
-    for name, size in (("activations, kept", kept), ("activations, recomputed", few)):
-        parts[name] = None if size is None else schedule.largest * size / GIB
-    rows = min(CHUNK_ROWS, schedule.largest_completions)
-    parts[f"logits tile, {rows:,} rows in fp32"] = rows * shape.vocabulary * 4 / GIB
+    parts |= batch_parts(shape, schedule, setup.config.train.layout, machine.width)
     if setup.loss_in_forward and not setup.trains_adapters:
         parts["gradient of the head in fp32"] = shape.vocabulary * shape.hidden * 4 / GIB
+    return parts
+
+
+def batch_parts(shape: Shape, schedule: Schedule, layout: Layout, width: int) -> dict[str, float | None]:
+    """Part -> GiB per GPU, of what a micro-batch needs; activations are None where they cannot be told.
+
+    Checked against the allocations of real models' micro-batches by tests/pretended/.
+
+    Args:
+        shape: Of the policy.
+        schedule: Sizes of the largest micro-batch.
+        layout: Of the micro-batches.
+        width: Bytes of a weight.
+    """
+    parts: dict[str, float | None] = {}
+    keys = schedule.largest + schedule.largest_prompts if layout == "shared" and schedule.largest_prompts else 0
+    for name, recomputed in (("activations, kept", False), ("activations, recomputed", True)):
+        kept = shape.kept(recomputed=recomputed)
+        gathered = keys * shape.gathered(recomputed=recomputed)
+        parts[name] = None if kept is None else (schedule.largest * kept + gathered) / GIB
+    rows, copied = min(CHUNK_ROWS, schedule.largest_completions), width == 2
+    name = f"logits tile, {rows:,} rows in fp32{' and a copy in 16 bits' * copied}"
+    parts[name] = rows * shape.vocabulary * (6 if copied else 4) / GIB
     return parts
 
 
@@ -230,7 +248,7 @@ def _with_budget(setup: Setup, machine: Machine, hardware: Hardware) -> Setup:
     budget = suggested_budget(
         shape, setup.dtype, free=int(room * GIB), recomputed=machine.recompute, stage=machine.stage,
         trained=machine.trained, longest=int(num_tokens(setup.train_pairs.lengths, train.layout).max()),
-        most=LARGEST if machine.stage < 3 else UNTRIED_TOKENS,
+        layout=train.layout, most=LARGEST if machine.stage < 3 else UNTRIED_TOKENS,
     )  # fmt: skip
     return replace(setup, token_budget=budget)
 

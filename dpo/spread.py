@@ -28,7 +28,7 @@ class Schedule:
         padding: Share of the tokens computed that are padding.
         pairs: In a whole step.
         largest: Tokens of the largest micro-batch.
-        largest_completions: Most completion tokens of a micro-batch.
+        largest_completions, largest_prompts: Most completion and most prompt tokens of a micro-batch.
         flops: Mean operations of a whole step over all ranks, given what is recomputed.
     """
 
@@ -42,6 +42,7 @@ class Schedule:
     pairs: int
     largest: int
     largest_completions: int
+    largest_prompts: int
     flops: float
 
 
@@ -63,7 +64,7 @@ def schedule_of(setup: Setup, shape: Shape, *, recompute: bool, reference: bool)
     loader = setup.loader(setup.train_pairs, layout)
     order, size = epochs.order(0), epochs.global_batch_size
     packed = num_tokens(lengths, "packed" if layout == "padded" else layout)
-    shapes, last, computed, real, largest, completions = [], None, 0, 0, 0, 0
+    shapes, last, computed, real, largest, completions, prompts = [], None, 0, 0, 0, 0, 0
     looked_at = _sampled(epochs.steps_per_epoch, size)
     for step in looked_at:
         ids = order[step * size : (step + 1) * size]
@@ -84,10 +85,11 @@ def schedule_of(setup: Setup, shape: Shape, *, recompute: bool, reference: bool)
         computed, real = computed + int(tokens.sum()), real + int(packed[ids].sum())
         largest = max(largest, int(tokens.max()))
         completions = max(completions, *(int(lengths[b, 1:].sum()) for rank in plan for b in rank if b))
+        prompts = max(prompts, *(int(lengths[b, 0].sum()) for rank in plan for b in rank if b))
     counts, imbalances, waits, flops = np.array(shapes).T
     return Schedule(
         epochs.steps_per_epoch, len(looked_at), counts, imbalances, waits, last, 1 - real / computed,
-        min(size, len(lengths)), largest, completions, float(flops.mean()),
+        min(size, len(lengths)), largest, completions, prompts, float(flops.mean()),
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import dpo.model.forward
 import dpo.train
 import train_dpo
 from dpo.budget import choose, suggested_budget
+from dpo.data.planner import Layout
 from dpo.errors import UserError
 from dpo.model import load
 from dpo.model.shape import Shape
@@ -54,14 +55,16 @@ def test_the_ladder_halves_down_to_the_longest_pair_then_recomputes_then_refuses
 
 
 SHAPE = Shape(parameters=10**6, body=10**6, layers=2, hidden=8, vocabulary=100, attention_width=16, activations=1000,
-              block_input=100)  # fmt: skip
+              block_input=100, keys_and_values=100)  # fmt: skip
 RESERVED = 2 * 10 * 100 * 4 + 100 * 8 * 4  # a tile of 10 rows twice, the head's gradient
 
 
-def first(free: int, *, stage: int = 2, recomputed: bool = False, longest: int = 10, **more: int) -> int:
+def first(
+    free: int, *, stage: int = 2, recomputed: bool = False, longest: int = 10, layout: Layout = "packed", **more: int
+) -> int:
     return suggested_budget(
-        SHAPE, torch.bfloat16, free=free, recomputed=recomputed, stage=stage, longest=longest, chunk_rows=10,
-        **{"trained": 10**6} | more,
+        SHAPE, torch.bfloat16, free=free, recomputed=recomputed, stage=stage, longest=longest, layout=layout,
+        chunk_rows=10, **{"trained": 10**6} | more,
     )
 
 
@@ -72,6 +75,12 @@ def test_the_first_budget_follows_free_memory_within_bounds():
     assert first(10_000_000 + RESERVED + 2 * 10**6, stage=3) == 7168
     assert first(10**12, stage=3, most=16384) == 16384
     assert first(10_000_000 + RESERVED - 400 + 2 * 700, trained=700) == 7168  # adapters
+
+
+def test_the_keys_and_values_of_shared_prompts_come_out_of_the_first_budget():
+    room = 10_000_000 + RESERVED + 2 * 10**6
+    assert first(room, layout="shared") == 6144  # 1000 + 2 * 100 bytes a token
+    assert first(room, layout="shared", recomputed=True) == 11264  # 100 + (1000 + 2 * 100) / 2
 
 
 def lacking_above(monkeypatch, tokens, recomputed_tokens):

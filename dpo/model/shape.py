@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from dpo.config import LoraConfig
 from dpo.errors import UserError
 from dpo.model import adapters
+from dpo.model.load import fuse_gelu
 
 ATTENTION = "dpo_meta"
 """Name under which transformers knows the stand-in for a fused attention kernel while activations are counted."""
@@ -35,6 +36,7 @@ class Shape:
         attention_width: Query heads x head size, summed over layers.
         activations: Bytes a token that a forward pass of the body keeps for backward; None where it cannot be told.
         block_input: Bytes a token of the blocks' inputs, which is what is kept when activations are recomputed.
+        keys_and_values: Bytes a token of all blocks' keys and values, which a row with shared prompts gathers anew.
     """
 
     parameters: int
@@ -45,6 +47,17 @@ class Shape:
     attention_width: int
     activations: int | None
     block_input: int
+    keys_and_values: int
+
+    def kept(self, *, recomputed: bool) -> float | None:
+        """Bytes a token that live at a time for backward; recomputed: the blocks' inputs and what one block keeps."""
+        if self.activations is None:
+            return None
+        return self.block_input + self.activations / self.layers if recomputed else self.activations
+
+    def gathered(self, *, recomputed: bool) -> float:
+        """Bytes that a key and value of a shared row take beside them, in all blocks or, recomputed, in one."""
+        return self.keys_and_values / self.layers if recomputed else self.keys_and_values
 
 
 class _Fused(torch.autograd.Function):
@@ -114,7 +127,7 @@ def shape_of(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False
         dtype: Of the weights, which decides that of the activations.
         trust_remote_code: Run code that comes with the model.
     Returns:
-        The sizes; activations are those of the model's own eager code with a fused attention kernel.
+        The sizes; activations are those of the model's own eager code with fused kernels for attention and GELU.
     Raises:
         UserError: If it is no causal language model.
     """
@@ -123,6 +136,7 @@ def shape_of(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+            fuse_gelu(model)
     except (ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"model.policy: cannot be built from its config: {reason}") from None
@@ -140,6 +154,7 @@ def shape_of(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False
     vocabulary, hidden = head.weight.shape
     heads = getattr(text, "num_attention_heads", 0)  # a state-space model has none
     head_size = getattr(text, "head_dim", None) or hidden // max(1, heads)
+    key_heads = getattr(text, "num_key_value_heads", None) or heads
     return Shape(
         parameters=sum(p.numel() for p in model.parameters()),
         body=sum(body),
@@ -149,4 +164,5 @@ def shape_of(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False
         attention_width=text.num_hidden_layers * heads * head_size,
         activations=_activations(model),
         block_input=text.num_hidden_layers * hidden * dtype.itemsize,
+        keys_and_values=2 * text.num_hidden_layers * key_heads * head_size * dtype.itemsize,
     )
