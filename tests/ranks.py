@@ -10,6 +10,7 @@ program, in processes of their own, is for the tests that call those.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import json
@@ -62,6 +63,7 @@ def run(argv: list[str], ranks: int = 1, timeout: float = 600) -> Done:
                 stdout=subprocess.PIPE, env=environment | {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
             )
         ]  # fmt: skip
+        atexit.register(_server[0].communicate)  # at the end of its input it leaves
     server = _server[0]
     assert server.stdin is not None and server.stdout is not None
     with tempfile.TemporaryDirectory() as folder:

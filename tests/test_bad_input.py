@@ -18,6 +18,7 @@ import pytest
 import train_dpo
 from dpo.config import OptimConfig
 from dpo.runtime import engine, tracking
+from tests import ranks
 from tests.data.tiny_tokenizers import plain_rows, written
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -196,12 +197,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def launch(launcher: str, argv: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Two ranks on this machine."""
-    start = {
-        "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())],
-        "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-    }[launcher]
+def launch(argv: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Two ranks of the deepspeed launcher on this machine."""
+    start = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
     command = [sys.executable, *start, *argv]
     return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=folder, timeout=150)
 
@@ -214,7 +212,7 @@ def more_ranks_than_pairs(folder: Path, policy: Path) -> tuple[list[str], list[s
 def test_two_ranks_say_it_once_and_leave(tiny_policy: Path, tmp_path: Path) -> None:
     argv, named = broken_json(tmp_path, tiny_policy)
     before = contents(tmp_path)
-    done = launch("deepspeed", [str(ROOT / "train_dpo.py"), *argv], tmp_path)
+    done = launch([str(ROOT / "train_dpo.py"), *argv], tmp_path)
     assert done.returncode == 2
     lines = done.stderr.splitlines()
     assert not any("Traceback" in line for line in lines[check_line(lines, named) :])
@@ -229,7 +227,7 @@ codes = []
 for argv in json.loads(open(sys.argv[1]).read()):
     os.write(2, b"next\\n") if os.environ["RANK"] == "0" else None
     codes.append(train_dpo.main(argv))
-os.write(1, f"codes {codes}\\n".encode())
+os.write(1, f"next\\ncodes {codes}\\n".encode())
 """
 
 
@@ -243,9 +241,9 @@ def test_two_ranks_survive_every_mistake(tiny_policy: Path, tmp_path: Path) -> N
     (tmp_path / "every.py").write_text(EVERY_CASE)
     (tmp_path / "argv.json").write_text(json.dumps([argv for _, argv, _ in made]))
     before = {index: contents(tmp_path / str(index)) for index in range(len(made))}
-    done = launch("torchrun", [str(tmp_path / "every.py"), str(tmp_path / "argv.json")], tmp_path)
-    assert done.stdout.count(f"codes {[2] * len(made)}") == 2, done.stdout + done.stderr
-    said = done.stderr.split("next\n")[1:]
+    done = ranks.run([str(tmp_path / "every.py"), str(tmp_path / "argv.json")], ranks=2)
+    assert done.output.count(f"codes {[2] * len(made)}") == 2, done.output
+    said = done.output.split("next\n")[1 : len(made) + 1]
     for text, (_, _, named) in zip(said, made, strict=True):
         check_line(text.splitlines(), named)
     assert before == {index: contents(tmp_path / str(index)) for index in range(len(made))}

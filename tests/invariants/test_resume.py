@@ -32,7 +32,7 @@ def argv(shared_data, tmp_path_factory) -> list[str]:
         "--config", "ds_configs/zero2.json", "--model.policy", str(shared_data / "stories260k-llama"),
         "--data.train", str(shared_data / "hh-rlhf/train.jsonl.gz"), "--data.train_limit", "32",
         "--data.validation", str(shared_data / "hh-rlhf/validation.jsonl.gz"), "--data.validation_limit", "9",
-        "--data.on_bad_row", "skip", "--data.max_length", "256", "--data.cache_dir",
+        "--data.on_bad_row", "skip", "--data.max_length", "128", "--data.cache_dir",
         str(tmp_path_factory.mktemp("cache")), "--train.global_batch_size", "8", "--train.epochs", "2",
         "--train.sft_epochs", "1", "--train.save_every", "2", "--optim.lr", "3e-4", "--optim.sft_lr", "1e-4",
         "--log.samples", "2", "--log.sample_tokens", "8", "--log.every", "3",

@@ -28,7 +28,7 @@ def paths(shared_data, tmp_path_factory):
     folder = shared_data / "stories260k-llama"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     pairs, _ = prepare_pairs(
-        shared_data / "hh-rlhf/train.jsonl.gz", tokenizer, limit=200, max_length=256, on_bad_row="skip",
+        shared_data / "hh-rlhf/train.jsonl.gz", tokenizer, limit=300, max_length=128, on_bad_row="skip",
         cache_dir=tmp_path_factory.mktemp("cache"),
     )
 

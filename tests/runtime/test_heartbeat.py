@@ -15,6 +15,7 @@ import torch
 
 from dpo.runtime import distributed, heartbeat
 from dpo.runtime.heartbeat import Note, Watch
+from tests import ranks
 
 AFAR = Note(host="far", pid=7, launcher="another", beat=1, doing="in step 5, micro-batch 1", in_step=True)
 
@@ -107,27 +108,33 @@ def test_a_child_of_the_same_launcher_that_ended_is_dead_before_it_is_waited_for
     assert watch.look(103.0) is not None  # nor when it is
 
 
-@pytest.mark.parametrize(
-    ("how", "rank", "says"),
-    [
-        ("stopped", 0, "rank 0 on {host} (process {pid}, last known in step 3, micro-batch 1) gave no sign of life"),
-        ("stuck", 1, "no rank gets on; furthest behind: rank 1 on {host} (process {pid}, last known in step 3,"),
-    ],
-)
-def test_a_rank_that_is_stopped_or_stuck_ends_the_job_and_one_that_was_busy_before_did_not(how, rank, says, tmp_path):
-    script = ["tests/runtime/heartbeat_rank.py", str(tmp_path), "2", how, str(rank)]
+def check_end(run: Path, says: str, printed: str) -> None:
+    """The job failed after step 3, for a reason that names the rank and is printed too."""
+    status = json.loads((run / "status.json").read_text())
+    said, (before, after) = status["reason"], says.split("{pid}")
+    assert said.startswith(before.format(host=status["host"])) and after in said, said
+    assert (status["state"], status["step"]) == ("failed", 3)
+    assert f"train_dpo.py: {said}\n" in printed
+
+
+def test_a_rank_that_is_stopped_ends_the_job_and_one_that_was_busy_before_did_not(tmp_path):
+    script = ["tests/runtime/heartbeat_rank.py", str(tmp_path), "2", "stopped", "0"]
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *script]
     begun = time.monotonic()
     done = subprocess.run(
         start, env=os.environ | {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
         timeout=120, check=False,
     )  # fmt: skip
-    status = json.loads((tmp_path / "status.json").read_text())
     assert done.returncode != 0 and time.monotonic() - begun < 30  # torchrun alone waits 30 s for a stopped process
-    said, (before, after) = status["reason"], says.split("{pid}")
-    assert said.startswith(before.format(host=status["host"])) and after in said, said
-    assert (status["state"], status["step"]) == ("failed", 3)
-    assert f"train_dpo.py: {said}\n" in done.stderr
+    named = "rank 0 on {host} (process {pid}, last known in step 3, micro-batch 1) gave no sign of life"
+    check_end(tmp_path, named, done.stderr)
+
+
+def test_a_rank_that_is_stuck_ends_the_job_and_one_that_was_busy_before_did_not(tmp_path):
+    done = ranks.run(["tests/runtime/heartbeat_rank.py", str(tmp_path), "2", "stuck", "1"], ranks=2)
+    assert all(done.codes)
+    named = "no rank gets on; furthest behind: rank 1 on {host} (process {pid}, last known in step 3,"
+    check_end(tmp_path, named, done.output)
 
 
 def test_nobody_begins_before_all_notes_are_there_or_leaves_before_all_are_through(monkeypatch):

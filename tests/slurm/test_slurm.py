@@ -1,16 +1,17 @@
-"""slurm/dpo.sh, submitted to a real Slurm: it trains as torchrun does, and says what is missing."""
+"""slurm/dpo.sh, submitted to a real Slurm: it trains as ranks on one node do, and says what is missing."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import ranks
 
 POLICY = Path(__file__).resolve().parents[3] / "shared" / "data" / "stories260k-llama"
 SETTINGS = {
@@ -51,44 +52,6 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
             completions = {"chosen": " It liked to play." * (1 + n % 3), "rejected": " The end." * (1 + n % 2)}
             file.write(json.dumps({"prompt": prompt} | completions) + "\n")
     return path
-
-
-@pytest.fixture(scope="module")
-def expected(rows: Path, path_with_torchrun: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The training lines of two ranks under plain torchrun."""
-    folder = tmp_path_factory.mktemp("torchrun")
-    done = subprocess.run(
-        ["torchrun", "--standalone", "--nproc_per_node", "2", "train_dpo.py", *_train_arguments(rows, folder / "run")],
-        cwd=Path(__file__).resolve().parents[2],
-        env=os.environ | _environment(folder, path_with_torchrun),
-        capture_output=True,
-        text=True,
-        timeout=JOB_SECONDS,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return _training_lines(folder / "run")
-
-
-def test_two_nodes_train_with_the_losses_of_torchrun(
-    cpu_cluster, clone, rows, expected, path_with_torchrun, tmp_path
-):
-    """Submitted from another folder; the job that is cancelled, below, from the repository."""
-    script, cwd = [f"--chdir={clone}", str(clone / "slurm" / "dpo.sh")], tmp_path
-    environment = _environment(tmp_path / "cache", path_with_torchrun)
-    run = tmp_path / "run"
-
-    job = cpu_cluster.submit("--nodes=2", *script, *_train_arguments(rows, run), cwd=cwd, **environment)
-    state = cpu_cluster.finish(job, JOB_SECONDS)
-
-    output = (clone / f"dpo-{job}.out").read_text()
-    assert state == "COMPLETED", output
-    assert f"nodes 2, processes on this one 1, rendezvous node1:{15000 + int(job) % 15000}" in output
-    lines = _training_lines(run)
-    assert [line["step"] for line in lines] == [1, 2, 3]
-    for line, wanted in zip(lines, expected, strict=True):
-        for key in ("loss", "grad_norm", "rewards/margins", "logps/chosen"):
-            assert line[key] == pytest.approx(wanted[key], rel=1e-6, abs=1e-7), key
-    assert abs(lines[-1]["loss"] - lines[0]["loss"]) > 1e-3  # it learned, so equal losses say something
 
 
 def _submit_and_finish(cluster, *arguments, cwd, **environment) -> tuple[str, str, str]:
@@ -235,24 +198,28 @@ def _status(run: Path) -> str:
     return json.loads((run / "status.json").read_text())["state"]
 
 
-def test_a_job_that_is_cancelled_and_one_that_runs_out_of_time_lose_no_step(
+def test_a_job_that_is_cancelled_and_one_that_runs_out_of_time_train_as_two_ranks_that_nothing_disturbs(
     cpu_cluster, clone, rows, path_with_torchrun, tmp_path
 ):
-    """A job on two nodes is cancelled; another continues it, is told that its time is up, and ends when requeued."""
+    """A job on two nodes is cancelled; another, submitted from elsewhere, continues it, is told that its time is up,
+    and ends when requeued."""
     run, whole = tmp_path / "run", tmp_path / "whole"
     longer = ["--train.max_steps", "120", "--train.epochs", "99", "--train.save_every", "500"]
     environment = _environment(tmp_path / "cache", path_with_torchrun)
-    submit = ["--nodes=2", "slurm/dpo.sh", *_train_arguments(rows, run), *longer]
+    arguments = [*_train_arguments(rows, run), *longer]
 
-    job = cpu_cluster.submit(*submit, cwd=clone, **environment)
+    job = cpu_cluster.submit("--nodes=2", "slurm/dpo.sh", *arguments, cwd=clone, **environment)
     _wait_for_step(run, 3)
     cpu_cluster.call("scancel", job)
     assert cpu_cluster.finish(job, 60) == "CANCELLED"
-    assert _status(run) == "preempted", (clone / f"dpo-{job}.out").read_text()
+    output = (clone / f"dpo-{job}.out").read_text()
+    assert _status(run) == "preempted", output
+    assert f"nodes 2, processes on this one 1, rendezvous node1:{15000 + int(job) % 15000}" in output
     reached = json.loads((run / "status.json").read_text())["step"]
     assert [f.name for f in (run / "checkpoints").glob("*-*")] == [f"step-{reached:06d}"] and 3 <= reached < 120
 
-    job = cpu_cluster.submit(*submit, cwd=clone, **environment)
+    script = [f"--chdir={clone}", str(clone / "slurm/dpo.sh")]
+    job = cpu_cluster.submit("--nodes=2", *script, *arguments, cwd=tmp_path, **environment)
     _wait_for_step(run, reached + 3)
     cpu_cluster.call("scancel", "--batch", "--signal=USR1", job)
     state = cpu_cluster.finish(job, JOB_SECONDS)
@@ -261,11 +228,12 @@ def test_a_job_that_is_cancelled_and_one_that_runs_out_of_time_lose_no_step(
     assert f"checkpointed; job {job} goes back into the queue" in output
     assert output.count("slurm/dpo.sh: job") == 2 and "SIGUSR1 received; start again to continue" in output
     assert _status(run) == "finished" and not (clone / f".dpo-status-{job}.json").exists()
-    assert [line["step"] for line in _training_lines(run)] == list(range(1, 121))
-
-    done = subprocess.run(
-        ["torchrun", "--standalone", "--nproc_per_node", "2", "train_dpo.py", *_train_arguments(rows, whole), *longer],
-        cwd=clone, env=os.environ | environment, capture_output=True, text=True, timeout=JOB_SECONDS, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = ranks.run(["train_dpo.py", *_train_arguments(rows, whole), *longer], ranks=2)
+    assert done.codes == [0, 0], done.output
     assert (run / "final/model.safetensors").read_bytes() == (whole / "final/model.safetensors").read_bytes()
+    lines = _training_lines(run)
+    assert [line["step"] for line in lines] == list(range(1, 121))
+    for line, wanted in zip(lines, _training_lines(whole), strict=True):
+        for key in ("loss", "grad_norm", "rewards/margins", "logps/chosen"):
+            assert line[key] == pytest.approx(wanted[key], rel=1e-6, abs=1e-7), key
+    assert abs(lines[2]["loss"] - lines[0]["loss"]) > 1e-3  # it learned, so equal losses say something
