@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
@@ -15,6 +11,7 @@ from transformers import AutoTokenizer
 import train_dpo
 from dpo.data.tokenize import prepare_pairs
 from dpo.runtime.tracking import read_lines
+from tests import ranks
 
 LOSSES = ("sigmoid", "hinge", "ipo")
 STEPS, BATCH, LENGTH, ROWS, BETA, LR = 10, 6, 256, 70, 0.1, 3e-4
@@ -40,13 +37,8 @@ def trl(shared_data, tmp_path_factory) -> dict[str, list[dict[str, float]]]:
         ],
     }
     (folder / "job.json").write_text(json.dumps(job))
-    script = Path(__file__).with_name("trl_run.py")
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder / "job.json"), str(folder / "found.json")],
-        env=environment, capture_output=True, text=True, timeout=600, check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = ranks.run(["tests/parity/trl_run.py", str(folder / "job.json"), str(folder / "found.json")])
+    assert done.codes == [0], done.output[-3000:]
     return json.loads((folder / "found.json").read_text())
 
 

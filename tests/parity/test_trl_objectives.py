@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,7 @@ from dpo.objective.objective import Objective
 from dpo.objective.tokens import weigher
 from dpo.runtime import distributed
 from dpo.types import Context, PackedBatch, PairLogps
-from tests import tiny
+from tests import ranks, tiny
 from tests.invariants import run_losses
 
 STEPS, SIZES, BETA = 5, (1, 6), 0.1
@@ -76,13 +73,8 @@ def trl(tiny_policy: Path, pairs: tiny.Pairs, tmp_path_factory: pytest.TempPathF
         ],
     }
     (folder / "job.json").write_text(json.dumps(job))
-    script = Path(__file__).with_name("trl_objectives.py")
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder / "job.json"), str(folder)],
-        env=environment, capture_output=True, text=True, timeout=600, check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = ranks.run(["tests/parity/trl_objectives.py", str(folder / "job.json"), str(folder)])
+    assert done.codes == [0], done.output[-3000:]
     return {name: torch.load(folder / f"{name}.pt") for name in (*VARIANTS, "reference_free")}
 
 

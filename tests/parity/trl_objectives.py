@@ -1,4 +1,4 @@
-"""Train with TRL's own DPOTrainer under many objectives, in one process, and write what it gave; run as a script.
+"""Train with TRL's own DPOTrainer under many objectives, in one process, and write what it gave; started by tests/ranks.py.
 
     python tests/parity/trl_objectives.py JOB.json FOLDER
 
@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
-from trl_run import Recorded
+
+from tests.parity.trl_run import Recorded
 
 
 def run(job: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Train with TRL's own DPOTrainer on given token ids and write what every step gave; run as a script."""
+"""Train with TRL's own DPOTrainer on given token ids and write what every step gave; started by tests/ranks.py."""
 
 from __future__ import annotations
 
