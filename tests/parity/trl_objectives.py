@@ -1,4 +1,4 @@
-"""Train with TRL's own DPOTrainer under many objectives, in one process, and write what it gave; started by tests/ranks.py.
+"""Train with TRL's own DPOTrainer under many objectives, in one process; started by tests/ranks.py.
 
     python tests/parity/trl_objectives.py JOB.json FOLDER
 
