@@ -29,6 +29,7 @@ import torch
 from dpo.data.loader import Loader
 from dpo.data.planner import Layout, num_tokens
 from dpo.errors import UserError
+from dpo.estimate import reduction_buckets
 from dpo.model import load
 from dpo.model.forward import pair_logps
 from dpo.model.head import CHUNK_ROWS
@@ -80,9 +81,8 @@ def suggested_budget(
     Returns:
         Tokens, a multiple of 1,024 unless it is `longest`.
     """
-    per_token = shape.kept(recomputed=recomputed) or shape.block_input
-    if layout == "shared":  # where prompts are nearly all of the data, each stands there twice
-        per_token += 2 * shape.gathered(recomputed=recomputed)
+    # Of shared prompts as much as can be: nearly the whole row.
+    per_token = shape.kept(1, 1, is_shared=layout == "shared", recomputed=recomputed) or shape.block_input
     reserved = 2 * chunk_rows * shape.vocabulary * 4 + min(trained, shape.vocabulary * shape.hidden) * 4
     reserved += (min(shape.parameters, LIVE_PARAMETERS) if stage == 3 else trained) * dtype.itemsize
     fits = int(SHARE_OF_FREE * (free - reserved) / per_token)
@@ -163,14 +163,15 @@ def attempt(setup: Setup, policy: Policy, reference: Reference | None, layout: L
 def _owed(setup: Setup, policy: Policy, stage: int) -> int:
     """Bytes of a rank that a step adds to what is there before the first one: AdamW's states and gradients in fp32.
 
-    With an offloaded optimizer both are elsewhere.
+    Beside them the buckets that its first backward pass makes. With an offloaded optimizer the others are elsewhere.
     """
     zero, ranks, engine = setup.engine_config.get("zero_optimization", {}), setup.world.world_size, policy.engine
+    buckets = reduction_buckets(zero, setup.dtype.itemsize)
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
-        return 0
+        return buckets
     trained, inner = _trained(policy), getattr(engine.optimizer, "optimizer", engine.optimizer)
     states = 0 if inner.state else 2 if setup.config.optim.name == "adamw_8bit" else 8
-    return trained * states // (ranks if stage >= 1 else 1) + 4 * trained // (ranks if stage >= 2 else 1)
+    return buckets + trained * states // (ranks if stage >= 1 else 1) + 4 * trained // (ranks if stage >= 2 else 1)
 
 
 def _trained(policy: Policy) -> int:
@@ -269,6 +270,8 @@ def fit_budget(
         load.checkpoint_activations(model)
     again = ", activations recomputed" if found["recomputed"] else ""
     say(f"micro-batches: at most {found['tokens']:,} tokens{again} ({path.name})")
+    if world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(world.device)  # perf/peak_memory_gib is that of training
     return replace(setup, token_budget=int(found["tokens"]))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -122,6 +123,18 @@ def memory(
     trained = num_parameters if trained is None else trained
     counts = {name: trained if name in learning else num_parameters for name in per_parameter}
     return {name: counts[name] * size / GIB for name, size in per_parameter.items()}
+
+
+def reduction_buckets(zero: dict[str, Any], width: int) -> int:
+    """Bytes per GPU of the buckets in which DeepSpeed reduces gradients.
+
+    Args:
+        zero: The section zero_optimization of its config.
+        width: Bytes of a gradient on the wire.
+    """
+    if not zero.get("stage"):
+        return 0
+    return int(zero.get("reduce_bucket_size", 5e8)) * (2 if zero.get("overlap_comm") else 1) * width
 
 
 def checkpoint_bytes(num_parameters: int, *, stage: int, half: bool, weights_only: bool = False) -> int:

@@ -51,7 +51,8 @@ def take_samples(setup: Setup, policy: Policy, reference: FrozenReference, step:
     preemption.check(device)
     before = reference.answer(setup)
     preemption.check(device)
-    after = answers_to(setup.sample_prompts(), policy.scorer, setup.tokenizer, decoding, device)
+    found = answers_to(setup.sample_prompts(), policy.scorer, setup.tokenizer, decoding, device)
+    after = only_main(setup.world, lambda: found)  # of two equal logits another GPU may take the other
     kl = None
     if reference.scorer is not None:  # else its scores are cached, and it cannot be asked about new answers
         with whole_rows(policy.scorer, reference.scorer), uncompiled(policy.scorer):

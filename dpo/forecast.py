@@ -20,6 +20,7 @@ from dpo.estimate import (
     Hardware,
     checkpoint_bytes,
     memory,
+    reduction_buckets,
     traffic,
 )
 from dpo.model import adapters, load
@@ -141,37 +142,42 @@ def memory_parts(setup: Setup, machine: Machine, schedule: Schedule) -> dict[str
     """Part -> GiB per GPU; activations are None where they cannot be told."""
     shape, zero = machine.shape, setup.engine_config.get("zero_optimization", {})
     parts: dict[str, float | None] = dict(_fixed_parts(setup, machine))
-    bucket = zero.get("reduce_bucket_size", 5e8) * (2 if zero.get("overlap_comm") else 1)
-    parts["reduction buckets"] = (bucket if machine.stage >= 1 else 0) * machine.width / GIB
+    parts["reduction buckets"] = reduction_buckets(zero, machine.width) / GIB
     if machine.stage == 3:
         live = min(shape.parameters, zero.get("stage3_max_live_parameters", 1e9))
         parts["gathered weights, at most"] = live * machine.width / GIB
-    parts |= batch_parts(shape, schedule, setup.config.train.layout, machine.width)
-    if setup.loss_in_forward and not setup.trains_adapters:
-        parts["gradient of the head in fp32"] = shape.vocabulary * shape.hidden * 4 / GIB
+    early = setup.loss_in_forward
+    parts |= batch_parts(shape, schedule, setup.config.train.layout, machine.width, early, not setup.trains_adapters)
     return parts
 
 
-def batch_parts(shape: Shape, schedule: Schedule, layout: Layout, width: int) -> dict[str, float | None]:
+def batch_parts(
+    shape: Shape, schedule: Schedule, layout: Layout, width: int, in_forward: bool, head_learns: bool
+) -> dict[str, float | None]:
     """Part -> GiB per GPU, of what a micro-batch needs; activations are None where they cannot be told.
 
-    Checked against the allocations of real models' micro-batches by tests/pretended/.
+    Checked against the allocations of micro-batches by tests/pretended/.
 
     Args:
         shape: Of the policy.
         schedule: Sizes of the largest micro-batch.
         layout: Of the micro-batches.
         width: Bytes of a weight.
+        in_forward: Whether the gradient of the loss is taken in the forward pass of the head.
+        head_learns: Whether the head has a gradient.
     """
     parts: dict[str, float | None] = {}
-    keys = schedule.largest + schedule.largest_prompts if layout == "shared" and schedule.largest_prompts else 0
     for name, recomputed in (("activations, kept", False), ("activations, recomputed", True)):
-        kept = shape.kept(recomputed=recomputed)
-        gathered = keys * shape.gathered(recomputed=recomputed)
-        parts[name] = None if kept is None else (schedule.largest * kept + gathered) / GIB
+        kept = shape.kept(
+            schedule.largest, schedule.largest_prompts, is_shared=layout == "shared", recomputed=recomputed
+        )
+        parts[name] = None if kept is None else kept / GIB
     rows, copied = min(CHUNK_ROWS, schedule.largest_completions), width == 2
     name = f"logits tile, {rows:,} rows in fp32{' and a copy in 16 bits' * copied}"
     parts[name] = rows * shape.vocabulary * (6 if copied else 4) / GIB
+    if head_learns:  # in fp32 until backward, or of two tiles at a time
+        size = 4 if in_forward else 2 * width
+        parts["gradient of the head"] = shape.vocabulary * shape.hidden * size / GIB
     return parts
 
 

@@ -10,7 +10,7 @@ import torch
 from dpo.errors import UserError
 from dpo.model import adapters, load, products
 from dpo.runtime import engine as deepspeed_engine
-from dpo.runtime.distributed import together
+from dpo.runtime.distributed import give_up, together
 from dpo.setup import Setup
 
 
@@ -35,13 +35,20 @@ def load_weights(
     base, revision = adapters.base_of(path, pinned)
     # Before anybody waits for the others in a collective of the device: a download may take long.
     together(lambda: load.fetch_weights(base, revision=revision))
-    loaded = together(
-        lambda: load.load_model(
-            base, dtype=dtype, seed=setup.config.train.seed, trust_remote_code=model.trust_remote_code,
-            revision=revision, zero3_config=engine_config if sharded else None,
-            four_bit_on=setup.world.device if policy and model.load_in_4bit else None,
-        )
-    )
+
+    def read() -> Any:
+        try:
+            return load.load_model(
+                base, dtype=dtype, seed=setup.config.train.seed, trust_remote_code=model.trust_remote_code,
+                revision=revision, zero3_config=engine_config if sharded else None,
+                four_bit_on=setup.world.device if policy and model.load_in_4bit else None,
+            )
+        except UserError as error:
+            if sharded:  # rank 0 alone reads the values, and the others may wait for it in a collective of the device
+                give_up(setup.world, str(error))
+            raise
+
+    loaded = together(read)
     if len(setup.tokenizer) > loaded.get_input_embeddings().num_embeddings:
         raise UserError("the tokenizer has more tokens than the policy; use the policy's own tokenizer")
     if setup.world.device.type == "cpu":

@@ -25,7 +25,7 @@ from dpo.roles import check_distributions, reference_dtype
 from dpo.run_data import Pairs
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime import sequence
-from dpo.runtime.distributed import gather, together
+from dpo.runtime.distributed import agree, gather, only_main, together
 from dpo.runtime.weights import fingerprint
 from dpo.sample import Answer, Decoding, answers_to
 from dpo.setup import Setup
@@ -101,7 +101,8 @@ class FrozenReference:
             decoding = Decoding(setup.config.log.sample_tokens)
             prompts, device = setup.sample_prompts(), setup.world.device
             with self.view():
-                self.answers = answers_to(prompts, self.scorer, setup.tokenizer, decoding, device)
+                found = answers_to(prompts, self.scorer, setup.tokenizer, decoding, device)
+            self.answers = only_main(setup.world, lambda: found)
         return self.answers
 
 
@@ -157,10 +158,7 @@ def _settled(setup: Setup, scorer: Scorer, wanted: Layout) -> tuple[Layout, list
     """See `check.settle`; the same on every rank."""
     middle, longest, kernel = _middle(setup), setup.longest_sequence, setup.config.model.attention
     device = setup.world.device
-    layout, given_up = together(lambda: settle(scorer, wanted, middle, longest, device, kernel))
-    if len(set(gather((layout, scorer.own_head, scorer.attention)))) > 1:
-        raise UserError(f"train.layout {wanted}: the ranks disagree whether it is exact; use padded")
-    return layout, given_up
+    return together(lambda: settle(scorer, wanted, middle, longest, device, kernel, agree))
 
 
 def _middle(setup: Setup) -> list[TokenizedPair]:

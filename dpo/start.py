@@ -18,6 +18,7 @@ import torch
 from dpo.context import Scored, contexts_of, look_ahead
 from dpo.data.loader import StepBatches
 from dpo.errors import UserError
+from dpo.model.products import HALF
 from dpo.objective.objective import Objective
 from dpo.policy import FrozenReference, Policy
 from dpo.runtime import distributed
@@ -43,6 +44,15 @@ def _as_if_equal(policy: PairLogps, reference: PairLogps) -> tuple[PairLogps, Pa
     """What would be scored if the policy were the reference."""
     kls = None if policy.kls is None else torch.zeros_like(policy.kls)
     return replace(policy, chosen=reference.chosen, rejected=reference.rejected, kls=kls), reference
+
+
+def rounds_apart(setup: Setup, reference: FrozenReference) -> bool:
+    """Whether equal models round in different ways: in other dtypes, or in 16 bits on a GPU where the scores are cached
+    (of batches of another size) or the blocks of the policy alone are compiled."""
+    if reference.dtype != setup.dtype:
+        return True
+    others = reference.scorer is None or setup.config.model.compile
+    return others and setup.dtype in HALF and setup.world.device.type == "cuda"
 
 
 @torch.no_grad()
@@ -71,9 +81,7 @@ def check_start(
         if not math.isfinite(mean):
             raise UserError(f"the loss of the first step is {mean}; use bf16 or fp32 where fp16 overflows")
         return
-    # Cached scores come of other batches: in 16 bits a GPU's products round in another way for another number of rows.
-    elsewhere = reference.scorer is None and setup.dtype != torch.float32 and setup.world.device.type == "cuda"
-    mixed = reference.dtype != setup.dtype or elsewhere
+    mixed = rounds_apart(setup, reference)
     limit = MIXED_DTYPE_LOSS if mixed else SAME_DTYPE_LOSS
     tracker.say(
         f"start: loss {mean:.6f} (equal models: {expected:.6f}), policy and reference differ by {per_token:.2g} nats"

@@ -63,7 +63,7 @@ def run(argv: list[str], ranks: int = 1, timeout: float = 600) -> Done:
                 stdout=subprocess.PIPE, env=environment | {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
             )
         ]  # fmt: skip
-        atexit.register(_server[0].communicate)  # at the end of its input it leaves
+        atexit.register(_end, _server[0])
     server = _server[0]
     assert server.stdin is not None and server.stdout is not None
     with tempfile.TemporaryDirectory() as folder:
@@ -81,6 +81,17 @@ def run(argv: list[str], ranks: int = 1, timeout: float = 600) -> Done:
         codes = json.loads(answer)
         assert codes is not None, f"{argv[0]} did not end by itself\n{said[-8000:]}"
         return Done(codes, said)
+
+
+def _end(server: subprocess.Popen[str]) -> None:
+    """Let it leave, as it does at the end of its input; with ranks that do not end it might not."""
+    assert server.stdin is not None and server.stdout is not None
+    server.stdin.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        server.wait(10)
+    server.kill()
+    server.wait()
+    server.stdout.close()
 
 
 def _free_port() -> int:

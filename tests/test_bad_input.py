@@ -249,6 +249,29 @@ def test_two_ranks_survive_every_mistake(tiny_policy: Path, tmp_path: Path) -> N
     assert before == {index: contents(tmp_path / str(index)) for index in range(len(made))}
 
 
+ONE_CANNOT_READ = """
+import sys
+import torch.distributed, train_dpo
+from dpo.errors import UserError
+from dpo.model import load
+def read(*_, **__):
+    if torch.distributed.get_rank() == 0:
+        raise UserError("model.policy here: a file is torn; copy it again")
+    torch.distributed.barrier()
+load.load_model = read
+sys.exit(train_dpo.main(sys.argv[1:]))
+"""
+
+
+def test_weights_that_rank_0_alone_cannot_read_under_zero_3_end_the_job(tiny_policy: Path, tmp_path: Path) -> None:
+    """The others wait for it in a collective of the device, where no error reaches them."""
+    (tmp_path / "one.py").write_text(ONE_CANNOT_READ)
+    argv = [*usual(tmp_path, tiny_policy), "--config", str(ROOT / "ds_configs/zero3.json")]
+    done = ranks.run([str(tmp_path / "one.py"), *argv], ranks=2, timeout=60)
+    assert done.codes[0] == 1 and done.codes[1] != 0
+    assert "train_dpo.py: model.policy here: a file is torn; copy it again\n" in done.output
+
+
 def test_a_run_that_would_work_does_work(
     tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def test_the_ladder_halves_down_to_the_longest_pair_then_recomputes_then_refuses
 
 
 SHAPE = Shape(parameters=10**6, body=10**6, layers=2, hidden=8, vocabulary=100, attention_width=16, activations=1000,
-              block_input=100, keys_and_values=100)  # fmt: skip
+              block_input=100, shared_activations=1100, keys_and_values=100)  # fmt: skip
 RESERVED = 2 * 10 * 100 * 4 + 100 * 8 * 4  # a tile of 10 rows twice, the head's gradient
 
 
@@ -79,8 +80,8 @@ def test_the_first_budget_follows_free_memory_within_bounds():
 
 def test_the_keys_and_values_of_shared_prompts_come_out_of_the_first_budget():
     room = 10_000_000 + RESERVED + 2 * 10**6
-    assert first(room, layout="shared") == 6144  # 1000 + 2 * 100 bytes a token
-    assert first(room, layout="shared", recomputed=True) == 11264  # 100 + (1000 + 2 * 100) / 2
+    assert first(room, layout="shared") == 6144  # 1100 + 100 bytes a token
+    assert first(room, layout="shared", recomputed=True) == 11264  # 100 + (1100 + 100) / 2
 
 
 def lacking_above(monkeypatch, tokens, recomputed_tokens):
@@ -171,7 +172,7 @@ def test_auto_starts_from_the_memory_of_the_rank_with_the_least_and_tries_nothin
     monkeypatch.setattr(dpo.budget, "_free_memory", lambda device: 150_000_000)
     monkeypatch.setattr(dpo.budget, "gather", gathered)
     config = tmp_path / "zero.json"
-    config.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    config.write_text(json.dumps({"zero_optimization": {"stage": stage, "reduce_bucket_size": 1000}}))
     flags = ["--config", str(config), "--log.samples", "0", "--train.tokens_per_micro_batch", "auto"]
     assert train_dpo.main(arguments(tmp_path, tiny_policy, *flags)) == 0
     assert len(suggested) == 1 and suggested[0] > 2048
@@ -193,7 +194,8 @@ def test_what_one_rank_lacks_is_lacking_on_all(tiny_policy, tmp_path, monkeypatc
 def test_the_trial_holds_beside_it_what_the_first_step_adds(
     config, bytes_a_parameter, tiny_policy, tmp_path, monkeypatch
 ):
-    """AdamW's two states and the gradients in fp32 do not exist before it."""
+    """AdamW's two states, the gradients in fp32 and the bucket that is reduced do not exist before it."""
+    bucket = json.loads(Path(f"ds_configs/{config}.json").read_text())["zero_optimization"]["reduce_bucket_size"]
     lacking_above(monkeypatch, 10**9, 10**9)
     empty, attempt, kept = torch.empty, dpo.budget.attempt, []
 
@@ -205,7 +207,7 @@ def test_the_trial_holds_beside_it_what_the_first_step_adds(
 
     def watched(setup, policy, reference, layout):
         parameters = sum(p.numel() for p in policy.scorer.parameters())
-        assert kept[-1]().numel() == bytes_a_parameter * parameters
+        assert kept[-1]().numel() == bytes_a_parameter * parameters + 4 * bucket
         attempt(setup, policy, reference, layout)
 
     monkeypatch.setattr(torch, "empty", made)

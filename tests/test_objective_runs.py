@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from dpo.commandline import parse
 from dpo.errors import UserError
 from dpo.runtime import distributed
 from dpo.runtime.tracking import read_lines
+from dpo.start import rounds_apart
 from tests import tiny
 from tests.invariants import run_losses
 
@@ -155,3 +157,25 @@ def test_a_policy_that_is_not_its_reference_is_stopped_under_every_kind_of_loss(
         run_losses.run(
             {"loss": MOVED[case], "layout": "shared", "micro_batches": 3}, distributed.start(), pairs
         )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "of_reference", "device", "compiled", "cached", "apart"),
+    [
+        (torch.bfloat16, torch.bfloat16, "cuda", False, False, False),
+        (torch.bfloat16, torch.float16, "cuda", False, False, True),
+        (torch.bfloat16, torch.bfloat16, "cuda", True, False, True),
+        (torch.float16, torch.float16, "cuda", False, True, True),
+        (torch.float32, torch.float32, "cuda", True, True, False),
+        (torch.bfloat16, torch.bfloat16, "cpu", True, True, False),
+    ],
+)
+def test_equal_models_may_round_apart_in_other_dtypes_batches_or_kernels(
+    dtype, of_reference, device, compiled, cached, apart
+):
+    setup: Any = SimpleNamespace(
+        dtype=dtype, config=SimpleNamespace(model=SimpleNamespace(compile=compiled)),
+        world=SimpleNamespace(device=torch.device(device)),
+    )  # fmt: skip
+    reference: Any = SimpleNamespace(dtype=of_reference, scorer=None if cached else object())
+    assert rounds_apart(setup, reference) is apart

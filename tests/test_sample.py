@@ -15,7 +15,8 @@ from dpo.model.forward import Scorer
 from dpo.model.head import logps_of_logits
 from dpo.runtime.files import read_records
 from dpo.sample import Decoding, answer_logps, answers_to, write_samples
-from tests import tiny
+from tests import ranks, tiny
+from tests.test_stages import arguments
 
 CPU = torch.device("cpu")
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
@@ -95,3 +96,34 @@ def test_samples_with_any_text_are_one_line_each_and_can_be_read_again(tmp_path:
     write_samples(tmp_path, 4, [row])  # after a resume
     assert read_records(tmp_path / "samples.jsonl") == ([{"step": step} | row for step in (2, 2, 4)], False)
     assert all(json.loads(line) for line in (tmp_path / "samples.jsonl").read_bytes().splitlines())
+
+
+OTHER_ANSWERS = """
+import sys
+import torch.distributed as dist
+import dpo.finish, dpo.policy, train_dpo
+from dataclasses import replace
+from tests.invariants.jobs import without_drawings
+without_drawings()
+answers_to, answer_logps = dpo.finish.answers_to, dpo.finish.answer_logps
+def own(*inputs):
+    return [replace(a, ids=a.ids[: 1 + dist.get_rank()]) for a in answers_to(*inputs)]
+def scored(score, after, before, *more):
+    sizes = [len(answer.ids) for answer in [*after, *before]]
+    print(f"rank {dist.get_rank()} scores {sizes}", flush=True)
+    return answer_logps(score, after, before, *more)
+dpo.finish.answers_to = dpo.policy.answers_to = own
+dpo.finish.answer_logps = scored
+sys.exit(train_dpo.main(sys.argv[1:]))
+"""
+
+
+def test_all_ranks_score_the_answers_of_rank_0(tiny_policy, tmp_path):
+    """Of two equal logits another GPU may take the other, and under ZeRO-3 all ranks score together."""
+    (tmp_path / "other.py").write_text(OTHER_ANSWERS)
+    argv = arguments(tmp_path, tiny_policy, "--log.samples", "3", "--train.max_steps", "1")
+    done = ranks.run([str(tmp_path / "other.py"), *argv], ranks=2)
+    assert done.codes == [0, 0], done.output
+    assert {line for line in done.output.splitlines() if " scores " in line} == {
+        f"rank {rank} scores {[1] * 6}" for rank in (0, 1)
+    }

@@ -9,7 +9,7 @@ be expressed in segments, the next simpler path is tried:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -75,6 +75,7 @@ def settle(
     longest: int,
     device: torch.device,
     wanted_attention: str = "auto",
+    agree: Callable[[str | None], str | None] = lambda complaint: complaint,
 ) -> tuple[Layout, list[str]]:
     """Choose layout, attention and head for a model and leave the scorer set to them.
 
@@ -85,6 +86,8 @@ def settle(
         longest: Longest sequence in tokens that the run will see.
         device: Of the model.
         wanted_attention: model.attention.
+        agree: One rank's complaint -> that of any rank, so that all go the same way: under ZeRO-3 a forward pass of one
+            rank waits for the others.
     Returns:
         The layout to use, and a line for the log for every path given up.
     Raises:
@@ -98,8 +101,9 @@ def settle(
         complaint = None
         if path != "padded":
             complaint = _window_complaint(scorer, backend, longest)
-            complaint = complaint or attention.self_test(backend, scorer.head.weight.dtype, device)
-        complaint = complaint or _complaint(scorer, path, own_head, backend, pairs, truth)  # type: ignore[arg-type]
+            complaint = agree(complaint or attention.self_test(backend, scorer.head.weight.dtype, device))
+        if complaint is None:
+            complaint = agree(_complaint(scorer, path, own_head, backend, pairs, truth))  # type: ignore[arg-type]
         if complaint is None:
             return path, notes  # type: ignore[return-value]
         by = f" by {backend}" if len(backends) > 1 and path != "padded" else ""

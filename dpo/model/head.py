@@ -74,21 +74,38 @@ class _TileLogps(torch.autograd.Function):
         return (of_target - peak - total.log()).squeeze(1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, exps, total = ctx.saved_tensors
         dz = exps.mul_(-grad[:, None] / total)  # in place: a graph is used once, and a second time autograd refuses
         dz.scatter_add_(1, targets[:, None], grad[:, None])
-        rows, output = widened(hidden, weight)
-        dz = dz.to(rows.dtype)
-        wants_hidden, wants_weight, wants_bias, _ = ctx.needs_input_grad
-        d_hidden = (dz @ output).to(hidden.dtype) if wants_hidden else None
-        del output  # a copy as large as the gradient that follows
-        return (
-            d_hidden,
-            (dz.T @ rows).to(weight.dtype) if wants_weight else None,
-            dz.sum(dim=0).to(weight.dtype) if wants_bias else None,
-            None,
-        )
+        return *_gradients(dz, hidden, weight, ctx.needs_input_grad), None
+
+
+def _gradients(dz: Tensor, hidden: Tensor, weight: Tensor, wants: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """Of hidden states, weight and bias, from that of their logits (n, V)."""
+    rows, output = widened(hidden, weight)
+    dz = dz.to(rows.dtype)
+    d_hidden = (dz @ output).to(hidden.dtype) if wants[0] else None
+    del output  # a copy as large as the gradient that follows
+    return (
+        d_hidden,
+        (dz.T @ rows).to(weight.dtype) if wants[1] else None,
+        dz.sum(dim=0).to(weight.dtype) if wants[2] else None,
+    )
+
+
+class Logits(torch.autograd.Function):
+    """`logits_of`, for what is done with a tile beside its targets' log-probs."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return logits_of(hidden, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight = ctx.saved_tensors
+        return _gradients(grad, hidden, weight, ctx.needs_input_grad)
 
 
 def logps_of_logits(logits: Tensor, targets: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ class Shape:
         attention_width: Query heads x head size, summed over layers.
         activations: Bytes a token that a forward pass of the body keeps for backward; None where it cannot be told.
         block_input: Bytes a token of the blocks' inputs, which is what is kept when activations are recomputed.
-        keys_and_values: Bytes a token of all blocks' keys and values, which a row with shared prompts gathers anew.
+        shared_activations: The same where attention copies keys and values together, as it does for shared prompts.
+        keys_and_values: Bytes a token of the keys and values of all blocks, which each prompt has there once more.
     """
 
     parameters: int
@@ -47,17 +48,22 @@ class Shape:
     attention_width: int
     activations: int | None
     block_input: int
+    shared_activations: int | None
     keys_and_values: int
 
-    def kept(self, *, recomputed: bool) -> float | None:
-        """Bytes a token that live at a time for backward; recomputed: the blocks' inputs and what one block keeps."""
-        if self.activations is None:
-            return None
-        return self.block_input + self.activations / self.layers if recomputed else self.activations
+    def kept(self, tokens: int, prompts: int, *, is_shared: bool, recomputed: bool) -> float | None:
+        """Bytes that live at a time for backward.
 
-    def gathered(self, *, recomputed: bool) -> float:
-        """Bytes that a key and value of a shared row take beside them, in all blocks or, recomputed, in one."""
-        return self.keys_and_values / self.layers if recomputed else self.keys_and_values
+        Args:
+            tokens, prompts: Tokens of a row, and how many of them are prompts'.
+            is_shared: Whether chosen and rejected completions share their prompts.
+            recomputed: Whether only the blocks' inputs are kept, and at a time what one block keeps.
+        """
+        of_token = self.shared_activations if is_shared else self.activations
+        if of_token is None:
+            return None
+        kept = of_token * tokens + (self.keys_and_values * prompts if is_shared else 0)
+        return self.block_input * tokens + kept / self.layers if recomputed else kept
 
 
 class _Fused(torch.autograd.Function):
@@ -71,8 +77,20 @@ class _Fused(torch.autograd.Function):
         return output
 
 
-def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-    return _Fused.apply(query, key, value), None
+@dataclass
+class _Attention:
+    """Stands for a kernel; `copies` keys and values first, as a gather does, and counts their bytes."""
+
+    copies: bool
+    bytes: int = 0
+
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, None]:
+        self.bytes += key.nbytes + value.nbytes
+        if self.copies:
+            key, value = key.clone(), value.clone()
+        return _Fused.apply(query, key, value), None
 
 
 def _kept_bytes(model: Any, num_tokens: int) -> int:
@@ -94,14 +112,17 @@ def _kept_bytes(model: Any, num_tokens: int) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def _activations(model: Any) -> int | None:
-    AttentionInterface.register(ATTENTION, _attend)
+def _activations(model: Any, *, copies: bool) -> tuple[int | None, int]:
+    """Bytes a token that are kept, None where they cannot be told, and those of keys and values."""
+    attention = _Attention(copies)
+    AttentionInterface.register(ATTENTION, attention)
     try:
         model.set_attn_implementation(ATTENTION)
         # The difference of two lengths: weights and other constants fall out.
-        return (_kept_bytes(model, 2 * PROBE_TOKENS) - _kept_bytes(model, PROBE_TOKENS)) // PROBE_TOKENS
+        kept = (_kept_bytes(model, 2 * PROBE_TOKENS) - _kept_bytes(model, PROBE_TOKENS)) // PROBE_TOKENS
     except Exception:  # any architecture's own code runs here, and only an estimate is lost
-        return None
+        return None, 0
+    return kept, attention.bytes // (3 * PROBE_TOKENS)
 
 
 def adapter_parameters(config: Any, lora: LoraConfig, *, trust_remote_code: bool = False) -> int:
@@ -154,7 +175,7 @@ def shape_of(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False
     vocabulary, hidden = head.weight.shape
     heads = getattr(text, "num_attention_heads", 0)  # a state-space model has none
     head_size = getattr(text, "head_dim", None) or hidden // max(1, heads)
-    key_heads = getattr(text, "num_key_value_heads", None) or heads
+    activations, keys_and_values = _activations(model, copies=False)
     return Shape(
         parameters=sum(p.numel() for p in model.parameters()),
         body=sum(body),
@@ -162,7 +183,8 @@ def shape_of(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False
         hidden=hidden,
         vocabulary=vocabulary,
         attention_width=text.num_hidden_layers * heads * head_size,
-        activations=_activations(model),
+        activations=activations,
         block_input=text.num_hidden_layers * hidden * dtype.itemsize,
-        keys_and_values=2 * text.num_hidden_layers * key_heads * head_size * dtype.itemsize,
+        shared_activations=_activations(model, copies=True)[0],
+        keys_and_values=keys_and_values,
     )

@@ -10,22 +10,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from dpo.model.products import widened
+from dpo.model.head import Logits, logits_of
 from dpo.types import FrozenTokens
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(n, V) in fp32, or fp64 for fp64 weights."""
-    logits = linear(*widened(hidden, weight, bias))
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
 def _tile_kls(hidden: Tensor, weight: Tensor, bias: Tensor | None, frozen: FrozenTokens) -> Tensor:
-    policy = _logits(hidden, weight, bias).log_softmax(dim=1)  # (n, V)
-    reference = _logits(frozen.hidden, frozen.weight, frozen.bias).log_softmax(dim=1)
+    policy = Logits.apply(hidden, weight, bias).log_softmax(dim=1)  # (n, V)
+    reference = logits_of(frozen.hidden, frozen.weight, frozen.bias).log_softmax(dim=1)
     return (reference.exp() * (reference - policy)).sum(dim=1)
 
 
@@ -45,7 +38,7 @@ def token_kls(hidden: Tensor, weight: Tensor, bias: Tensor | None, frozen: Froze
         for h, f in zip(hidden.split(chunk_rows), frozen.hidden.split(chunk_rows), strict=True)
         if len(h)
     ]
-    return torch.cat(tiles) if tiles else _logits(hidden, weight[:1], None).squeeze(1)
+    return torch.cat(tiles) if tiles else Logits.apply(hidden, weight[:1], None).squeeze(1)
 
 
 class Certainty(nn.Module):
@@ -74,6 +67,6 @@ class Certainty(nn.Module):
         """
         tiles = []
         for h in hidden.split(self.chunk_rows):
-            logits = _logits(h, self.weight, self.bias)  # (n, V)
+            logits = logits_of(h, self.weight, self.bias)  # (n, V)
             tiles.append((2 * logits).logsumexp(dim=1) - 2 * logits.logsumexp(dim=1))
         return torch.cat(tiles)

@@ -1,4 +1,4 @@
-"""A rank that is killed, or frozen, ends the whole job under either launcher, and takes no checkpoint with it."""
+"""A rank that is killed (torchrun) or frozen (deepspeed) ends the whole job, and takes no checkpoint with it."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import torch
 from dpo.data.batch import collate
 from dpo.data.planner import Layout
 from dpo.errors import UserError
+from dpo.model import products
 from dpo.model.check import settle, use_layout
 from dpo.model.forward import Scorer, own_logits_logps, pair_logps
 from dpo.model.head import token_logps
@@ -217,6 +218,42 @@ def test_the_models_own_head_is_used_where_it_does_more_than_a_product(family, o
     if own_head:
         scorer(collate(tiny.pairs(3), "padded")).sum().backward()
         assert scorer.head.weight.grad.abs().max() > 0
+
+
+def test_logits_that_the_model_rounds_are_no_reason_to_give_the_fast_head_up(monkeypatch):
+    """Logits of GPT-2 lie around -100, where bf16 has steps of a half; nothing of it is in the probabilities."""
+    monkeypatch.setattr(products, "fp32_is_faster", lambda: True)  # the fast head has fp32 sums, as on a GPU
+    model = tiny.model("gpt2", torch.bfloat16)
+    output = model.get_output_embeddings()
+    output.weight = torch.nn.Parameter(output.weight.detach().clone())
+    with torch.no_grad():
+        model.transformer.ln_f.bias[0] += 10
+        output.weight[:, 0] = -10
+    pairs = tiny.pairs(3)[1:]
+    own = model(input_ids=torch.from_numpy(pairs[0].prompt_ids.astype("int64"))[None]).logits
+    assert own.dtype == torch.bfloat16 and -200 < own.max() < -64
+    assert settle(Scorer(model), "shared", pairs, 100, CPU) == ("shared", [])
+
+
+@pytest.mark.parametrize("family", ["gemma2", "cohere"])
+def test_a_head_that_does_more_than_a_product_is_seen_in_16_bits_too(family, monkeypatch):
+    monkeypatch.setattr(products, "fp32_is_faster", lambda: True)
+    scorer = Scorer(tiny.model(family, torch.bfloat16))
+    settle(scorer, "shared", tiny.pairs(3)[1:], 100, CPU)
+    assert scorer.own_head
+
+
+def test_what_one_rank_complains_of_no_rank_uses():
+    asked = []
+
+    def agree(complaint):
+        asked.append(complaint)
+        return "the other rank has no such kernel" if len(asked) == 1 else complaint
+
+    scorer = Scorer(tiny.model("llama"))
+    layout, notes = settle(scorer, "shared", tiny.pairs(3)[1:], 100, CPU, agree=agree)
+    assert layout == "padded" and notes == ["layout shared is not used: the other rank has no such kernel"]
+    assert asked == [None, None]  # of the kernel, and of the next path
 
 
 def test_a_model_that_no_path_scores_faithfully_is_refused(monkeypatch):

@@ -3,13 +3,11 @@
 What the host would have to wait for cannot be computed and is an error; so is a mixture of devices. Every allocation is
 counted, at sizes that no CPU holds. Started by tests/pretended/test_gpu.py, in a process of its own:
 
-    python tests/pretended/micro_batches.py DEVICE.so OUT.json
+    python -m tests.pretended.gpu tests/pretended/micro_batches.py OUT.json
 """
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
 import json
 import sys
 from dataclasses import dataclass, field
@@ -17,35 +15,30 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-LIBRARIES = Path(str(importlib.util.find_spec("torch").origin)).parent / "lib"  # type: ignore[union-attr]
-ctypes.CDLL(str(LIBRARIES / "libtorch_global_deps.so"), mode=ctypes.RTLD_GLOBAL)
-ctypes.CDLL(sys.argv[1])
+import numpy as np
+import torch
+import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
-from torch.distributed._tools.mem_tracker import MemTracker  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
-
-from dpo.config import LoraConfig, LossConfig  # noqa: E402
-from dpo.data.batch import collate  # noqa: E402
-from dpo.data.planner import Layout  # noqa: E402
-from dpo.estimate import GIB  # noqa: E402
-from dpo.forecast import batch_parts  # noqa: E402
-from dpo.model import adapters, load  # noqa: E402
-from dpo.model.check import use_layout  # noqa: E402
-from dpo.model.forward import Scorer  # noqa: E402
-from dpo.model.reference import nothing, online, online_with_tokens  # noqa: E402
-from dpo.model.shape import shape_of  # noqa: E402
-from dpo.nonfinite import spoil  # noqa: E402
-from dpo.objective.catalog import LOSSES  # noqa: E402
-from dpo.objective.metrics import sums  # noqa: E402
-from dpo.objective.objective import Objective  # noqa: E402
-from dpo.policy import Policy  # noqa: E402
-from dpo.step import losses_of  # noqa: E402
-from dpo.types import Context, TokenizedPair  # noqa: E402
+from dpo.config import LoraConfig, LossConfig
+from dpo.data.batch import collate
+from dpo.data.planner import Layout
+from dpo.estimate import GIB
+from dpo.forecast import batch_parts
+from dpo.model import adapters, load
+from dpo.model.check import use_layout
+from dpo.model.forward import Scorer
+from dpo.model.reference import nothing, online, online_with_tokens
+from dpo.model.shape import shape_of
+from dpo.nonfinite import spoil
+from dpo.objective.catalog import LOSSES
+from dpo.objective.metrics import sums
+from dpo.objective.objective import Objective
+from dpo.policy import Policy
+from dpo.step import losses_of
+from dpo.types import Context, TokenizedPair
 
 GPU = torch.device("cuda", 0)
 SIZES: dict[str, dict[str, Any]] = {
@@ -55,7 +48,7 @@ SIZES: dict[str, dict[str, Any]] = {
         num_key_value_heads=8, head_dim=64,
     ),
 }  # fmt: skip
-CONFIGS = {"gpt2": transformers.GPT2Config, "llama": transformers.LlamaConfig}
+SIZES["llama_mha"] = SIZES["llama"] | {"num_key_value_heads": 32, "vocab_size": 32000}
 
 
 @dataclass(frozen=True)
@@ -83,12 +76,13 @@ class Case:
     tokens: int = 1000
 
 
+VOCABULARIES = {-(-size["vocab_size"] // multiple) * multiple for size in SIZES.values() for multiple in (1, 64)}
 NEEDED: dict[str, Any] = {"exo_pair": {"label_smoothing": 0.1}}
 WAITS = {
     f"{family}-{layout}-{attention}{'-in_forward' * early}": Case(
         family, layout=layout, attention=attention, in_forward=early
     )
-    for family in SIZES
+    for family in ("gpt2", "llama")
     for layout, attention in (("shared", "varlen"), ("packed", "varlen"), ("shared", "sdpa"), ("padded", "sdpa"))
     for early in (False, True)
 } | {
@@ -117,17 +111,22 @@ MEMORY = {
 }
 
 
-class Copies(TorchDispatchMode):
-    """Refuses copies between host and device that the host would wait for."""
+class Strict(TorchDispatchMode):
+    """Refuses copies that the host would wait for, and logits that a product has rounded to 16 bits.
+
+    A number may go to the device.
+    """
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        result = function(*args, **kwargs)
-        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
-        devices = {x.device.type for x in tensors if x.dim() > 0}
-        waits = not (kwargs.get("non_blocking") or (len(args) > 2 and args[2] is True))
-        if "copy" in function.name() and len(devices) > 1 and waits:
-            raise AssertionError(f"{function.name()} between {' and '.join(sorted(devices))}")
+        name, result = function.name(), function(*args, **kwargs)
+        if name in ("aten::_to_copy", "aten::copy_"):
+            source, target = (args[1], args[0]) if name == "aten::copy_" else (args[0], result)
+            waits = not (kwargs.get("non_blocking") or (len(args) > 2 and args[2] is True))
+            if waits and source.device != target.device and not (source.device.type == "cpu" and source.dim() == 0):
+                raise AssertionError(f"{name} from {source.device.type} to {target.device.type}")
+        if name in ("aten::mm", "aten::addmm") and result.shape[1] in VOCABULARIES and result.dtype.itemsize == 2:
+            raise AssertionError(f"{name}: logits in 16 bits")
         return result
 
 
@@ -143,7 +142,7 @@ def pairs_of(tokens: int) -> list[TokenizedPair]:
 
 def scorer_of(case: Case, recompute: bool = False) -> Scorer:
     """A model as a run on a GPU loads it."""
-    config = CONFIGS[case.family](**SIZES[case.family])
+    config = transformers.AutoConfig.for_model(case.family.split("_")[0], **SIZES[case.family])
     config.num_hidden_layers = case.layers or config.num_hidden_layers
     with GPU:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=case.dtype).eval()
@@ -164,7 +163,10 @@ def scorer_of(case: Case, recompute: bool = False) -> Scorer:
 
 
 def compute(case: Case, tracker: MemTracker | None = None) -> Scorer:
-    """Forward and backward pass of a micro-batch, as `dpo.step.take_step` makes them; the policy with its gradients."""
+    """Forward and backward pass of a micro-batch; the policy with its gradients.
+
+    What `dpo.step.take_step` does for each of them, without DeepSpeed.
+    """
     loss = Objective(LossConfig(**case.loss))
     batch = collate(pairs_of(case.tokens), case.layout)
     scorer = scorer_of(case, case.recompute)
@@ -178,7 +180,7 @@ def compute(case: Case, tracker: MemTracker | None = None) -> Scorer:
     totals = torch.zeros(11, dtype=torch.float64, device=GPU)
     on_device = batch.to(GPU)
     context = Context(30.0, {"odpo": on_device.margins[:, None]} if "odpo" in loss.config.names else {})
-    with Copies() if tracker is None else tracker:
+    with Strict() if tracker is None else tracker:
         totals[8] += batch.input_ids.numel()
         on_device = batch.to(GPU)
         total, output, logps = losses_of(policy, on_device, reference(on_device), loss, context)
@@ -199,6 +201,16 @@ def outcome(case: Case) -> str:
         return f"{type(error).__name__}: {error}"
 
 
+class _CopiesInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.cpu().to(GPU, non_blocking=True)
+
+
 def mistakes() -> dict[str, str]:
     """What `outcome` must notice, and how it does."""
     pageable = torch.ones(3)
@@ -207,13 +219,16 @@ def mistakes() -> dict[str, str]:
         "item": lambda x: x.sum().item(),
         "mask": lambda x: x[x > 0],
         "copy": lambda x: x.cpu(),
+        "number": lambda x: x.sum().to("cpu"),
+        "rounded": lambda x: x.to(torch.bfloat16)[:, None] @ torch.ones(1, 50257, dtype=torch.bfloat16, device=GPU),
+        "backward": lambda x: _CopiesInBackward.apply(x.requires_grad_()).sum().backward(),
         "upload": lambda x: pageable.to(GPU) + x,
         "mixed": lambda x: x + pageable,
     }.items():
         try:
             with FakeTensorMode(allow_non_fake_inputs=True):
                 given = torch.ones(3, device=GPU)
-                with Copies():
+                with Strict():
                     mistake(given)
             found[name] = ""
         except Exception as error:
@@ -234,14 +249,12 @@ def memory(case: Case) -> dict[str, float]:
         largest=len(batch.input_ids), largest_completions=len(batch.target_ids),
         largest_prompts=sum(len(pair.prompt_ids) for pair in pairs),
     )  # fmt: skip
-    parts = batch_parts(shape, sizes, case.layout, case.dtype.itemsize)
-    head = shape.vocabulary * shape.hidden
+    parts = batch_parts(shape, sizes, case.layout, case.dtype.itemsize, case.in_forward, head_learns=True)
     unused = "activations, kept" if case.recompute else "activations, recomputed"
     return {
-        "peak": peak / GIB - shape.parameters * case.dtype.itemsize / GIB,
+        "peak": (peak - shape.parameters * case.dtype.itemsize) / GIB,
         "planned": sum(size or 0.0 for name, size in parts.items() if name != unused),
         "gradients": shape.parameters * case.dtype.itemsize / GIB,
-        "gradient of the head": head * (4 if case.in_forward else 2 * case.dtype.itemsize) / GIB,
     }
 
 
@@ -251,4 +264,4 @@ if __name__ == "__main__":
         "mistakes": mistakes(),
         "memory": {name: memory(case) for name, case in MEMORY.items()},
     }
-    Path(sys.argv[2]).write_text(json.dumps(seen))
+    Path(sys.argv[1]).write_text(json.dumps(seen))

@@ -131,7 +131,7 @@ def test_a_rank_that_is_stopped_ends_the_job_and_one_that_was_busy_before_did_no
 
 
 def test_a_rank_that_is_stuck_ends_the_job_and_one_that_was_busy_before_did_not(tmp_path):
-    done = ranks.run(["tests/runtime/heartbeat_rank.py", str(tmp_path), "2", "stuck", "1"], ranks=2)
+    done = ranks.run(["tests/runtime/heartbeat_rank.py", str(tmp_path), "2", "stuck", "1"], ranks=2, timeout=30)
     assert all(done.codes)
     named = "no rank gets on; furthest behind: rank 1 on {host} (process {pid}, last known in step 3,"
     check_end(tmp_path, named, done.output)
