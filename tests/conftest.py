@@ -21,11 +21,12 @@ inspect.getsource = lambda found: (_known_source if inspect.isclass(found) or in
 
 
 HEAVY = [
-    "invariants/test_resume.py", "slurm/test_slurm.py", "invariants/test_scheduling.py", "test_quickstart.py",
-    "invariants/test_objectives.py", "invariants/test_dead_rank.py", "test_real_data.py", "invariants/test_elastic.py",
-    "invariants/test_variants.py", "test_adapters.py", "test_plan.py", "model/test_half_precision.py",
-    "test_benchmarks.py", "parity/test_trl_objectives.py", "parity/test_trl.py", "test_bad_input.py", "test_readme.py",
-    "test_mutations.py", "test_notebook.py", "test_docs_commands.py", "test_eight_bit.py",
+    "test_quickstart.py", "test_real_data.py", "slurm/test_slurm.py", "invariants/test_resume.py",
+    "invariants/test_scheduling.py", "invariants/test_objectives.py", "invariants/test_dead_rank.py",
+    "parity/test_trl.py", "test_benchmarks.py", "invariants/test_variants.py", "test_readme.py",
+    "pretended/test_gpu.py", "runtime/test_heartbeat.py", "invariants/test_elastic.py", "test_bad_input.py",
+    "test_notebook.py", "model/test_half_precision.py", "test_mutations.py", "test_disk_full.py", "test_frontier.py",
+    "test_adapters.py", "test_plan.py", "parity/test_trl_objectives.py", "test_docs_commands.py", "test_eight_bit.py",
 ]  # fmt: skip
 """First, so that no worker is left with a long file when the other has nothing to do."""
 

@@ -1,4 +1,4 @@
-"""A rank that is killed (torchrun) or frozen (deepspeed) ends the whole job, and takes no checkpoint with it."""
+"""A rank that is killed, or frozen, ends the whole job under either launcher, and takes no checkpoint with it."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def until(condition: Callable[[], bool], seconds: float) -> None:
 
 @pytest.mark.parametrize(
     ("number", "launcher"),
-    [(signal.SIGKILL, "torchrun"), (signal.SIGSTOP, "deepspeed")],
-    ids=["killed, torchrun", "stopped, deepspeed"],
+    [(signal.SIGKILL, "deepspeed"), (signal.SIGKILL, "torchrun"), (signal.SIGSTOP, "deepspeed")],
+    ids=["killed, deepspeed", "killed, torchrun", "stopped, deepspeed"],
 )
 def test_a_rank_that_is_killed_or_stopped_ends_the_job_by_name_and_leaves_no_process(
     launcher, number, tiny_policy, tmp_path
