@@ -72,6 +72,8 @@ ABLATIONS = {
     ],
 }  # fmt: skip
 """Device -> the default, then the same with one part changed."""
+MICRO_BATCHES = {"cpu": [1, 2, 4, 8], "cuda": [1, 2, 4, 8, 16, 32, 64]}
+"""Device -> pairs a forward pass in TRL's sweep."""
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -86,7 +88,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--minutes", type=float, default=float("inf"), help="start no process that would end later than this")
     add("--warmup", type=int, help="optimizer steps before the clock starts, at least 1")
     add("--steps", type=int, help="optimizer steps under the clock")
-    add("--micro_batches", type=int, nargs="+", default=[1, 2, 4, 8], help="pairs a forward pass in TRL's sweep")
+    add("--micro_batches", type=int, nargs="+", help="pairs a forward pass in TRL's sweep; default: by device")
     add("--sweep_steps", type=int, help="optimizer steps per combination of the sweep")
     add("--lr", type=float, help="large enough for losses to leave ln 2 within the timed steps")
     add("--docs", type=Path, help="write the tables between the markers of this file")
@@ -166,7 +168,8 @@ def measure(
     systems = [s for s in args.systems if s not in missing]
     tried: list[dict[str, Any]] = []
     if "trl_tuned" in systems:
-        micro_batches = [m for m in args.micro_batches if size.pairs % m == 0]
+        tried = args.micro_batches or MICRO_BATCHES[work.job.device]
+        micro_batches = [m for m in tried if size.pairs % m == 0]
         job = replace(work.job, options={"micro_batches": micro_batches, "sweep_steps": size.sweep_steps})
         tried = run_process("trl_side", job, folder / "sweep", args.threads)["tried"]
         print(report.sweep_table(tried), flush=True)

@@ -26,7 +26,7 @@ def load_weights(
         engine_config: Under stage 3 the weights arrive sharded.
         policy: Whether it is the policy, whose frozen weights may be wanted in 4 bits.
     Raises:
-        UserError: If it cannot be loaded, or reads fewer tokens than the tokenizer has.
+        UserError: If it cannot be loaded.
     """
     model = setup.config.model
     sharded = deepspeed_engine.zero_stage(engine_config) == 3
@@ -49,8 +49,6 @@ def load_weights(
             raise
 
     loaded = together(read)
-    if len(setup.tokenizer) > loaded.get_input_embeddings().num_embeddings:
-        raise UserError("the tokenizer has more tokens than the policy; use the policy's own tokenizer")
     if setup.world.device.type == "cpu":
         products.widen(loaded)  # and no adapter: policy and reference get theirs at different times
     if adapters.is_adapter(path):

@@ -13,6 +13,7 @@ from dpo.errors import UserError
 from dpo.model import adapters, load
 from dpo.model.forward import Scorer
 from dpo.model.sequence import heads_complaint
+from dpo.run_data import Pairs
 from dpo.runtime import engine as deepspeed_engine
 
 
@@ -197,3 +198,18 @@ def check_distributions(config: Config, scorers: Sequence[Scorer]) -> None:
             f"loss.name tdpo compares whole next-token distributions: reference.path {config.reference.path} has"
             f" {vocabularies[1]} tokens, the policy {vocabularies[0]}; use a reference with the policy's tokens"
         )
+
+
+def check_ids(tokenizer: Any, vocabulary: int, *sets: Pairs | None) -> None:
+    """Refuse data with tokens that the policy has no embedding for, where the tokenizer has such.
+
+    Raises:
+        UserError: Naming one.
+    """
+    if len(tokenizer) <= vocabulary:
+        return
+    for pairs in [each for each in sets if each is not None]:
+        ids = (x for i in range(len(pairs)) for x in (pairs[i].prompt_ids, pairs[i].chosen_ids, pairs[i].rejected_ids))
+        if (highest := max(int(x.max()) for x in ids)) >= vocabulary:
+            token = tokenizer.convert_ids_to_tokens(highest)
+            raise UserError(f"the data has the token {token!r}, and the policy has no embedding for it; leave it out")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dpo.data import example
 from dpo.data.batch import collate
+from dpo.data.boundary import end_ids
 from dpo.data.planner import Layout, plan_batch
 from dpo.model.forward import Scorer, pair_logps
 from dpo.model.load import context_length, uncompiled
@@ -29,16 +30,18 @@ SCORED_TOKENS = 4096
 
 
 @contextmanager
-def _generating(scorer: Scorer) -> Iterator[None]:
-    """The model's own attention, layers that may keep a cache although checkpointing marks them as training, and no
-    compiled code."""
+def _generating(scorer: Scorer, settings: Any) -> Iterator[None]:
+    """The model's own attention, layers that may keep a cache although checkpointing marks them as training, no
+    compiled code, and none of the model's own settings, such as a penalty on repetition: it answers as it is scored."""
     training = [module for module in scorer.model.modules() if module.training]
     for module in training:
         module.training = False
+    own, scorer.model.generation_config = scorer.model.generation_config, settings
     try:
         with scorer.own_attention(), uncompiled(scorer):
             yield
     finally:
+        scorer.model.generation_config = own
         for module in training:
             module.training = True
 
@@ -98,20 +101,22 @@ def answers_to(
         max_tokens = min(max_tokens, context // 2)
         prompts = [_last_tokens(prompt, context - max_tokens, tokenizer.bos_token_id) for prompt in prompts]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    how: dict[str, Any] = {"do_sample": False}
     if decoding.temperature > 0:
         how = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
-    ends = scorer.model.generation_config.eos_token_id
-    ends = torch.as_tensor([] if ends is None else ends, device=device).reshape(-1)
+    own_ends = torch.as_tensor(scorer.model.generation_config.eos_token_id or []).reshape(-1).tolist()
+    stops = sorted({*own_ends, *end_ids(tokenizer)})
+    plain = type(scorer.model.generation_config)
+    settings = plain(max_new_tokens=max_tokens, pad_token_id=pad, eos_token_id=stops or None, **how)
+    ends = torch.tensor(stops, device=device)
     answers: list[Answer] = []
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), _generating(scorer):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), _generating(scorer, settings):
         torch.manual_seed(decoding.seed)
         for start in range(0, len(prompts), decoding.batch_size):
             chunk = prompts[start : start + decoding.batch_size]
             ids, mask = _padded_left(chunk, pad, device)
             made = scorer.model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, pad_token_id=pad,
-                synced_gpus=is_sharded(scorer), **how,
+                input_ids=ids, attention_mask=mask, synced_gpus=is_sharded(scorer)
             )[:, ids.shape[1] :]
             texts = tokenizer.batch_decode(made, skip_special_tokens=True)
             for text, prompt, row in zip(texts, chunk, made, strict=True):

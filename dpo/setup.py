@@ -14,6 +14,7 @@ import torch
 
 from dpo import roles
 from dpo.config import Config, check_world_size
+from dpo.data.boundary import end_ids
 from dpo.data.loader import Loader, with_fixed_rows
 from dpo.data.mixture import Mixture
 from dpo.data.planner import Costs, Epochs, Layout
@@ -21,7 +22,7 @@ from dpo.data.tokenize import read_chat_template
 from dpo.errors import UserError
 from dpo.estimate import costs_of
 from dpo.model import adapters, load, products
-from dpo.model.shape import shape_of
+from dpo.model.shape import shape_of, steady_length
 from dpo.objective.tokens import weigher
 from dpo.run_data import Pairs, RunData, prepare_data
 from dpo.runtime import engine as deepspeed_engine
@@ -202,6 +203,12 @@ def _longest(config: Config, model_config: Any) -> int:
         return min(1024, context or 1024)
     if context is not None and wanted > context:
         raise UserError(f"data.max_length is {wanted}, the model's context {context} tokens; use at most {context}")
+    steady = steady_length(model_config)
+    if steady is not None and wanted > steady:
+        raise UserError(
+            f"data.max_length is {wanted}: beyond {steady} tokens this model's rotary embedding follows the longest"
+            f" sequence of a batch, so that a pair's score would follow its neighbours; use at most {steady}"
+        )
     return wanted
 
 
@@ -223,7 +230,8 @@ def model_and_tokenizer(config: Config) -> tuple[Any, Any]:
     if model.chat_template is not None:
         tokenizer.chat_template = read_chat_template(model.chat_template)  # final/ takes it along
     vocabulary = model_config.get_text_config().vocab_size
-    if len(tokenizer) > vocabulary:
+    unread = [i for i in tokenizer.added_tokens_decoder if i >= vocabulary]  # as Gemma-3's token for images
+    if len(tokenizer) - len(unread) > vocabulary or set(unread) & {*end_ids(tokenizer), tokenizer.bos_token_id}:
         raise UserError(
             f"model.tokenizer has {len(tokenizer)} tokens, the policy {vocabulary}; use the policy's own tokenizer"
         )
@@ -278,13 +286,15 @@ def prepare(config: Config, world: World, deepspeed_json: str | None, *, for_els
         longest = _longest(config, model_config)
         roles.check_reference_path(config, tokenizer, longest)
         data = prepare_data(config, tokenizer, longest)
-        return Setup(
+        made = Setup(
             config=config, world=world, engine_config=engine_config, precision=precision, tokenizer=tokenizer,
             data=data, train_pairs=data.train_pairs(), validation_pairs=data.validation_pairs(),
             start_dtype=load.starting_dtype(model_config),
             notes=(*data.notes, *_precision_notes(precision, world.device)),
             costs=_costs(config, model_config, world.world_size),
         )
+        roles.check_ids(tokenizer, model_config.get_text_config().vocab_size, made.train_pairs, made.validation_pairs)
+        return made
 
     setup = together(work)
     if len(set(gather((setup.train_pairs.key, setup.precision, setup.costs)))) > 1:

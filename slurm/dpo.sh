@@ -2,7 +2,7 @@
 # Train on Slurm, on one node or many, with GPUs or without. Arguments go to train_dpo.py.
 #
 #   sbatch slurm/dpo.sh                                       one CPU node, the built-in example
-#   sbatch --gpus-per-node=8 slurm/dpo.sh --config ds_configs/zero2.json --recipe recipes/NAME.yaml
+#   sbatch --gpus-per-node=8 --cpus-per-gpu=8 --mem=0 slurm/dpo.sh --config ds_configs/zero2.json --recipe recipes/NAME.yaml
 #   sbatch --nodes=2 --gpus-per-node=8 --cpus-per-task=64 --mem=0 --time=12:00:00 slurm/dpo.sh --config ...
 #   sbatch --chdir=/path/to/dpo-suite /path/to/dpo-suite/slurm/dpo.sh --config ...     from another folder
 #
@@ -13,8 +13,8 @@
 #
 # 120 s before its time is up Slurm sends USR1: training finishes its step, writes a checkpoint and ends, and
 # the job is put back into the queue, where it goes on from there. `scancel --batch --signal=USR1 JOBID` does
-# the same at once. A plain scancel leaves a checkpoint too, if that takes less than the cluster's KillWait
-# (30 s by default), and does not put the job back.
+# the same at once. Where a checkpoint takes longer, ask for more: sbatch --signal=B:USR1@900. A plain scancel leaves a
+# checkpoint too, if that takes less than the cluster's KillWait (30 s by default), and does not put the job back.
 #
 #SBATCH --job-name=dpo
 #SBATCH --output=dpo-%j.out
@@ -86,6 +86,10 @@ if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
 fi
 # torchrun would set 1: right for GPUs' helpers, a waste of a CPU node's cores.
 threads=$((SLURM_CPUS_ON_NODE / here))
+if [ -z "$processes" ] && [ "$threads" -lt 2 ]; then
+    echo "slurm/dpo.sh: $SLURM_CPUS_ON_NODE CPUs for $here GPUs of this node make loading slow:" \
+        "submit with --cpus-per-gpu=8 --mem=0" >&2
+fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 export SLURM_EXPORT_ENV=ALL   # `sbatch --export=NONE` would leave srun's tasks without PATH
 # --gpus-per-task would leave our one task per node with one task's GPUs.
@@ -96,20 +100,48 @@ echo "slurm/dpo.sh: job $SLURM_JOB_ID, nodes $SLURM_JOB_NUM_NODES, processes on 
 # How training ended: torchrun makes every failure a 1.
 export DPO_STATUS_FILE=$repository/.dpo-status-$SLURM_JOB_ID.json
 rm -f "$DPO_STATUS_FILE"
+# torchrun gives ranks that it was told to end 30 s; how long they really have is for Slurm to say.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 # bash runs a trap only between foreground commands: srun goes to the background. On TERM (scancel,
 # time limit) Slurm signals the step as well, so all there is to do is to wait for its end.
 interrupted=
 preempted=
-trap 'interrupted=1' TERM
+over=
+trap 'interrupted=1; over=$preempted' TERM
 trap 'interrupted=1; preempted=1; scancel --signal=USR1 "$SLURM_JOB_ID.0" || true' USR1
+# Slurm's proctrack/cgroup signals the shell of a node alone, other plugins all that it has started: the shell hands USR1
+# on to what runs train_dpo.py, which takes a second one at once for an echo, and TERM where torchrun has not got it.
+hands_on_term=
+if scontrol show config 2>/dev/null | grep -q 'ProctrackType *= *proctrack/cgroup'; then hands_on_term=1; fi
+export DPO_HANDS_ON_TERM=$hands_on_term
 # torchrun would die of USR1 and leave its workers behind: it is blocked, they inherit that and lift it when they
 # listen. PET_NPROC_PER_NODE and PET_NODE_RANK are torchrun's --nproc_per_node and --node_rank.
 # shellcheck disable=SC2016  # expanded on each node
 on_each_node='
     if [ "$SLURM_NODEID" != 0 ]; then exec >>"dpo-$SLURM_JOB_ID-$SLURMD_NODENAME.log" 2>&1; fi
-    if env --block-signal=USR1 true 2>/dev/null; then set -- env --block-signal=USR1 "$@"; else trap "" USR1; fi
     export PET_NPROC_PER_NODE=${DPO_PROCESSES_PER_NODE:-$SLURM_GPUS_ON_NODE} PET_NODE_RANK=$SLURM_NODEID
-    exec "$@"'
+    if env --block-signal=USR1 true 2>/dev/null; then
+        env --block-signal=USR1 "$@" &
+    else
+        (trap "" USR1; exec "$@") &
+    fi
+    torchrun=$!
+    hand_on_usr1() {
+        local child
+        for child in $(cat /proc/"$1"/task/*/children 2>/dev/null); do
+            if grep -q train_dpo.py /proc/"$child"/cmdline 2>/dev/null; then kill -USR1 "$child" || true; fi
+            hand_on_usr1 "$child"
+        done
+    }
+    again=
+    trap "again=1; hand_on_usr1 $torchrun" USR1
+    trap "again=1; [ -z \"$DPO_HANDS_ON_TERM\" ] || kill -TERM $torchrun" TERM
+    while :; do
+        status=0
+        wait "$torchrun" || status=$?
+        [ -n "$again" ] || exit "$status"
+        again=
+    done'
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
     "${srun_options[@]}" bash -c "$on_each_node" torchrun "${launcher[@]}" \
     torchrun --nnodes="$SLURM_JOB_NUM_NODES" --master_addr="$first_node" --master_port="$port" train_dpo.py "$@" &
@@ -119,12 +151,17 @@ while :; do
     wait "$step" || status=$?
     [ -n "$interrupted" ] || break
     interrupted=
+    if [ -n "$over" ]; then   # time is up, and after KillWait (30 s) nobody is left to put the job back
+        for _ in {1..20}; do if kill -0 "$step" 2>/dev/null; then sleep 1; fi; done
+        break
+    fi
 done
 
 state=$(sed -nE 's/.*"state": "([a-z]+)".*/\1/p' "$DPO_STATUS_FILE" 2>/dev/null) || true
 rm -f "$DPO_STATUS_FILE"
-if [ -n "$preempted" ] && [ "$state" = preempted ]; then
-    echo "slurm/dpo.sh: checkpointed; job $SLURM_JOB_ID goes back into the queue"
+if [ -n "$preempted" ] && [[ "$state" = preempted || "$state" = running ]]; then
+    if [ "$state" = preempted ]; then saved=checkpointed; else saved="not checkpointed in time"; fi
+    echo "slurm/dpo.sh: $saved; job $SLURM_JOB_ID goes back into the queue"
     scontrol requeue "$SLURM_JOB_ID"
     sleep 60   # Slurm ends this script
 fi

@@ -11,7 +11,9 @@
 # srun_options+=(--container-image=/path/to/image.sqsh --container-mounts="$PWD:$PWD" --container-workdir="$PWD")
 
 # NCCL: the network between the nodes, where it does not find the right one by itself.
+# gloo too: it takes the one that the node's own name leads to, which may be 127.0.1.1.
 # export NCCL_SOCKET_IFNAME=ib0
+# export GLOO_SOCKET_IFNAME=ib0
 # export NCCL_DEBUG=WARN
 
 # Compute nodes without internet: fill the caches on a login node first, with

@@ -13,6 +13,7 @@ import yaml
 from safetensors import safe_open
 
 import train_dpo
+from dpo.model import load
 from tests import tiny
 from tests.data.tiny_tokenizers import CHATML, chat, plain_rows, tokenizer_of, written
 
@@ -172,3 +173,16 @@ def test_a_real_folder_comes_back_with_its_names_and_files(shared_data: Path, tm
     text = "Once upon a time, there was a little"
     before, after = (transformers.AutoTokenizer.from_pretrained(at)(text)["input_ids"] for at in (start, run / "final"))
     assert before == after
+
+
+def test_who_generates_from_an_exported_folder_stops_where_training_has_ended_answers(tmp_path):
+    """The settings of a base model often know its EOS alone, not what the chat template ends a turn with."""
+    tokenizer = tokenizer_of("byte")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    model = tiny.model("llama", dtype=torch.float32, vocab_size=len(tokenizer))
+    model.generation_config = transformers.GenerationConfig(eos_token_id=3, temperature=0.6, do_sample=True)
+    load.save_folder(model, model.state_dict(), torch.float32, tokenizer, tmp_path)
+    found = transformers.GenerationConfig.from_pretrained(tmp_path)
+    assert found.eos_token_id == [3, tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    assert found.temperature == 0.6 and model.generation_config.eos_token_id == 3

@@ -55,6 +55,30 @@ def test_greedy_answers_are_those_of_one_prompt_at_a_time_and_end_with_their_end
     assert [answer.text for answer in found] == [" ".join(str(i) for i in ids if i != 0) for ids in by_hand]
 
 
+def test_answers_follow_none_of_the_models_own_settings(scorer):
+    """A model of the hub may bring a penalty on repetition, and then it answers as it is not scored."""
+    plain = [answer.ids.tolist() for answer in answers_to(PROMPTS, scorer, Words(), Decoding(8), CPU)]
+    own = scorer.model.generation_config
+    scorer.model.generation_config = type(own)(repetition_penalty=1.8, no_repeat_ngram_size=1, eos_token_id=0)
+    try:
+        found = answers_to(PROMPTS, scorer, Words(), Decoding(8), CPU)
+        assert scorer.model.generation_config.repetition_penalty == 1.8
+    finally:
+        scorer.model.generation_config = own
+    assert [answer.ids.tolist() for answer in found] == plain
+    assert any(len(set(ids)) < len(ids) for ids in plain), "no answer repeats a token"
+
+
+def test_answers_stop_where_training_has_ended_them(scorer):
+    ends_at = int(answers_to(PROMPTS, scorer, Words(), Decoding(8), CPU)[0].ids[2])
+
+    class Other(Words):
+        eos_token_id = ends_at
+
+    found = answers_to(PROMPTS, scorer, Other(), Decoding(8), CPU)
+    assert found[0].ids.tolist().index(ends_at) == len(found[0].ids) - 1 <= 2
+
+
 def test_draws_depend_on_the_seed_alone(scorer):
     before = torch.get_rng_state()
     draw = lambda **how: [a.ids.tolist() for a in answers_to(PROMPTS, scorer, Words(), Decoding(8, **how), CPU)]  # noqa: E731

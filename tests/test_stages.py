@@ -176,3 +176,38 @@ def test_how_a_cpu_computes_bf16_is_said(precision, device, supported, slower, s
     monkeypatch.setattr(products, "fp32_is_faster", lambda: slower)
     notes = dpo.setup._precision_notes(precision, torch.device(device))
     assert len(notes) == (said is not None) and all(said in note for note in notes)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_lengths_at_which_a_pairs_score_would_follow_its_neighbours_are_refused(kind, tiny_policy, tmp_path, capsys):
+    """Such rotary embeddings choose their frequencies by the longest sequence of a batch."""
+    start = tmp_path / "start"
+    shutil.copytree(tiny_policy, start)
+    config = json.loads((start / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
+    config["rope_parameters"] |= {"original_max_position_embeddings": 64} | (
+        {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if kind == "longrope" else {}
+    )
+    (start / "config.json").write_text(json.dumps(config))
+    assert train_dpo.main(arguments(tmp_path, start, "--data.max_length", "65")) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "beyond 64 tokens this model's rotary embedding follows the longest sequence of a batch" in line
+
+
+def test_a_special_token_beyond_the_embedding_is_no_obstacle_unless_the_data_has_it(tiny_policy, tmp_path, capsys):
+    """As the token for images in the tokenizer of Gemma-3's models for text."""
+    start = tmp_path / "start"
+    shutil.copytree(tiny_policy, start)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(start)
+    rows = transformers.AutoConfig.from_pretrained(start).vocab_size
+    assert len(tokenizer) == rows
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(start)
+    assert train_dpo.main(arguments(tmp_path, start, "--log.samples", "0")) == 0
+    data = tmp_path / "images.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in [
+        {"prompt": "Look:", "chosen": f" a cat {i}", "rejected": f" an <image> {i}"} for i in range(12)
+    ]))  # fmt: skip
+    flags = ["--data.train", str(data), "--train.output_dir", str(tmp_path / "other"), "--log.samples", "0"]
+    assert train_dpo.main(arguments(tmp_path, start, *flags)) == 2
+    assert "the data has the token '<image>', and the policy has no embedding for it" in capsys.readouterr().err

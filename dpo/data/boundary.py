@@ -9,6 +9,7 @@ writes after it is cut.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -242,3 +243,12 @@ def _strip_start(text: str, start: str) -> str:
     while text.startswith(start):
         text = text.removeprefix(start)
     return text
+
+
+def end_ids(tokenizer: Any) -> list[int]:
+    """Ids that end an answer: EOS, and what the tokenizer's chat template writes after a turn, where it serves."""
+    ends = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    if getattr(tokenizer, "chat_template", None):
+        with contextlib.suppress(UserError):
+            ends.append(int(TextEncoder(tokenizer).turn_end()[2]))
+    return list(dict.fromkeys(ends))

@@ -21,7 +21,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dpo.config import LoraConfig
@@ -29,6 +29,8 @@ from dpo.errors import UserError
 
 TRAINED, REFERENCE = "default", "reference"
 CONFIG = "adapter_config.json"
+ROUTERS = {"gate", "router", "shared_expert_gate"}
+"""Last names of linear layers that choose experts."""
 
 
 def is_adapter(path: str) -> bool:
@@ -84,6 +86,19 @@ def check_installed() -> None:
         raise UserError("adapters (model.lora.r, or an adapter as model.policy) need peft; pip install peft")
 
 
+def linear_names(model: Any) -> list[str]:
+    """Last names of all linear layers but the head and the routers of a mixture of experts.
+
+    Not peft's "all-linear", which takes in routers and experts that are kept in one tensor.
+    """
+    linear = [
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not model.get_output_embeddings()
+    ]
+    return sorted(set(linear) - ROUTERS)
+
+
 def add(
     model: Any,
     lora: LoraConfig,
@@ -108,7 +123,7 @@ def add(
     config = peft.LoraConfig(
         r=lora.r,
         lora_alpha=2 * lora.r if lora.alpha is None else lora.alpha,  # type: ignore[arg-type]
-        target_modules=list(lora.targets) or "all-linear",
+        target_modules=list(lora.targets) or linear_names(model),
         use_dora=lora.dora,
         use_rslora=lora.rslora,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2 stores W transposed

@@ -7,6 +7,7 @@ memory-mapped by safetensors, so the ranks of a node share one copy of the file 
 from __future__ import annotations
 
 import copy
+import json
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
@@ -29,6 +30,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import load_state_dict
 from transformers.utils.logging import disable_progress_bar
 
+from dpo.data.boundary import end_ids
 from dpo.errors import UserError
 from dpo.model import example
 
@@ -94,7 +96,9 @@ def fetch_weights(path: str, *, revision: str | None = None) -> None:
         return
     try:
         kinds = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.tiktoken", "*.py"]
-        folder = Path(snapshot_download(path, revision=revision, allow_patterns=kinds))
+        # The same weights once more, in another form or beside a subfolder's model.
+        others = ["consolidated*", "*/*.safetensors"]
+        folder = Path(snapshot_download(path, revision=revision, allow_patterns=kinds, ignore_patterns=others))
         if not list(folder.glob("*.safetensors")):
             snapshot_download(path, revision=revision, allow_patterns=["*.bin"])
     except (OSError, ValueError) as error:
@@ -201,7 +205,8 @@ def fuse_gelu(model: Any) -> None:
 def checkpoint_activations(model: Any) -> None:
     """Recompute activations in backward, keeping dropout off.
 
-    transformers checkpoints only layers in training mode; their children stay in eval mode.
+    transformers checkpoints only layers in training mode; their children stay in eval mode, and rates that a layer
+    reads itself become 0.
     """
     # Renamed in transformers 5.2x; the old name warns there and goes in 6.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -209,6 +214,9 @@ def checkpoint_activations(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
+            for name, value in vars(module).items():
+                if "drop" in name and isinstance(value, float):
+                    setattr(module, name, 0.0)
 
 
 def recomputes_activations(model: Any) -> bool:
@@ -289,3 +297,14 @@ def save_folder(model: Any, state: dict[str, torch.Tensor], dtype: torch.dtype, 
     shell.generation_config = model.generation_config
     shell.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
     tokenizer.save_pretrained(folder)
+    _end_answers(folder / "generation_config.json", tokenizer)
+
+
+def _end_answers(path: Path, tokenizer: Any) -> None:
+    """Have whoever generates stop where training has ended answers, which the base may never have done."""
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    ends = settings.get("eos_token_id")
+    known = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    if missing := [end for end in end_ids(tokenizer) if end not in known]:
+        settings["eos_token_id"] = [*known, *missing] if known or len(missing) > 1 else missing[0]
+        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

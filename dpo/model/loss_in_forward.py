@@ -89,17 +89,18 @@ class _LossInForward(torch.autograd.Function):
             take = lambda x, c=chunk: torch.cat((x[c.chosen], x[c.rejected]))  # noqa: E731
             h, targets, sequences = take(hidden), take(batch.target_ids), take(batch.sequence_ids)
             weights = None if batch.token_weights is None else take(batch.token_weights)
-            tile, logps = _softmax_and_logps(h, weight, bias, targets)
+            tile, total_of_row, logps = _exps_and_logps(h, weight, bias, targets)
             # Of this chunk's sequences alone the others' sums are still, or already, what they are.
             sums.index_add_(0, sequences, logps if weights is None else logps * weights)
             losses, g = _gradient(sums, chunk, batch.num_sequences // 2, pair_losses)
             total += losses
             per_row = g[sequences] if weights is None else g[sequences] * weights
-            tile.neg_().scatter_add_(1, targets[:, None], torch.ones_like(logps)[:, None])
             # The loss scale comes in backward: in fp16 g * p would be nothing before, so that there the largest g is
             # left out of the tile and meets the products in fp32.
             largest = per_row.abs().max().clamp_min(1e-30) if hidden.dtype == torch.float16 else None
-            dz = tile.mul_((per_row if largest is None else per_row / largest)[:, None]).to(hidden.dtype)
+            of_row = (per_row if largest is None else per_row / largest)[:, None]
+            tile.mul_(-of_row / total_of_row).scatter_add_(1, targets[:, None], of_row)  # g (onehot - softmax)
+            dz = tile.to(hidden.dtype)
             del tile
             scaled = lambda x, by=largest: x if by is None else x.mul_(by)  # noqa: E731
             rows = scaled(product(dz, weight))
@@ -123,15 +124,15 @@ class _LossInForward(torch.autograd.Function):
         return *(None if x is None else (x * grad).to(dtype) for x, dtype in saved), None, None, None
 
 
-def _softmax_and_logps(
+def _exps_and_logps(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(n, V) softmax and (n,) log-probs of the targets; one tile, changed in place."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(n, V) exponentials, (n, 1) their sums, and (n,) log-probs of the targets; one tile, changed in place."""
     tile = logits_of(hidden, weight, bias)
     peak = tile.amax(dim=1, keepdim=True)
     of_target = tile.gather(1, targets[:, None])
     total = tile.sub_(peak).exp_().sum(dim=1, keepdim=True)
-    return tile.div_(total), (of_target - peak - total.log()).squeeze(1)
+    return tile, total, (of_target - peak - total.log()).squeeze(1)
 
 
 def _gradient(sums: Tensor, chunk: Chunk, num_pairs: int, pair_losses: PairLosses) -> tuple[Tensor, Tensor]:

@@ -125,6 +125,23 @@ def _activations(model: Any, *, copies: bool) -> tuple[int | None, int]:
     return kept, attention.bytes // (3 * PROBE_TOKENS)
 
 
+def steady_length(config: Any) -> int | None:
+    """Tokens up to which rotary positions mean the same in every batch; None for any.
+
+    Beyond, `longrope` and `dynamic` choose their frequencies by the longest sequence of a call.
+    """
+    text = config.get_text_config()
+    given = getattr(text, "rope_parameters", None) or {}
+    limits = [
+        rope.get("original_max_position_embeddings")
+        or getattr(text, "original_max_position_embeddings", None)
+        or text.max_position_embeddings
+        for rope in (given, *given.values())
+        if isinstance(rope, dict) and rope.get("rope_type") in ("longrope", "dynamic")
+    ]
+    return min(limits, default=None)
+
+
 def adapter_parameters(config: Any, lora: LoraConfig, *, trust_remote_code: bool = False) -> int:
     """Parameters of the adapters that model.lora puts into the model of a config.
 

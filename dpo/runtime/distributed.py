@@ -68,7 +68,7 @@ def start() -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     cuda = torch.cuda.is_available()
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    if not cuda and neighbours > 1 and "OMP_NUM_THREADS" not in os.environ:
+    if neighbours > 1 and "OMP_NUM_THREADS" not in os.environ:
         # torchrun sets it to 1, deepspeed leaves every rank to take every core.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")

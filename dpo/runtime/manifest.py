@@ -7,6 +7,7 @@ memory. Every rank takes its share of the files, since a checkpoint of a large m
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,12 @@ def _files(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != NAME)
 
 
+def _reader(name: str, place: int, world_size: int) -> int:
+    """Rank that reads a file: the one that wrote it, whose host may still have it in memory, where its name tells."""
+    written_by = re.search(r"pp_rank_(\d+)_mp_rank", name)
+    return (int(written_by[1]) if written_by else place) % world_size
+
+
 def write_manifest(folder: Path, world: World) -> None:
     """Describe every file of a folder; collective.
 
@@ -45,7 +52,8 @@ def write_manifest(folder: Path, world: World) -> None:
     names = only_main(world, lambda: _files(folder))
     mine = {
         name: {"bytes": (folder / name).stat().st_size, "xxh3_128": _checksum(folder / name)}
-        for name in names[world.rank :: world.world_size]
+        for place, name in enumerate(names)
+        if _reader(name, place, world.world_size) == world.rank
     }
     files = {name: entry for share in gather(mine) for name, entry in share.items()}
     text = json.dumps({"files": files, "xxh3_128": _own_checksum(files)}, indent=1)

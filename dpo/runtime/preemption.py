@@ -3,7 +3,8 @@
 SIGTERM, SIGINT and SIGUSR1 only raise a flag. Ranks look at it together, at every step and between the micro-batches of
 evaluations, samples and caches, so all of them stop at the same place: the run is checkpointed and ends with exit code
 75. A launcher passes a signal on to processes that got it already, so what follows within ECHO_SECONDS is the same
-signal; a later one ends the process at once.
+signal; a later one ends the process at once. But for SIGTERM after SIGUSR1: a scheduler announces the end by one and
+sends the other when it has come, and what is being written then may still become whole.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Preempted(Exception):
 
 
 def _notice(number: int, frame: FrameType | None) -> None:
-    if _asked and time.monotonic() - _asked[0][1] > ECHO_SECONDS:
+    is_end_announced = bool(_asked) and (_asked[0][0], number) == (signal.SIGUSR1, signal.SIGTERM)
+    if _asked and not is_end_announced and time.monotonic() - _asked[0][1] > ECHO_SECONDS:
         os._exit(128 + number)
     _asked.append((number, time.monotonic()))
 

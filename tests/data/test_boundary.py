@@ -8,7 +8,7 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from dpo.data.boundary import TextEncoder, encode_prompt
+from dpo.data.boundary import TextEncoder, encode_prompt, end_ids
 from dpo.data.encode import PairEncoder
 from dpo.errors import UserError
 from dpo.types import PreferenceRow
@@ -105,3 +105,15 @@ def test_end_tokens_within_a_completion_make_a_bad_row() -> None:
 def test_a_tokenizer_without_eos_is_refused() -> None:
     with pytest.raises(UserError, match="the tokenizer has no EOS token"):
         encoded(tokenizer_of("byte", eos_token=None, pad_token=None), "Hi", "Yes")
+
+
+def test_answers_end_with_eos_and_with_the_end_of_turn_of_a_template():
+    """A base model's EOS is often not what the template ends a turn with."""
+    tokenizer = tokenizer_of("byte")
+    eos = tokenizer.eos_token_id
+    assert end_ids(tokenizer) == [eos]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    assert end_ids(tokenizer) == [eos, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    assert end_ids(tokenizer) == [eos]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+import transformers
 
 from dpo.data.batch import collate
 from dpo.data.planner import Layout
 from dpo.errors import UserError
 from dpo.model import products
-from dpo.model.check import settle, use_layout
+from dpo.model.check import TOLERANCE, _difference, settle, use_layout
 from dpo.model.forward import Scorer, own_logits_logps, pair_logps
 from dpo.model.head import token_logps
 from dpo.model.load import checkpoint_activations, fuse_gelu
@@ -265,3 +267,32 @@ def test_a_model_that_no_path_scores_faithfully_is_refused(monkeypatch):
 def test_a_window_wider_than_every_sequence_is_no_obstacle():
     scorer = Scorer(tiny.model("mistral", sliding_window=100))
     assert settle(scorer, "shared", tiny.pairs(3)[1:], 100, CPU)[0] == "shared"
+
+
+def test_recomputed_activations_leave_dropout_off_where_a_layer_has_its_own():
+    """OPT's layers ask whether they themselves are in training, and checkpointing needs them to be."""
+    config = transformers.OPTConfig(
+        vocab_size=tiny.VOCAB, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, word_embed_proj_dim=32, dropout=0.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.arange(1, 13)[None]
+    before = model(input_ids=ids).logits
+    checkpoint_activations(model)
+    torch.testing.assert_close(model(input_ids=ids).logits, before)
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_rounding_of_few_tokens_in_16_bits_is_no_other_model(dtype, allowed):
+    scorer = Scorer(tiny.model("llama", dtype))
+    pair = TokenizedPair(0, *(np.array(ids, dtype=np.int32) for ids in ([1, 2, 3], [4], [5])))
+    use_layout(scorer, "padded")
+    with torch.no_grad():
+        truth = scorer(collate([pair], "padded"))
+    off = _difference(scorer, "padded", [pair], truth + 0.15)
+    assert (off <= TOLERANCE[dtype]) == allowed
+    many = TokenizedPair(0, *(np.full(n, 7, dtype=np.int32) for n in (3, 30, 30)))
+    with torch.no_grad():
+        truth = scorer(collate([many], "padded"))
+    assert _difference(scorer, "padded", [many], truth + 30 * 0.06) > TOLERANCE[dtype]

@@ -12,8 +12,10 @@ import transformers
 
 import dpo.train
 import train_dpo
+from dpo.config import LoraConfig
 from dpo.data.batch import collate
 from dpo.errors import UserError
+from dpo.model import adapters
 from dpo.model.check import use_layout
 from dpo.model.forward import Scorer
 from dpo.model.router import balance_of, coefficient
@@ -169,3 +171,14 @@ def test_a_negative_coefficient_is_refused(start, tmp_path, capsys):
     argv = ["--model.policy", str(start), "--data.train", "builtin:world", "--loss.router_aux_coef", "-1"]
     assert train_dpo.main([*argv, "--train.output_dir", str(tmp_path / "run")]) == 2
     assert "loss.router_aux_coef is -1.0; use a number of at least 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_by_default_no_router_and_no_expert_gets_an_adapter(family):
+    """Experts stand in one tensor, and an adapter on it would be added to all of them in every forward pass."""
+    model = moe(family)
+    adapters.add(model, LoraConfig(r=2), seed=0, base="")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    attention = {name.split(".")[4] for name in trained if "self_attn" in name}
+    assert attention == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert not [name for name in trained if ".experts." in name or ".gate." in name or "lm_head" in name]

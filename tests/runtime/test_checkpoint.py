@@ -16,7 +16,7 @@ import yaml
 
 from dpo.config import Config, DataConfig, ModelConfig, to_dict
 from dpo.errors import UserError
-from dpo.runtime import checkpoint, run_directory
+from dpo.runtime import checkpoint, manifest, run_directory
 from dpo.runtime.distributed import World
 from dpo.runtime.manifest import write_manifest
 from dpo.runtime.run_directory import MAY_CHANGE
@@ -442,3 +442,13 @@ def test_a_reader_sees_the_old_text_or_the_new(tmp_path: Path, monkeypatch: pyte
 
 def test_versions_name_what_computed_a_run() -> None:
     assert {"python", "torch", "transformers", "deepspeed"} <= run_directory.versions().keys()
+
+
+def test_a_rank_reads_back_what_it_has_written_itself():
+    """Its host may still have it in memory; sorted by name, rank 10 comes before rank 2."""
+    names = [f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(12)]
+    ours = sorted([*names, "latest", "mp_rank_00_model_states.pt"])
+    readers = {name: manifest._reader(name, place, 12) for place, name in enumerate(ours)}
+    assert [readers[name] for name in names] == list(range(12))
+    assert all(0 <= reader < 12 for reader in readers.values())
+    assert manifest._reader(names[11], 0, 4) == 3  # of a checkpoint of more ranks

@@ -46,6 +46,20 @@ def test_the_echo_of_a_launcher_is_nothing_new_and_a_later_signal_ends_the_proce
         assert left == [128 + signal.SIGTERM]
 
 
+def test_the_end_that_a_scheduler_has_announced_does_not_cut_short_what_is_being_written(monkeypatch):
+    left: list[int] = []
+    now = [100.0]
+    monkeypatch.setattr(preemption.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(preemption.os, "_exit", left.append)
+    with preemption.listening():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        now[0] += 60
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert left == []
+        os.kill(os.getpid(), signal.SIGINT)
+        assert left == [128 + signal.SIGINT]
+
+
 def test_a_signal_that_was_held_back_since_the_start_counts_while_we_listen_and_is_held_back_again_afterwards():
     script = (
         "import os, signal; os.kill(os.getpid(), signal.SIGUSR1)\n"

@@ -24,6 +24,12 @@ printf '%s\\n' "$@" >"arguments-$SLURM_NODEID"
 echo "${CUDA_VISIBLE_DEVICES:-none}" >"gpus-$SLURM_NODEID"
 echo "$PET_NPROC_PER_NODE" >"processes-$SLURM_NODEID"
 echo "${SETTING_OF_THE_SITE:-none}" >"setting-$SLURM_NODEID"
+[ -z "${FAKE_RANK:-}" ] || { trap 'echo >"term-$SLURM_NODEID"' TERM
+    python3 -c "import os, signal, sys
+signal.signal(signal.SIGUSR1, lambda *_: (open('usr1', 'w').close(), os._exit(0)))
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+open('shell', 'w').write(sys.argv[1])
+signal.pause()" "$PPID" train_dpo.py & wait; wait; sleep 0.5; }
 [ -z "${FAKE_SLEEP:-}" ] || { trap 'echo saved >"saved-$SLURM_NODEID"; exit 9' TERM; sleep "$FAKE_SLEEP" &
     echo >"ready-$SLURM_NODEID"; wait; }
 exit "${FAKE_STATUS:-0}"

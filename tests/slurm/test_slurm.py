@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,28 @@ def test_a_cancelled_job_lets_training_finish_its_own_end(cpu_cluster, stand_in)
     cpu_cluster.call("scancel", job)
     assert cpu_cluster.finish(job) == "CANCELLED"
     _wait_for_files(stand_in, "saved-0", "saved-1")
+
+
+CGROUP = """#!/bin/sh
+[ "$*" != "show config" ] || { echo "ProctrackType           = proctrack/cgroup"; exit; }
+exec %s "$@"
+"""
+
+
+def test_a_signal_that_reaches_the_shell_of_a_node_alone_reaches_torchrun_and_the_ranks(cpu_cluster, stand_in):
+    """As under proctrack/cgroup, where Slurm signals nothing below it."""
+    scontrol = stand_in / ".venv/bin/scontrol"
+    scontrol.write_text(CGROUP % shutil.which("scontrol"))
+    scontrol.chmod(0o755)
+    job = cpu_cluster.submit("slurm/dpo.sh", cwd=stand_in, FAKE_RANK="1")
+    _wait_for_files(stand_in, "shell")
+    shell = int((stand_in / "shell").read_text())
+    os.kill(shell, signal.SIGTERM)
+    _wait_for_files(stand_in, "term-0")
+    assert not (stand_in / "usr1").exists()
+    os.kill(shell, signal.SIGUSR1)
+    _wait_for_files(stand_in, "usr1")
+    assert cpu_cluster.finish(job) == "COMPLETED"
 
 
 def _wait_for_files(folder: Path, *names: str, seconds: float = 30) -> None:
