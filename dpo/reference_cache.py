@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dpo.data.loader import Loader
 from dpo.errors import UserError
-from dpo.model.check import TOLERANCE
+from dpo.model.check import TOLERANCE, counted_tokens
 from dpo.model.forward import pair_logps
 from dpo.runtime import preemption
 from dpo.runtime.distributed import World, only_main, sum_over_ranks
@@ -104,8 +104,9 @@ def _score_pairs(score: Score, loader: Loader, pair_ids: list[int], world: World
     device, place = world.device, {pair_id: row for row, pair_id in enumerate(pair_ids)}
     scores = torch.zeros(len(pair_ids), 2, dtype=torch.float32, device=device)
     for ids in loader.share_of(pair_ids):
+        batch = loader.build(ids)  # while the device is at the one before
         preemption.check(device)
-        logps = pair_logps(score, loader.build(ids).to(device))
+        logps = pair_logps(score, batch.to(device))
         rows = torch.tensor([place[i] for i in ids], dtype=torch.int64, device=device)
         scores[rows] = torch.stack((logps.chosen, logps.rejected), dim=1).float()
     ranks_of_row = world.world_size // loader.world_size
@@ -144,22 +145,21 @@ def cached_scores(
     values = only_main(world, lambda: np.concatenate([_read_chunk(folder, c, len(r)) for c, r in enumerate(chunks)]))
     known = torch.from_numpy(values)
     if finished:
-        _verify(score, loader, known, folder, world, TOLERANCE[getattr(torch, str(manifest["dtype"]))])
+        _verify(score, loader, known, folder, world, getattr(torch, str(manifest["dtype"])))
         say(f"reference scores: {count:,} pairs from {folder}, {min(SAMPLE, count)} of them scored again and equal")
     return known
 
 
 def _verify(
-    score: Score, loader: Loader, known: Tensor, folder: Path, world: World, tolerance: float
+    score: Score, loader: Loader, known: Tensor, folder: Path, world: World, dtype: torch.dtype
 ) -> None:
     """Score a few pairs again and compare; collective."""
     count = len(loader.dataset)
     ids = sorted({round(i * (count - 1) / max(1, SAMPLE - 1)) for i in range(SAMPLE)})
     again = _score_pairs(score, loader, ids, world)
-    lengths = torch.from_numpy(loader.dataset.lengths[ids, 1:]).float()
-    gaps = (again - known[ids]).abs() / lengths
+    gaps = (again - known[ids]).abs() / counted_tokens(torch.from_numpy(loader.dataset.lengths[ids, 1:]), dtype)
     worst = float(gaps.max())
-    if not worst <= tolerance:
+    if not worst <= TOLERANCE[dtype]:
         pair = ids[int(gaps.max(dim=1).values.argmax())]
         raise UserError(
             f"reference cache {folder} does not agree with the reference: pair {pair} differs by {worst:.3g} nats a"

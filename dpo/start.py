@@ -18,6 +18,7 @@ import torch
 from dpo.context import Scored, contexts_of, look_ahead
 from dpo.data.loader import StepBatches
 from dpo.errors import UserError
+from dpo.model.check import counted_tokens
 from dpo.model.products import HALF
 from dpo.objective.objective import Objective
 from dpo.policy import FrozenReference, Policy
@@ -67,7 +68,8 @@ def check_start(
     scored = look_ahead(policy, reference.train, work.batches, setup.world.device)
     equal = [_as_if_equal(*pair) for pair in scored] if loss.needs_reference else scored
     gaps = [(p.chosen - r.chosen).abs() + (p.rejected - r.rejected).abs() for p, r in scored]
-    tokens = [p.chosen_lengths + p.rejected_lengths for p, _ in scored]
+    lengths = [torch.stack((p.chosen_lengths, p.rejected_lengths)) for p, _ in scored]
+    tokens = [counted_tokens(each, setup.dtype).sum(dim=0) for each in lengths]
     totals = torch.stack([
         _loss_sum(setup, loss, work, scored), _loss_sum(setup, loss, work, equal), torch.cat(gaps).double().sum(),
         torch.cat(tokens).double().sum(),

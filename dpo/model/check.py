@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from dpo.data.batch import collate
 from dpo.data.planner import Layout
@@ -40,18 +41,27 @@ def use_layout(scorer: Scorer, layout: Layout, own_head: bool = False, backend: 
         scorer.model.set_attn_implementation(attention.register(backend))
 
 
-def _difference(scorer: Scorer, layout: Layout, pairs: Sequence[TokenizedPair], truth: torch.Tensor) -> float:
-    """Largest difference from the truth, nats per completion token.
+def counted_tokens(lengths: Tensor, dtype: torch.dtype) -> Tensor:
+    """By how many tokens the difference of a completion's log-probs is divided before it is compared with TOLERANCE.
 
-    Rounding of few tokens has not averaged out: in 16 bits fewer than EVEN count as sqrt(n EVEN).
+    The rounding of few tokens has not averaged out: in 16 bits n of them, fewer than EVEN, count as sqrt(n EVEN).
+
+    Args:
+        lengths: Completion tokens, any shape.
+        dtype: Of the model.
+    Returns:
+        fp64, the same shape.
     """
+    lengths = lengths.double()
+    return lengths.maximum((lengths * EVEN).sqrt()) if dtype in HALF else lengths
+
+
+def _difference(scorer: Scorer, layout: Layout, pairs: Sequence[TokenizedPair], truth: torch.Tensor) -> float:
+    """Largest difference from the truth, nats per completion token."""
     batch = collate(pairs, layout).to(truth.device)
     with torch.no_grad():
         logps = scorer(batch)
-    lengths = batch.completion_lengths.double()
-    if scorer.head.weight.dtype in HALF:
-        lengths = lengths.maximum((lengths * EVEN).sqrt())
-    return float(((logps - truth).abs() / lengths).max())
+    return float(((logps - truth).abs() / counted_tokens(batch.completion_lengths, scorer.head.weight.dtype)).max())
 
 
 def _complaint(
