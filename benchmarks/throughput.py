@@ -168,8 +168,8 @@ def measure(
     systems = [s for s in args.systems if s not in missing]
     tried: list[dict[str, Any]] = []
     if "trl_tuned" in systems:
-        tried = args.micro_batches or MICRO_BATCHES[work.job.device]
-        micro_batches = [m for m in tried if size.pairs % m == 0]
+        wanted = args.micro_batches or MICRO_BATCHES[work.job.device]
+        micro_batches = [m for m in wanted if size.pairs % m == 0]
         job = replace(work.job, options={"micro_batches": micro_batches, "sweep_steps": size.sweep_steps})
         tried = run_process("trl_side", job, folder / "sweep", args.threads)["tried"]
         print(report.sweep_table(tried), flush=True)
@@ -185,7 +185,7 @@ def measure(
             try:
                 result = run_process(SYSTEMS[system][0], job, folder / f"{system}-{number}", args.threads)
             except SystemExit as failure:
-                if not args.ablations or not runs:
+                if not runs or not (args.ablations or work.job.device == "cuda"):
                     raise
                 missing[system] = str(failure).strip().splitlines()[-1]  # no kernel for it, or out of memory
                 print(f"round {number + 1}: {report.NAMES[system]}: {missing[system]}", flush=True)
