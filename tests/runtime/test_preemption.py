@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -31,33 +32,41 @@ def test_a_signal_stops_at_the_next_check_and_handlers_are_put_back(number):
     assert signal.getsignal(number) == before and not preemption.is_asked()
 
 
-def test_the_echo_of_a_launcher_is_nothing_new_and_a_later_signal_ends_the_process_at_once(monkeypatch):
-    left: list[int] = []
-    now = [100.0]
-    monkeypatch.setattr(preemption.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(preemption.os, "_exit", left.append)
+@dataclass
+class Watched:
+    """Codes with which the process would have ended, and the time."""
+
+    left: list[int]
+    now: float = 100.0
+
+
+@pytest.fixture
+def watched(monkeypatch) -> Watched:
+    made = Watched([])
+    monkeypatch.setattr(preemption.time, "monotonic", lambda: made.now)
+    monkeypatch.setattr(preemption.os, "_exit", made.left.append)
+    return made
+
+
+def test_the_echo_of_a_launcher_is_nothing_new_and_a_later_signal_ends_the_process_at_once(watched):
     with preemption.listening():
         os.kill(os.getpid(), signal.SIGINT)
-        now[0] += 1
+        watched.now += 1
         os.kill(os.getpid(), signal.SIGTERM)
-        assert left == []
-        now[0] += preemption.ECHO_SECONDS
+        assert watched.left == []
+        watched.now += preemption.ECHO_SECONDS
         os.kill(os.getpid(), signal.SIGTERM)
-        assert left == [128 + signal.SIGTERM]
+        assert watched.left == [128 + signal.SIGTERM]
 
 
-def test_the_end_that_a_scheduler_has_announced_does_not_cut_short_what_is_being_written(monkeypatch):
-    left: list[int] = []
-    now = [100.0]
-    monkeypatch.setattr(preemption.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(preemption.os, "_exit", left.append)
+def test_the_end_that_a_scheduler_has_announced_does_not_cut_short_what_is_being_written(watched):
     with preemption.listening():
         os.kill(os.getpid(), signal.SIGUSR1)
-        now[0] += 60
+        watched.now += 60
         os.kill(os.getpid(), signal.SIGTERM)
-        assert left == []
+        assert watched.left == []
         os.kill(os.getpid(), signal.SIGINT)
-        assert left == [128 + signal.SIGINT]
+        assert watched.left == [128 + signal.SIGINT]
 
 
 def test_a_signal_that_was_held_back_since_the_start_counts_while_we_listen_and_is_held_back_again_afterwards():
