@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dpo.config import Config, LoraConfig
+from dpo.data.boundary import end_ids
 from dpo.errors import UserError
 from dpo.model import adapters, load
 from dpo.model.forward import Scorer
@@ -173,7 +174,7 @@ def check_reference_path(config: Config, tokenizer: Any, longest: int) -> None:
         raise UserError(
             f"reference.path {path} reads {context} tokens, pairs have up to {longest}; lower data.max_length"
         )
-    if vocabulary < len(tokenizer):
+    if not reads(vocabulary, tokenizer):
         raise UserError(f"reference.path {path} has {vocabulary} tokens, the policy's tokenizer {len(tokenizer)}")
 
 
@@ -200,6 +201,16 @@ def check_distributions(config: Config, scorers: Sequence[Scorer]) -> None:
         )
 
 
+def reads(vocabulary: int, tokenizer: Any) -> bool:
+    """Whether a model with so many embeddings reads a tokenizer's tokens, but for added ones that no text needs.
+
+    Such as the token for images in the tokenizer of Gemma-3's models for text.
+    """
+    beyond = {i for i in tokenizer.added_tokens_decoder if i >= vocabulary}
+    needed = {*end_ids(tokenizer), tokenizer.bos_token_id, tokenizer.pad_token_id}
+    return len(tokenizer) - len(beyond) <= vocabulary and not beyond & needed
+
+
 def check_ids(tokenizer: Any, vocabulary: int, *sets: Pairs | None) -> None:
     """Refuse data with tokens that the policy has no embedding for, where the tokenizer has such.
 
@@ -209,7 +220,12 @@ def check_ids(tokenizer: Any, vocabulary: int, *sets: Pairs | None) -> None:
     if len(tokenizer) <= vocabulary:
         return
     for pairs in [each for each in sets if each is not None]:
-        ids = (x for i in range(len(pairs)) for x in (pairs[i].prompt_ids, pairs[i].chosen_ids, pairs[i].rejected_ids))
-        if (highest := max(int(x.max()) for x in ids)) >= vocabulary:
-            token = tokenizer.convert_ids_to_tokens(highest)
-            raise UserError(f"the data has the token {token!r}, and the policy has no embedding for it; leave it out")
+        for index in range(len(pairs)):
+            pair = pairs[index]
+            highest = max(int(ids.max()) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
+            if highest >= vocabulary:
+                token = tokenizer.convert_ids_to_tokens(highest)
+                raise UserError(
+                    f"row {pairs.row_numbers[index]} of the data has {token!r}, and the policy has no embedding for it;"
+                    f" leave it out"
+                )

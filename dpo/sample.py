@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dpo.data import example
 from dpo.data.batch import collate
-from dpo.data.boundary import end_ids
+from dpo.data.boundary import end_ids, listed
 from dpo.data.planner import Layout, plan_batch
 from dpo.model.forward import Scorer, pair_logps
 from dpo.model.load import context_length, uncompiled
@@ -104,8 +104,7 @@ def answers_to(
     how: dict[str, Any] = {"do_sample": False}
     if decoding.temperature > 0:
         how = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
-    own_ends = torch.as_tensor(scorer.model.generation_config.eos_token_id or []).reshape(-1).tolist()
-    stops = sorted({*own_ends, *end_ids(tokenizer)})
+    stops = sorted({*listed(scorer.model.generation_config.eos_token_id), *end_ids(tokenizer)})
     plain = type(scorer.model.generation_config)
     settings = plain(max_new_tokens=max_tokens, pad_token_id=pad, eos_token_id=stops or None, **how)
     ends = torch.tensor(stops, device=device)

@@ -14,7 +14,6 @@ import torch
 
 from dpo import roles
 from dpo.config import Config, check_world_size
-from dpo.data.boundary import end_ids
 from dpo.data.loader import Loader, with_fixed_rows
 from dpo.data.mixture import Mixture
 from dpo.data.planner import Costs, Epochs, Layout
@@ -199,11 +198,11 @@ def _costs(config: Config, model_config: Any, world_size: int) -> Costs:
 def _longest(config: Config, model_config: Any) -> int:
     context = load.context_length(model_config)
     wanted = config.data.max_length
+    steady = steady_length(model_config)
     if wanted is None:
-        return min(1024, context or 1024)
+        return min(1024, context or 1024, steady or 1024)
     if context is not None and wanted > context:
         raise UserError(f"data.max_length is {wanted}, the model's context {context} tokens; use at most {context}")
-    steady = steady_length(model_config)
     if steady is not None and wanted > steady:
         raise UserError(
             f"data.max_length is {wanted}: beyond {steady} tokens this model's rotary embedding follows the longest"
@@ -230,8 +229,7 @@ def model_and_tokenizer(config: Config) -> tuple[Any, Any]:
     if model.chat_template is not None:
         tokenizer.chat_template = read_chat_template(model.chat_template)  # final/ takes it along
     vocabulary = model_config.get_text_config().vocab_size
-    unread = [i for i in tokenizer.added_tokens_decoder if i >= vocabulary]  # as Gemma-3's token for images
-    if len(tokenizer) - len(unread) > vocabulary or set(unread) & {*end_ids(tokenizer), tokenizer.bos_token_id}:
+    if not roles.reads(vocabulary, tokenizer):
         raise UserError(
             f"model.tokenizer has {len(tokenizer)} tokens, the policy {vocabulary}; use the policy's own tokenizer"
         )

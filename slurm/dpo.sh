@@ -107,12 +107,16 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 interrupted=
 preempted=
 over=
-trap 'interrupted=1; over=$preempted' TERM
+# Of a job that is cancelled after USR1 nothing is over: it ends, and does not go back into the queue.
+# shellcheck disable=SC2317  # called by the trap
+is_time_up() { [ "$(date +%s)" -ge "$((${SLURM_JOB_END_TIME:-0} - 60))" ]; }
+trap 'interrupted=1; if [ -n "$preempted" ] && is_time_up; then over=1; fi' TERM
 trap 'interrupted=1; preempted=1; scancel --signal=USR1 "$SLURM_JOB_ID.0" || true' USR1
 # Slurm's proctrack/cgroup signals the shell of a node alone, other plugins all that it has started: the shell hands USR1
 # on to what runs train_dpo.py, which takes a second one at once for an echo, and TERM where torchrun has not got it.
 hands_on_term=
-if scontrol show config 2>/dev/null | grep -q 'ProctrackType *= *proctrack/cgroup'; then hands_on_term=1; fi
+config=$(scontrol show config 2>/dev/null) || true   # not into a pipe: its end would be that of what stops reading early
+if grep -q 'ProctrackType *= *proctrack/cgroup' <<<"$config"; then hands_on_term=1; fi
 export DPO_HANDS_ON_TERM=$hands_on_term
 # torchrun would die of USR1 and leave its workers behind: it is blocked, they inherit that and lift it when they
 # listen. PET_NPROC_PER_NODE and PET_NODE_RANK are torchrun's --nproc_per_node and --node_rank.
@@ -152,14 +156,15 @@ while :; do
     [ -n "$interrupted" ] || break
     interrupted=
     if [ -n "$over" ]; then   # time is up, and after KillWait (30 s) nobody is left to put the job back
-        for _ in {1..20}; do if kill -0 "$step" 2>/dev/null; then sleep 1; fi; done
+        for _ in {1..20}; do if kill -0 "$step" 2>/dev/null; then sleep 1 || true; fi; done
+        kill -0 "$step" 2>/dev/null || { status=0; wait "$step" || status=$?; }
         break
     fi
 done
 
 state=$(sed -nE 's/.*"state": "([a-z]+)".*/\1/p' "$DPO_STATUS_FILE" 2>/dev/null) || true
 rm -f "$DPO_STATUS_FILE"
-if [ -n "$preempted" ] && [[ "$state" = preempted || "$state" = running ]]; then
+if [ -n "$preempted" ] && [[ "$state" = preempted || ( -n "$over" && "$state" = running ) ]]; then
     if [ "$state" = preempted ]; then saved=checkpointed; else saved="not checkpointed in time"; fi
     echo "slurm/dpo.sh: $saved; job $SLURM_JOB_ID goes back into the queue"
     scontrol requeue "$SLURM_JOB_ID"

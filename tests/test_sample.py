@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from dpo.data.boundary import listed
 from dpo.model.check import use_layout
 from dpo.model.forward import Scorer
 from dpo.model.head import logps_of_logits
@@ -77,6 +78,7 @@ def test_answers_stop_where_training_has_ended_them(scorer):
 
     found = answers_to(PROMPTS, scorer, Other(), Decoding(8), CPU)
     assert found[0].ids.tolist().index(ends_at) == len(found[0].ids) - 1 <= 2
+    assert [listed(ends) for ends in (0, [0, 3], None)] == [[0], [0, 3], []]
 
 
 def test_draws_depend_on_the_seed_alone(scorer):

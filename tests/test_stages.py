@@ -19,6 +19,7 @@ import dpo.sft
 import train_dpo
 from dpo.data.planner import Costs
 from dpo.model import products
+from dpo.model.shape import steady_length
 from dpo.runtime.tracking import read_lines
 from dpo.sample import _last_tokens
 
@@ -185,13 +186,17 @@ def test_lengths_at_which_a_pairs_score_would_follow_its_neighbours_are_refused(
     shutil.copytree(tiny_policy, start)
     config = json.loads((start / "config.json").read_text())
     config["rope_parameters"] = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
-    config["rope_parameters"] |= {"original_max_position_embeddings": 64} | (
-        {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if kind == "longrope" else {}
-    )
+    if kind == "longrope":
+        factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+        config["rope_parameters"] |= factors | {"original_max_position_embeddings": 64}
+    else:
+        config["max_position_embeddings"] = 64
     (start / "config.json").write_text(json.dumps(config))
+    assert steady_length(transformers.AutoConfig.from_pretrained(start)) == 64
     assert train_dpo.main(arguments(tmp_path, start, "--data.max_length", "65")) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "beyond 64 tokens this model's rotary embedding follows the longest sequence of a batch" in line
+    said = {"longrope": "beyond 64 tokens this model's rotary embedding follows the longest sequence of a batch"}
+    assert said.get(kind, "data.max_length is 65, the model's context 64 tokens") in line
 
 
 def test_a_special_token_beyond_the_embedding_is_no_obstacle_unless_the_data_has_it(tiny_policy, tmp_path, capsys):
@@ -203,11 +208,16 @@ def test_a_special_token_beyond_the_embedding_is_no_obstacle_unless_the_data_has
     assert len(tokenizer) == rows
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.save_pretrained(start)
-    assert train_dpo.main(arguments(tmp_path, start, "--log.samples", "0")) == 0
+    assert train_dpo.main(arguments(tmp_path, start)) == 0
     data = tmp_path / "images.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in [
         {"prompt": "Look:", "chosen": f" a cat {i}", "rejected": f" an <image> {i}"} for i in range(12)
     ]))  # fmt: skip
     flags = ["--data.train", str(data), "--train.output_dir", str(tmp_path / "other"), "--log.samples", "0"]
     assert train_dpo.main(arguments(tmp_path, start, *flags)) == 2
-    assert "the data has the token '<image>', and the policy has no embedding for it" in capsys.readouterr().err
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "row 1 of the data has '<image>', and the policy has no embedding for it; leave it out" in line
+    tokenizer.pad_token = "<image>"  # with which samples are padded
+    tokenizer.save_pretrained(start)
+    assert train_dpo.main(arguments(tmp_path / "pad", start)) == 2
+    assert f"model.tokenizer has {rows + 1} tokens, the policy {rows}" in capsys.readouterr().err

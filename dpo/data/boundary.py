@@ -245,6 +245,11 @@ def _strip_start(text: str, start: str) -> str:
     return text
 
 
+def listed(ids: int | list[int] | None) -> list[int]:
+    """Ids as generation settings have them: one, several or none."""
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
 def end_ids(tokenizer: Any) -> list[int]:
     """Ids that end an answer: EOS, and what the tokenizer's chat template writes after a turn, where it serves."""
     ends = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]

@@ -30,7 +30,7 @@ from dpo.errors import UserError
 TRAINED, REFERENCE = "default", "reference"
 CONFIG = "adapter_config.json"
 ROUTERS = {"gate", "router", "shared_expert_gate"}
-"""Last names of linear layers that choose experts."""
+"""Names within the path of a linear layer that chooses experts."""
 
 
 def is_adapter(path: str) -> bool:
@@ -87,16 +87,20 @@ def check_installed() -> None:
 
 
 def linear_names(model: Any) -> list[str]:
-    """Last names of all linear layers but the head and the routers of a mixture of experts.
+    """All linear layers but the head and the routers of a mixture of experts: by last names, or whole ones if the last
+    mean others too.
 
     Not peft's "all-linear", which takes in routers and experts that are kept in one tensor.
     """
-    linear = [
-        name.rpartition(".")[2]
+    head = model.get_output_embeddings()
+    whole = {
+        name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not model.get_output_embeddings()
-    ]
-    return sorted(set(linear) - ROUTERS)
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and not ROUTERS & set(name.split("."))
+    }
+    last = {name.rpartition(".")[2] for name in whole}
+    meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last}
+    return sorted(last if meant == whole else whole)
 
 
 def add(
@@ -137,7 +141,8 @@ def add(
             peft.inject_adapter_in_model(config, model, TRAINED)
         except ValueError as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"model.lora.targets {list(lora.targets)}: {reason}") from None
+            named = list(lora.targets) or "(all linear layers)"
+            raise UserError(f"model.lora.targets {named}: {reason}") from None
     _check_layers(model, "model.lora.targets")
     _train_only_adapter(model)
 

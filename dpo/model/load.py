@@ -30,7 +30,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import load_state_dict
 from transformers.utils.logging import disable_progress_bar
 
-from dpo.data.boundary import end_ids
+from dpo.data.boundary import end_ids, listed
 from dpo.errors import UserError
 from dpo.model import example
 
@@ -303,8 +303,7 @@ def save_folder(model: Any, state: dict[str, torch.Tensor], dtype: torch.dtype, 
 def _end_answers(path: Path, tokenizer: Any) -> None:
     """Have whoever generates stop where training has ended answers, which the base may never have done."""
     settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    ends = settings.get("eos_token_id")
-    known = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    known = listed(settings.get("eos_token_id"))
     if missing := [end for end in end_ids(tokenizer) if end not in known]:
         settings["eos_token_id"] = [*known, *missing] if known or len(missing) > 1 else missing[0]
         path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

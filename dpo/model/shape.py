@@ -132,14 +132,14 @@ def steady_length(config: Any) -> int | None:
     """
     text = config.get_text_config()
     given = getattr(text, "rope_parameters", None) or {}
+    ropes = [rope for rope in (given, *given.values()) if isinstance(rope, dict)]
     limits = [
-        rope.get("original_max_position_embeddings")
-        or getattr(text, "original_max_position_embeddings", None)
-        or text.max_position_embeddings
-        for rope in (given, *given.values())
-        if isinstance(rope, dict) and rope.get("rope_type") in ("longrope", "dynamic")
+        rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+        for rope in ropes
+        if rope.get("rope_type") == "longrope"
     ]
-    return min(limits, default=None)
+    limits += [text.max_position_embeddings for rope in ropes if rope.get("rope_type") == "dynamic"]
+    return min(filter(None, limits), default=None)
 
 
 def adapter_parameters(config: Any, lora: LoraConfig, *, trust_remote_code: bool = False) -> int:

@@ -182,3 +182,21 @@ def test_by_default_no_router_and_no_expert_gets_an_adapter(family):
     attention = {name.split(".")[4] for name in trained if "self_attn" in name}
     assert attention == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert not [name for name in trained if ".experts." in name or ".gate." in name or "lm_head" in name]
+
+
+class Odd(torch.nn.Module):
+    """Layers whose last names are numbers, as that of a block is, and a router that is a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())])
+        self.router = torch.nn.ModuleDict({"layer": torch.nn.Linear(2, 2)})
+        self.lm_head = torch.nn.Linear(2, 2)
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.lm_head
+
+
+def test_layers_are_named_whole_where_their_last_names_mean_others():
+    assert adapters.linear_names(Odd()) == ["layers.0.0"]
+    assert adapters.linear_names(tiny.model("gpt2")) == ["c_attn", "c_fc", "c_proj"]

@@ -179,7 +179,7 @@ def test_a_cancelled_job_lets_training_finish_its_own_end(cpu_cluster, stand_in)
 
 
 CGROUP = """#!/bin/sh
-[ "$*" != "show config" ] || { echo "ProctrackType           = proctrack/cgroup"; exit; }
+[ "$*" != "show config" ] || { echo "ProctrackType           = proctrack/cgroup"; seq 100000 || exit 141; exit; }
 exec %s "$@"
 """
 
