@@ -69,14 +69,14 @@ def check_start(
     equal = [_as_if_equal(*pair) for pair in scored] if loss.needs_reference else scored
     gaps = [(p.chosen - r.chosen).abs() + (p.rejected - r.rejected).abs() for p, r in scored]
     lengths = [torch.stack((p.chosen_lengths, p.rejected_lengths)) for p, _ in scored]
-    tokens = [counted_tokens(each, setup.dtype).sum(dim=0) for each in lengths]
+    counted = [counted_tokens(each, setup.dtype) for each in lengths]
     totals = torch.stack([
         _loss_sum(setup, loss, work, scored), _loss_sum(setup, loss, work, equal), torch.cat(gaps).double().sum(),
-        torch.cat(tokens).double().sum(),
+        torch.cat(lengths, dim=1).double().sum(), torch.cat(counted, dim=1).sum(),
     ])  # fmt: skip
     # Ranks that compute a row together all know its pairs.
     totals /= setup.config.train.sequence_parallel_size
-    loss_sum, equal_sum, gap_sum, token_sum = distributed.sum_over_ranks(totals).tolist()
+    loss_sum, equal_sum, gap_sum, token_sum, counted_sum = distributed.sum_over_ranks(totals).tolist()
     mean, expected, per_token = loss_sum / work.num_pairs, equal_sum / work.num_pairs, gap_sum / token_sum
     if not loss.needs_reference:
         tracker.say(f"start: loss {mean:.6f}, no reference to compare with")
@@ -92,7 +92,7 @@ def check_start(
     if setup.config.reference.path is not None and math.isfinite(mean):
         return  # another model: it differs, and the line above says by how much
     off = not math.isfinite(mean) or not abs(mean - expected) <= limit * max(1.0, expected)
-    if off or (mixed and per_token > MIXED_DTYPE_TOKEN):
+    if off or (mixed and gap_sum / counted_sum > MIXED_DTYPE_TOKEN):
         raise UserError(
             f"the start is not honest: loss {mean:.6f} where equal models give {expected:.6f}, {per_token:.3g} nats a"
             f" token between policy ({setup.precision}) and reference; use --reference.dtype policy, or bf16 or fp32"
