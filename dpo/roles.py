@@ -192,7 +192,10 @@ def check_distributions(config: Config, scorers: Sequence[Scorer]) -> None:
         return
     option = "loss.wpo" if loss.wpo else "loss.name tdpo"
     if any(scorer.own_head for scorer in scorers):
-        raise UserError(f"{option} is for models whose logits are a matrix product; this head does more, leave it out")
+        raise UserError(
+            f"{option} is for models whose logits are a matrix product, scaled or capped; this head does more, leave it"
+            f" out"
+        )
     vocabularies = [len(scorer.head.weight) for scorer in scorers]
     if not loss.wpo and len(set(vocabularies)) > 1:
         raise UserError(

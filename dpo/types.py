@@ -194,6 +194,19 @@ class PackedBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class LogitMap:
+    """What a model does to the product of hidden states and output embedding: z -> softcap tanh(scale z / softcap).
+
+    Attributes:
+        scale: 1 in most models.
+        softcap: None for no cap.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class FrozenTokens:
     """What the reference knows of every scored token, for losses that compare whole next-token distributions.
 
@@ -201,11 +214,13 @@ class FrozenTokens:
         hidden: (N, H) hidden states that predict the tokens.
         weight: (V, H) of the reference's output embedding.
         bias: (V,) or None.
+        logit_map: What the reference does after the product.
     """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
+    logit_map: LogitMap = LogitMap()
 
 
 @dataclass(frozen=True, slots=True)

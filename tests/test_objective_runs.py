@@ -20,6 +20,7 @@ from dpo.errors import UserError
 from dpo.runtime import distributed
 from dpo.runtime.tracking import read_lines
 from dpo.start import rounds_apart
+from dpo.types import LogitMap
 from tests import tiny
 from tests.invariants import run_losses
 
@@ -104,8 +105,9 @@ def test_tdpo_is_refused_under_zero_3_before_anything_is_written(tiny_policy, tm
 
 @pytest.mark.parametrize("flags", [["--loss.name", "tdpo"], ["--loss.wpo", "true"]])
 def test_a_head_that_is_no_matrix_product_is_refused_where_whole_distributions_are_needed(
-    tiny_policy, tmp_path, capsys, flags
+    tiny_policy, tmp_path, capsys, flags, monkeypatch
 ):
+    monkeypatch.setattr("dpo.model.forward.logit_map_of", lambda _: LogitMap())
     policy = tiny.saved(tmp_path / "cohere", "cohere", tokenizer=tiny_policy, vocab_size=300)
     assert train_dpo.main(arguments(tmp_path, policy, "run", *flags)) == 2
     assert "is for models whose logits are a matrix product" in capsys.readouterr().err

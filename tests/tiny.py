@@ -42,6 +42,8 @@ def model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, dropou
         )
     elif family == "cohere":
         config = transformers.CohereConfig(**common | {"logit_scale": 0.25} | changes)
+    elif family == "granite":
+        config = transformers.GraniteConfig(**common | {"logits_scaling": 8.0} | changes)
     elif family == "mistral":
         config = transformers.MistralConfig(**common | changes)
     elif family == "bloom":

@@ -2,7 +2,7 @@
 
 `Scorer` is the module that a DeepSpeed engine gets: backbone, selection of the rows that predict completion tokens,
 head, sum per sequence. The same class wraps policy and reference. `check.settle` compares it with what the model itself
-says; a model whose head does more than a matrix product (final soft-cap, logit scale) is scored through its own head.
+says; a model whose head does more than a matrix product, a scale and a soft-cap is scored through its own head.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dpo.model.attention import UnsupportedAttention
 from dpo.model.head import CHUNK_ROWS, Head, logps_of_logits
+from dpo.model.logits import logit_map_of
 from dpo.model.loss_in_forward import Chunk, PairLosses, chunks_of, total_loss
 from dpo.model.products import HALF
 from dpo.model.router import Balance
@@ -43,8 +44,9 @@ class Scorer(nn.Module):
     def __init__(self, model: Any, chunk_rows: int = CHUNK_ROWS, *, with_certainty: bool = False) -> None:
         super().__init__()
         self.model = model
-        self.head = Head(model.get_output_embeddings(), chunk_rows)
-        self.certainty = Certainty(model.get_output_embeddings(), chunk_rows) if with_certainty else None
+        output, logit_map = model.get_output_embeddings(), logit_map_of(model.config)
+        self.head = Head(output, chunk_rows, logit_map)
+        self.certainty = Certainty(output, chunk_rows, logit_map) if with_certainty else None
         self.own_head = False
         self.native_attention = model.config._attn_implementation
         self.attention = "sdpa"
@@ -76,7 +78,10 @@ class Scorer(nn.Module):
         if pair_losses is not None:
             chunks = self.chunks(batch)
             assert chunks is not None
-            in_forward = partial(total_loss, batch=batch, chunks=chunks, pair_losses=pair_losses)
+            logit_map = self.head.logit_map
+            in_forward = partial(
+                total_loss, batch=batch, chunks=chunks, pair_losses=pair_losses, logit_map=logit_map
+            )  # fmt: skip
             return self.head(self.hidden(batch), batch.target_ids, in_forward)
         if self.across is not None:
             return self._sums_across(self.across, batch)
@@ -86,7 +91,8 @@ class Scorer(nn.Module):
         hidden = self.hidden(batch)
         token_logps = self.head(hidden, batch.target_ids)
         if frozen is not None:
-            second = token_kls(hidden, self.head.weight, self.head.bias, frozen, self.head.chunk_rows)
+            head = self.head
+            second = token_kls(hidden, head.weight, head.bias, frozen, head.chunk_rows, head.logit_map)
         else:
             assert self.certainty is not None
             second = token_logps.detach() - self.certainty(hidden.detach())

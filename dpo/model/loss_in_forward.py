@@ -1,7 +1,7 @@
 """The gradient of the loss taken while the logits are there: forward pass of the head over chunks of whole pairs.
 
-    z = W h_t + b;  logp_t = z[target_t] - logsumexp(z);  per-sequence sums -> losses, and g_s = d loss / d sum_s
-    dz_t = g_s w_t (onehot(target_t) - softmax(z));       dh_t = W^T dz_t;       dW += dz_t h_t^T
+    z = logits of h_t;  logp_t = z[target_t] - logsumexp(z);  per-sequence sums -> losses, and g_s = d loss / d sum_s
+    dz_t = g_s w_t (onehot(target_t) - softmax(z));           dh_t = W^T dz_t;         dW += dz_t h_t^T
 
 The loss of a pair depends on its own two sums, so that a chunk of whole pairs knows g before its tile of logits is
 thrown away. What is kept for backward is dh (N, H) and dW; backward multiplies by the gradient of the total and does
@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo.model.head import logits_of, product
-from dpo.types import PackedBatch
+from dpo.model.logits import PRODUCT, logps_gradient_, product, softmax_of
+from dpo.types import LogitMap, PackedBatch
 
 PairLosses = Callable[[Tensor, Tensor, slice], Tensor]
 """pair_losses(chosen (p,), rejected (p,), pairs) -> (p,) losses of some of the batch's pairs from their log-probs."""
@@ -77,6 +77,7 @@ class _LossInForward(torch.autograd.Function):
         batch: PackedBatch,
         chunks: list[Chunk],
         pair_losses: PairLosses,
+        logit_map: LogitMap,
     ) -> tuple[Tensor, Tensor]:
         wants_weight, wants_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -89,9 +90,9 @@ class _LossInForward(torch.autograd.Function):
             take = lambda x, c=chunk: torch.cat((x[c.chosen], x[c.rejected]))  # noqa: E731
             h, targets, sequences = take(hidden), take(batch.target_ids), take(batch.sequence_ids)
             weights = None if batch.token_weights is None else take(batch.token_weights)
-            tile, total_of_row, logps = _exps_and_logps(h, weight, bias, targets)
+            softmax = softmax_of(h, weight, bias, logit_map, targets)
             # Of this chunk's sequences alone the others' sums are still, or already, what they are.
-            sums.index_add_(0, sequences, logps if weights is None else logps * weights)
+            sums.index_add_(0, sequences, softmax.logps if weights is None else softmax.logps * weights)
             losses, g = _gradient(sums, chunk, batch.num_sequences // 2, pair_losses)
             total += losses
             per_row = g[sequences] if weights is None else g[sequences] * weights
@@ -99,9 +100,8 @@ class _LossInForward(torch.autograd.Function):
             # left out of the tile and meets the products in fp32.
             largest = per_row.abs().max().clamp_min(1e-30) if hidden.dtype == torch.float16 else None
             of_row = (per_row if largest is None else per_row / largest)[:, None]
-            tile.mul_(-of_row / total_of_row).scatter_add_(1, targets[:, None], of_row)  # g (onehot - softmax)
-            dz = tile.to(hidden.dtype)
-            del tile
+            dz = logps_gradient_(softmax, targets, of_row, logit_map).to(hidden.dtype)
+            del softmax
             scaled = lambda x, by=largest: x if by is None else x.mul_(by)  # noqa: E731
             rows = scaled(product(dz, weight))
             middle = chunk.chosen.stop - chunk.chosen.start
@@ -121,18 +121,7 @@ class _LossInForward(torch.autograd.Function):
         of_hidden, of_weight = ctx.dtypes
         dtypes = of_hidden, of_weight, of_weight
         saved = zip(ctx.saved_tensors, dtypes, strict=True)
-        return *(None if x is None else (x * grad).to(dtype) for x, dtype in saved), None, None, None
-
-
-def _exps_and_logps(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(n, V) exponentials, (n, 1) their sums, and (n,) log-probs of the targets; one tile, changed in place."""
-    tile = logits_of(hidden, weight, bias)
-    peak = tile.amax(dim=1, keepdim=True)
-    of_target = tile.gather(1, targets[:, None])
-    total = tile.sub_(peak).exp_().sum(dim=1, keepdim=True)
-    return tile, total, (of_target - peak - total.log()).squeeze(1)
+        return *(None if x is None else (x * grad).to(dtype) for x, dtype in saved), None, None, None, None
 
 
 def _gradient(sums: Tensor, chunk: Chunk, num_pairs: int, pair_losses: PairLosses) -> tuple[Tensor, Tensor]:
@@ -149,7 +138,7 @@ def _gradient(sums: Tensor, chunk: Chunk, num_pairs: int, pair_losses: PairLosse
 
 def total_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: PackedBatch, chunks: list[Chunk],
-    pair_losses: PairLosses,
+    pair_losses: PairLosses, logit_map: LogitMap = PRODUCT,
 ) -> tuple[Tensor, Tensor]:
     """Sum of the losses of a batch's pairs.
 
@@ -160,8 +149,9 @@ def total_loss(
         batch: Whose targets, sequences and token weights; 2P sequences.
         chunks: Of `chunks_of`.
         pair_losses: The loss of a pair as a function of its own log-probs, summed over tokens.
+        logit_map: What the model does after the product.
     Returns:
         Scalar, differentiable by hidden, weight and bias, and only once; (S,) summed log-probs without gradient. fp32,
         or fp64 for fp64 inputs.
     """  # fmt: skip
-    return _LossInForward.apply(hidden, weight, bias, batch, chunks, pair_losses)  # type: ignore[return-value]
+    return _LossInForward.apply(hidden, weight, bias, batch, chunks, pair_losses, logit_map)  # type: ignore[return-value]

@@ -43,7 +43,8 @@ def online_with_tokens(scorer: Scorer) -> Reference:
     def reference(batch: PackedBatch) -> PairLogps:
         hidden, head = scorer.hidden(batch), scorer.head
         sums = sums_by_sequence(head(hidden, batch.target_ids), batch)
-        return replace(pair_logps(lambda _: sums, batch), tokens=FrozenTokens(hidden, head.weight, head.bias))
+        tokens = FrozenTokens(hidden, head.weight, head.bias, head.logit_map)
+        return replace(pair_logps(lambda _: sums, batch), tokens=tokens)
 
     return reference
 

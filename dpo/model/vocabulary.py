@@ -8,21 +8,32 @@ Legend: N scored tokens, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dpo.model.head import Logits, logits_of
-from dpo.types import FrozenTokens
+from dpo.model.logits import PRODUCT, Logits, logits_of
+from dpo.types import FrozenTokens, LogitMap
 
 
-def _tile_kls(hidden: Tensor, weight: Tensor, bias: Tensor | None, frozen: FrozenTokens) -> Tensor:
-    policy = Logits.apply(hidden, weight, bias).log_softmax(dim=1)  # (n, V)
-    reference = logits_of(frozen.hidden, frozen.weight, frozen.bias).log_softmax(dim=1)
+def _tile_kls(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_map: LogitMap, frozen: FrozenTokens
+) -> Tensor:
+    policy = Logits.apply(hidden, weight, bias, logit_map).log_softmax(dim=1)  # (n, V)
+    reference = logits_of(frozen.hidden, frozen.weight, frozen.bias, frozen.logit_map).log_softmax(dim=1)
     return (reference.exp() * (reference - policy)).sum(dim=1)
 
 
-def token_kls(hidden: Tensor, weight: Tensor, bias: Tensor | None, frozen: FrozenTokens, chunk_rows: int) -> Tensor:
+def token_kls(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    frozen: FrozenTokens,
+    chunk_rows: int,
+    logit_map: LogitMap = PRODUCT,
+) -> Tensor:
     """KL(reference || policy) of the next-token distribution at every scored token.
 
     Args:
@@ -30,11 +41,12 @@ def token_kls(hidden: Tensor, weight: Tensor, bias: Tensor | None, frozen: Froze
         weight, bias: Of the policy's output embedding.
         frozen: The reference at the same tokens.
         chunk_rows: Rows per tile.
+        logit_map: What the policy does after the product.
     Returns:
         (N,) fp32 (fp64 for fp64 inputs), nats, >= 0.
     """
     tiles = [
-        checkpoint(_tile_kls, h, weight, bias, FrozenTokens(f, frozen.weight, frozen.bias), use_reentrant=False)
+        checkpoint(_tile_kls, h, weight, bias, logit_map, replace(frozen, hidden=f), use_reentrant=False)
         for h, f in zip(hidden.split(chunk_rows), frozen.hidden.split(chunk_rows), strict=True)
         if len(h)
     ]
@@ -50,11 +62,12 @@ class Certainty(nn.Module):
     Source: the aligned weights of WPO, Zhou et al. 2024, arXiv:2406.11827, Eq. 2.
     """
 
-    def __init__(self, output_layer: nn.Module, chunk_rows: int) -> None:
+    def __init__(self, output_layer: nn.Module, chunk_rows: int, logit_map: LogitMap = PRODUCT) -> None:
         super().__init__()
         self.weight: nn.Parameter = output_layer.weight  # type: ignore[assignment]
         self.bias = getattr(output_layer, "bias", None)
         self.chunk_rows = chunk_rows
+        self.logit_map = logit_map
 
     @torch.no_grad()
     def forward(self, hidden: Tensor) -> Tensor:
@@ -67,6 +80,6 @@ class Certainty(nn.Module):
         """
         tiles = []
         for h in hidden.split(self.chunk_rows):
-            logits = logits_of(h, self.weight, self.bias)  # (n, V)
+            logits = logits_of(h, self.weight, self.bias, self.logit_map)  # (n, V)
             tiles.append((2 * logits).logsumexp(dim=1) - 2 * logits.logsumexp(dim=1))
         return torch.cat(tiles)

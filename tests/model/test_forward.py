@@ -10,12 +10,12 @@ import transformers
 from dpo.data.batch import collate
 from dpo.data.planner import Layout
 from dpo.errors import UserError
-from dpo.model import products
+from dpo.model import logits, products
 from dpo.model.check import TOLERANCE, _difference, settle, use_layout
 from dpo.model.forward import Scorer, own_logits_logps, pair_logps
 from dpo.model.head import token_logps
 from dpo.model.load import checkpoint_activations, fuse_gelu
-from dpo.types import TokenizedPair
+from dpo.types import LogitMap, TokenizedPair
 from tests import tiny
 
 LAYOUTS: tuple[Layout, ...] = ("shared", "packed", "padded")
@@ -96,25 +96,33 @@ def test_a_micro_batch_is_one_call_of_the_backbone(layout):
     assert len(calls) == 1
 
 
+MAPS = [LogitMap(), LogitMap(scale=0.25), LogitMap(softcap=2.0), LogitMap(3.0, 1.5)]
+
+
+@pytest.mark.parametrize("logit_map", MAPS)
 @pytest.mark.parametrize("rows", [1, 3, 7, 1000])
-def test_head_chunks_change_neither_log_probs_nor_gradients(rows):
+def test_head_chunks_change_neither_log_probs_nor_gradients(rows, logit_map):
     torch.manual_seed(0)
     hidden, weight = torch.randn(10, 8, dtype=torch.float64), torch.randn(17, 8, dtype=torch.float64)
     targets = torch.randint(17, (10,))
     results = []
     for chunk in (1000, rows):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        logps = token_logps(h, w, None, targets, chunk)
+        logps = token_logps(h, w, None, targets, chunk, logit_map)
         (logps * torch.arange(10.0)).sum().backward()
         results.append((logps.detach(), h.grad, w.grad))
-    truth = torch.log_softmax(hidden @ weight.T, dim=1)[torch.arange(10), targets]
+    full = logit_map.scale * hidden @ weight.T
+    if logit_map.softcap:
+        full = logit_map.softcap * torch.tanh(full / logit_map.softcap)
+    truth = torch.log_softmax(full, dim=1)[torch.arange(10), targets]
     torch.testing.assert_close(results[1][0], truth, rtol=1e-12, atol=1e-12)
     for found, expected in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("logit_map", MAPS)
 @pytest.mark.parametrize("bias", [False, True])
-def test_head_gradients_equal_finite_differences(bias):
+def test_head_gradients_equal_finite_differences(bias, logit_map):
     """With recomputed tiles: a kept one is overwritten in backward, and gradcheck goes back more than once."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(5, 4, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
@@ -122,10 +130,27 @@ def test_head_gradients_equal_finite_differences(bias):
     targets = torch.randint(9, (5,))
 
     def logps(h, w, *b):
-        return token_logps(h, w, b[0] if b else None, targets, chunk_rows=3)
+        return token_logps(h, w, b[0] if b else None, targets, 3, logit_map)
 
     inputs = (hidden.requires_grad_(), weight.requires_grad_(), *([shift] if bias else []))
     assert torch.autograd.gradcheck(logps, inputs)
+
+
+@pytest.mark.parametrize("scale", [1, 30])
+def test_slopes_of_a_soft_cap_are_exact_where_it_is_reached_and_where_probabilities_vanish(scale, monkeypatch):
+    """They are computed from the softmax, a few rows at a time; in fp32 probabilities under 1e-38 are lost."""
+    monkeypatch.setattr(logits, "SLOPE_ROWS", 3)
+    torch.manual_seed(0)
+    hidden, weight = (scale * torch.randn(8, 16)).requires_grad_(), torch.randn(33, 16).requires_grad_()
+    targets, cap = torch.randint(33, (8,)), 50.0
+    found = torch.autograd.grad(
+        token_logps(hidden, weight, None, targets, logit_map=LogitMap(softcap=cap)).sum(), (hidden, weight)
+    )
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    logps = (cap * torch.tanh(wide[0] @ wide[1].T / cap)).log_softmax(dim=1)
+    truth = torch.autograd.grad(logps.gather(1, targets[:, None]).sum(), wide)
+    for a, b in zip(found, truth, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=float(1e-5 * b.abs().max()))
 
 
 def test_a_frozen_head_gets_no_gradient_and_hidden_states_do():
@@ -156,7 +181,7 @@ def test_no_tensor_of_all_logits_exists(monkeypatch):
             seen.append(x.shape[0])
         return head(x, w, b)
 
-    monkeypatch.setattr("dpo.model.head.linear", spy)
+    monkeypatch.setattr("dpo.model.logits.linear", spy)
     scorer(collate(pairs, "shared"))
     assert sum(seen) == sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
     assert max(seen) <= 16
@@ -195,7 +220,6 @@ def test_families_that_share_prompts_keep_the_layout_asked_for(family):
     ("family", "changes", "reason"),
     [
         ("gemma2", {}, "soft-capped"),
-        ("cohere", {}, "differ"),
         ("mistral", {"sliding_window": 4}, "sliding window"),
         ("bloom", {}, "own attention code"),
         ("mamba", {}, "0 of 2 layers attend"),
@@ -212,14 +236,34 @@ def test_other_families_fall_back_to_padded_with_the_reason_and_true_log_probs(f
         torch.testing.assert_close(scorer(collate(pairs, layout)), truth, rtol=1e-6, atol=1e-6, check_dtype=False)
 
 
-@pytest.mark.parametrize(("family", "own_head"), [("gemma2", True), ("cohere", True), ("mistral", False)])
-def test_the_models_own_head_is_used_where_it_does_more_than_a_product(family, own_head):
+@pytest.mark.parametrize(("family", "layout", "logit_map"), [
+    ("gemma2", "padded", LogitMap(softcap=2.0)), ("cohere", "shared", LogitMap(scale=0.25)),
+    ("granite", "shared", LogitMap(scale=0.125)), ("mistral", "shared", LogitMap()),
+])  # fmt: skip
+def test_scaled_and_capped_logits_have_the_gradients_of_the_models_own_without_being_whole(family, layout, logit_map):
+    scorer = Scorer(tiny.model(family))
+    assert settle(scorer, "shared", tiny.pairs(3)[1:], 100, CPU)[0] == layout
+    assert not scorer.own_head and scorer.head.logit_map == logit_map
+    batch, results = collate(tiny.pairs(3), layout), []
+    for own_head in (False, True):
+        if own_head:
+            use_layout(scorer, "padded", own_head=True)
+            batch = collate(tiny.pairs(3), "padded")
+        scorer.zero_grad()
+        (scorer(batch) * torch.arange(1, 7)).sum().backward()
+        results.append([p.grad.clone() for p in scorer.parameters()])
+    for a, b in zip(*results, strict=True):  # Cohere's norms round to fp32
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=float(1e-6 * b.abs().max()))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "cohere"])
+def test_the_models_own_head_is_used_where_its_config_does_not_say_what_it_does(family, monkeypatch):
+    monkeypatch.setattr("dpo.model.forward.logit_map_of", lambda _: LogitMap())
     scorer = Scorer(tiny.model(family))
     settle(scorer, "shared", tiny.pairs(3)[1:], 100, CPU)
-    assert scorer.own_head is own_head
-    if own_head:
-        scorer(collate(tiny.pairs(3), "padded")).sum().backward()
-        assert scorer.head.weight.grad.abs().max() > 0
+    assert scorer.own_head
+    scorer(collate(tiny.pairs(3), "padded")).sum().backward()
+    assert scorer.head.weight.grad.abs().max() > 0
 
 
 def test_logits_that_the_model_rounds_are_no_reason_to_give_the_fast_head_up(monkeypatch):
@@ -238,8 +282,9 @@ def test_logits_that_the_model_rounds_are_no_reason_to_give_the_fast_head_up(mon
 
 
 @pytest.mark.parametrize("family", ["gemma2", "cohere"])
-def test_a_head_that_does_more_than_a_product_is_seen_in_16_bits_too(family, monkeypatch):
+def test_a_head_that_does_more_than_its_config_says_is_seen_in_16_bits_too(family, monkeypatch):
     monkeypatch.setattr(products, "fp32_is_faster", lambda: True)
+    monkeypatch.setattr("dpo.model.forward.logit_map_of", lambda _: LogitMap())
     scorer = Scorer(tiny.model(family, torch.bfloat16))
     settle(scorer, "shared", tiny.pairs(3)[1:], 100, CPU)
     assert scorer.own_head

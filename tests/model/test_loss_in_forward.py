@@ -14,12 +14,12 @@ from torch.nn.functional import logsigmoid
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo.data.batch import collate
-from dpo.model import products
+from dpo.model import logits, products
 from dpo.model.check import use_layout
 from dpo.model.forward import Scorer, sums_by_sequence
 from dpo.model.head import Head, token_logps
 from dpo.model.loss_in_forward import chunks_of, total_loss
-from dpo.types import TokenizedPair
+from dpo.types import LogitMap, TokenizedPair
 from tests import tiny
 
 HIDDEN = 6
@@ -41,8 +41,11 @@ def problem(count=5, weights=False, dtype=torch.float64, vocab=tiny.VOCAB):
     return batch, hidden, weight, bias
 
 
-def plain(batch, hidden, weight, bias):
+def plain(batch, hidden, weight, bias, logit_map=None):
     logits = hidden @ weight.T if bias is None else hidden @ weight.T + bias
+    if logit_map is not None:
+        cap = logit_map.softcap
+        logits = logit_map.scale * logits if cap is None else cap * torch.tanh(logit_map.scale * logits / cap)
     logps = logits.log_softmax(dim=1).gather(1, batch.target_ids[:, None]).squeeze(1)
     logps = logps if batch.token_weights is None else logps * batch.token_weights
     sums = logps.new_zeros(batch.num_sequences).index_add(0, batch.sequence_ids, logps)
@@ -51,14 +54,16 @@ def plain(batch, hidden, weight, bias):
 
 @pytest.mark.parametrize("rows", [18, 24, 1000])
 @pytest.mark.parametrize(("weights", "with_bias"), [(False, False), (True, False), (False, True)])
-def test_losses_sums_and_gradients_are_those_of_full_logits(rows, weights, with_bias):
+@pytest.mark.parametrize("logit_map", [LogitMap(), LogitMap(scale=0.25), LogitMap(2.0, 1.5)])
+def test_losses_sums_and_gradients_are_those_of_full_logits(rows, weights, with_bias, logit_map):
     batch, hidden, weight, bias = problem(weights=weights)
     chunks = chunks_of(batch.completion_sizes, rows)
     assert len(chunks) == {18: 3, 24: 2, 1000: 1}[rows]
     results = []
-    for function in (plain, lambda b, h, w, c: total_loss(h, w, c, b, chunks, per_pair)):
+    ours = lambda b, h, w, c, m: total_loss(h, w, c, b, chunks, per_pair, m)  # noqa: E731
+    for function in (plain, ours):
         leaves = [x.clone().requires_grad_() for x in ((hidden, weight, bias) if with_bias else (hidden, weight))]
-        total, sums = function(batch, leaves[0], leaves[1], leaves[2] if with_bias else None)
+        total, sums = function(batch, leaves[0], leaves[1], leaves[2] if with_bias else None, logit_map)
         results.append([total.detach(), sums.detach(), *torch.autograd.grad(3.7 * total, leaves)])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
@@ -214,14 +219,17 @@ class Wide(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(("in_forward", "dtype", "in_fp32", "tiles"), [
-    (True, torch.float32, False, 1), (True, torch.bfloat16, False, 1.5),
-    (False, torch.float32, False, 1), (False, torch.bfloat16, False, 1.5), (False, torch.bfloat16, True, 1),
+@pytest.mark.parametrize(("in_forward", "dtype", "in_fp32", "softcap", "tiles"), [
+    (True, torch.float32, False, None, 1), (True, torch.bfloat16, False, None, 1.5),
+    (False, torch.float32, False, None, 1), (False, torch.bfloat16, False, None, 1.5),
+    (False, torch.bfloat16, True, None, 1), (True, torch.float32, False, 5.0, 1.1),
+    (False, torch.float32, False, 5.0, 1.1),
 ])  # fmt: skip
 def test_memory_as_wide_as_the_vocabulary_is_one_fp32_tile_however_many_tokens(
-    monkeypatch, in_forward, dtype, in_fp32, tiles
+    monkeypatch, in_forward, dtype, in_fp32, softcap, tiles
 ):
-    """Beside it the 16-bit copy that a product takes."""
+    """Beside it the 16-bit copy that a product takes, or the slopes of a few rows."""
+    monkeypatch.setattr(logits, "SLOPE_ROWS", 2)
     monkeypatch.setattr(products, "fp32_is_faster", lambda: in_fp32)
     batch, hidden, weight, _ = problem(count=60, vocab=501)
     rows = len(hidden) // 10
@@ -230,9 +238,9 @@ def test_memory_as_wide_as_the_vocabulary_is_one_fp32_tile_however_many_tokens(
         if in_forward:
             chunks = chunks_of(batch.completion_sizes, rows)
             assert len(chunks) > 8
-            total, _ = total_loss(hidden, weight, None, batch, chunks, per_pair)
+            total, _ = total_loss(hidden, weight, None, batch, chunks, per_pair, LogitMap(softcap=softcap))
         else:
-            total = token_logps(hidden, weight, None, batch.target_ids, rows).sum()
+            total = token_logps(hidden, weight, None, batch.target_ids, rows, LogitMap(softcap=softcap)).sum()
         assert not seen.alive, "logits are kept for backward"
         total.backward()
     assert 0 < seen.most <= tiles * 4 * 501 * (rows + 1)

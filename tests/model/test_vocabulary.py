@@ -14,7 +14,7 @@ from dpo.model.check import use_layout
 from dpo.model.forward import Scorer, pair_logps
 from dpo.model.reference import online_with_tokens
 from dpo.model.vocabulary import Certainty, token_kls
-from dpo.types import FrozenTokens
+from dpo.types import FrozenTokens, LogitMap
 from tests import tiny
 
 N, H, V = 7, 5, 11
@@ -26,13 +26,23 @@ def leaves(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return made[0], made[1], made[2]
 
 
+def mapped(logits: torch.Tensor, logit_map: LogitMap) -> torch.Tensor:
+    logits, cap = logit_map.scale * logits, logit_map.softcap
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+MAPS = [LogitMap(), LogitMap(scale=0.25), LogitMap(2.0, 1.5)]
+
+
+@pytest.mark.parametrize("logit_map", MAPS)
 @pytest.mark.parametrize("chunk_rows", [2, 100])
-def test_kls_and_their_gradient_equal_those_of_full_logits(chunk_rows):
+def test_kls_and_their_gradient_equal_those_of_full_logits(chunk_rows, logit_map):
     hidden, weight, bias = leaves(0)
-    frozen = FrozenTokens(*(x.detach() for x in leaves(1)))
-    ours = token_kls(hidden, weight, bias, frozen, chunk_rows)
-    policy = (hidden @ weight.T + bias).log_softmax(-1)
-    reference = (frozen.hidden @ frozen.weight.T + frozen.bias).log_softmax(-1)
+    other = LogitMap(softcap=4.0)
+    frozen = FrozenTokens(*(x.detach() for x in leaves(1)), other)
+    ours = token_kls(hidden, weight, bias, frozen, chunk_rows, logit_map)
+    policy = mapped(hidden @ weight.T + bias, logit_map).log_softmax(-1)
+    reference = mapped(frozen.hidden @ frozen.weight.T + frozen.bias, other).log_softmax(-1)
     plain = kl_div(policy, reference, log_target=True, reduction="none").sum(-1)
     torch.testing.assert_close(ours, plain)
     assert (ours > 0).all()
@@ -45,20 +55,21 @@ def test_kls_and_their_gradient_equal_those_of_full_logits(chunk_rows):
         torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.parametrize("logit_map", MAPS)
 @pytest.mark.parametrize("chunk_rows", [3, 100])
-def test_certainty_is_the_log_of_the_sum_of_squared_probabilities(chunk_rows):
+def test_certainty_is_the_log_of_the_sum_of_squared_probabilities(chunk_rows, logit_map):
     hidden, weight, bias = leaves(2)
     layer = torch.nn.Linear(H, V, dtype=torch.float64)
     layer.weight, layer.bias = torch.nn.Parameter(weight.detach()), torch.nn.Parameter(bias.detach())
-    found = Certainty(layer, chunk_rows)(hidden)
-    plain = (hidden @ weight.T + bias).softmax(-1).square().sum(-1).log()
+    found = Certainty(layer, chunk_rows, logit_map)(hidden)
+    plain = mapped(hidden @ weight.T + bias, logit_map).softmax(-1).square().sum(-1).log()
     torch.testing.assert_close(found, plain.detach())
     assert not found.requires_grad
 
 
-@pytest.mark.parametrize("layout", ["shared", "padded"])
-def test_a_batch_is_scored_with_kls_certainties_and_weights(layout):
-    policy, reference = (tiny.model("llama", seed=seed) for seed in (0, 1))
+@pytest.mark.parametrize(("family", "layout"), [("llama", "shared"), ("llama", "padded"), ("gemma2", "padded")])
+def test_a_batch_is_scored_with_kls_certainties_and_weights(family, layout):
+    policy, reference = (tiny.model(family, seed=seed) for seed in (0, 1))
     scorer, frozen = Scorer(policy, chunk_rows=4, with_certainty=True), Scorer(reference)
     for each in (scorer, frozen):
         use_layout(each, layout)

@@ -38,7 +38,7 @@ from dpo.objective.metrics import sums
 from dpo.objective.objective import Objective
 from dpo.policy import Policy
 from dpo.step import losses_of
-from dpo.types import Context, TokenizedPair
+from dpo.types import Context, LogitMap, TokenizedPair
 
 GPU = torch.device("cuda", 0)
 SIZES: dict[str, dict[str, Any]] = {
@@ -48,6 +48,7 @@ SIZES: dict[str, dict[str, Any]] = {
         num_key_value_heads=8, head_dim=64,
     ),
 }  # fmt: skip
+SIZES["cohere"] = SIZES["llama"] | {"logit_scale": 0.0625}
 SIZES["llama_mha"] = SIZES["llama"] | {"num_key_value_heads": 32, "vocab_size": 32000}
 
 
@@ -59,6 +60,7 @@ class Case:
         family, layers: The model.
         layout, attention, dtype, in_forward, recompute, lora: How.
         multiple: Of which the vocabulary is made one.
+        softcap: Of the logits.
         loss: The loss section.
         tokens: About as many are in the micro-batch.
     """
@@ -72,6 +74,7 @@ class Case:
     recompute: bool = False
     lora: bool = False
     multiple: int = 1
+    softcap: float | None = None
     loss: dict[str, Any] = field(default_factory=dict)
     tokens: int = 1000
 
@@ -96,6 +99,11 @@ WAITS = {
     "long-in_forward": Case(tokens=9000, in_forward=True),
     "vocabulary": Case(multiple=64),
     "vocabulary-in_forward": Case(multiple=64, in_forward=True),
+    "scaled": Case("cohere"),
+    "scaled-in_forward": Case("cohere", in_forward=True),
+    "capped": Case(softcap=30.0, tokens=9000),
+    "capped-in_forward": Case(softcap=30.0, tokens=9000, in_forward=True),
+    "capped-tdpo": Case(softcap=30.0, loss={"name": "tdpo"}),
     "wpo": Case(loss={"wpo": True}),
     "js": Case(loss={"f_divergence": "js"}),
 } | {
@@ -105,7 +113,7 @@ MEMORY = {
     f"{family}{'-recompute' * again}{'-in_forward' * early}": Case(
         family, layers=None, in_forward=early, recompute=again, tokens=8192
     )
-    for family in SIZES
+    for family in ("gpt2", "llama", "llama_mha")
     for again in (False, True)
     for early in (False, True)
 }
@@ -158,6 +166,8 @@ def scorer_of(case: Case, recompute: bool = False) -> Scorer:
         load.checkpoint_activations(model)
     scorer = Scorer(model, with_certainty=bool(case.loss.get("wpo")))
     scorer.head.multiple = case.multiple
+    if case.softcap is not None:
+        scorer.head.logit_map = LogitMap(softcap=case.softcap)
     use_layout(scorer, case.layout, backend=case.attention)
     return scorer
 
