@@ -1,5 +1,6 @@
 """How many tokens a micro-batch may hold: what fits on every rank, found out before the first step.
 
+    free memory  ->  are activations kept?
     free memory, or train.tokens_per_micro_batch  ->  the costliest micro-batch is run  ->  out of memory on any rank?
     half the budget, down to the longest pair  ->  activations recomputed, from the start again  ->  refused
 
@@ -32,61 +33,18 @@ from dpo.errors import UserError
 from dpo.estimate import reduction_buckets
 from dpo.model import load
 from dpo.model.forward import pair_logps
-from dpo.model.head import CHUNK_ROWS
 from dpo.model.reference import Reference
-from dpo.model.shape import Shape, shape_of
+from dpo.model.shape import shape_of
 from dpo.policy import Policy
+from dpo.room import LARGEST, Room, wanted_tokens
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import gather, only_main
 from dpo.setup import LOOKED_AT, UNTRIED_TOKENS, Setup
-
-LARGEST = 65536
-"""Tokens beyond which a larger micro-batch gains nothing."""
-LIVE_PARAMETERS = 1_000_000_000
-"""Weights that ZeRO-3 keeps gathered at a time by default (stage3_max_live_parameters)."""
-SHARE_OF_FREE = 0.8
-"""Share of the free memory that is planned with; the rest is for kernels' workspaces and the allocator's gaps."""
 
 
 def can_run_out(device: torch.device) -> bool:
     """Whether lack of memory shows as an error that can be caught; on a CPU the process is killed."""
     return device.type == "cuda"
-
-
-def suggested_budget(
-    shape: Shape,
-    dtype: torch.dtype,
-    *,
-    free: int,
-    recomputed: bool,
-    stage: int,
-    trained: int,
-    longest: int,
-    layout: Layout,
-    most: int = LARGEST,
-    chunk_rows: int = CHUNK_ROWS,
-) -> int:
-    """What free memory suggests.
-
-    Args:
-        shape, dtype: Of the policy.
-        free: Bytes that are free once models, optimizer states and gradients in fp32 are there.
-        recomputed: Whether activations are.
-        stage: ZeRO's: up to 2 a micro-batch's own gradients are whole, 3 gathers weights.
-        trained: Parameters that learn.
-        longest: Tokens of the longest pair, which must fit.
-        layout: Of the micro-batches.
-        most: Tokens.
-        chunk_rows: Rows of a tile of logits.
-    Returns:
-        Tokens, a multiple of 1,024 unless it is `longest`.
-    """
-    # Of shared prompts as much as can be: nearly the whole row.
-    per_token = shape.kept(1, 1, is_shared=layout == "shared", recomputed=recomputed) or shape.block_input
-    reserved = 2 * chunk_rows * shape.vocabulary * 4 + min(trained, shape.vocabulary * shape.hidden) * 4
-    reserved += (min(shape.parameters, LIVE_PARAMETERS) if stage == 3 else trained) * dtype.itemsize
-    fits = int(SHARE_OF_FREE * (free - reserved) / per_token)
-    return max(longest, min(most, fits) // 1024 * 1024)
 
 
 def choose(
@@ -157,7 +115,10 @@ def attempt(setup: Setup, policy: Policy, reference: Reference | None, layout: L
         else:
             logps = pair_logps(scorer, batch, tokens, certain)
             total = logps.chosen.sum() + logps.rejected.sum() + (0 if logps.kls is None else logps.kls.sum())
-    torch.autograd.grad(total, [p for p in scorer.parameters() if p.requires_grad], allow_unused=True)
+    learned = [p for p in scorer.parameters() if p.requires_grad]
+    # ZeRO-2 hands every gradient on as it comes. That of the first weight alone is a pass through all blocks too.
+    is_whole = deepspeed_engine.zero_stage(setup.engine_config) < 2
+    torch.autograd.grad(total, learned if is_whole else learned[:1], allow_unused=True)
 
 
 def _owed(setup: Setup, policy: Policy, stage: int) -> int:
@@ -195,21 +156,12 @@ def _fits(
     return not any(gather(lacking))
 
 
-def _first(
-    setup: Setup, policy: Policy, layout: Layout, longest: int, recomputed: bool, stage: int, owed: int, *,
-    is_tried: bool,
-) -> int:
-    """The budget asked for, or what the memory of the rank with the least of it suggests; the same on every rank."""
-    asked, device = setup.config.train.tokens_per_micro_batch, setup.world.device
-    if asked != "auto":
-        return max(asked, longest)
-    shape = shape_of(policy.scorer.model.config, setup.dtype, trust_remote_code=setup.config.model.trust_remote_code)
-    budget = suggested_budget(
-        shape, setup.dtype, free=_free_memory(device) - owed, recomputed=recomputed, stage=stage,
-        trained=_trained(policy), longest=longest, layout=layout, most=LARGEST if is_tried else UNTRIED_TOKENS,
-        chunk_rows=policy.scorer.head.chunk_rows,
-    )
-    return min(gather(budget))
+def _room(setup: Setup, policy: Policy, layout: Layout, longest: int, stage: int, owed: int) -> Room:
+    """Of this rank."""
+    scorer = policy.scorer
+    shape = shape_of(scorer.model.config, setup.dtype, trust_remote_code=setup.config.model.trust_remote_code)
+    free = _free_memory(setup.world.device) - owed
+    return Room(shape, setup.dtype, free, stage, _trained(policy), longest, layout, scorer.head.chunk_rows)
 
 
 def _free_memory(device: torch.device) -> int:
@@ -252,21 +204,27 @@ def fit_budget(
         "asked": config.train.tokens_per_micro_batch, "world_size": world.world_size, "layout": layout,
         "ranks_a_row": of_row, "tried": is_tried,
     }  # fmt: skip
-    recomputed = load.recomputes_activations(model)
     found = only_main(world, lambda: _read(path))
     if found is None or {k: found.get(k) for k in key} != key:
         longest = math.ceil(num_tokens(setup.train_pairs.lengths, layout).max() / of_row)
-        may = config.model.gradient_checkpointing is not False and not recomputed
-        recompute = (lambda: load.checkpoint_activations(model)) if may else None
         owed = _owed(setup, policy, stage)
-        budget = _first(setup, policy, layout, longest, recomputed, stage, owed, is_tried=is_tried)
+        room = _room(setup, policy, layout, longest, stage, owed)
+        may = config.model.gradient_checkpointing == "auto"
+        if may and any(gather(room.asks_for_recomputation(wanted_tokens(setup, layout, longest)))):
+            load.checkpoint_activations(model)
+            may = False
+        if config.train.tokens_per_micro_batch == "auto":
+            most = LARGEST if is_tried else UNTRIED_TOKENS
+            budget = min(gather(room.budget(recomputed=load.recomputes_activations(model), most=most)))
+        else:
+            budget = max(config.train.tokens_per_micro_batch, longest)
         if is_tried:
             fits = partial(_fits, setup, policy, reference, layout, owed=owed)
-            budget = choose(budget, longest, fits, recompute, say)
+            budget = choose(budget, longest, fits, (lambda: load.checkpoint_activations(model)) if may else None, say)
         found = key | {"tokens": budget, "recomputed": load.recomputes_activations(model)}
         content = json.dumps(found)
         only_main(world, lambda: path.write_text(content, encoding="utf-8"))
-    elif found["recomputed"] and not recomputed:
+    elif found["recomputed"] and not load.recomputes_activations(model):
         load.checkpoint_activations(model)
     again = ", activations recomputed" if found["recomputed"] else ""
     say(f"micro-batches: at most {found['tokens']:,} tokens{again} ({path.name})")

@@ -99,7 +99,7 @@ class ModelConfig:
     attention: Literal["auto", "varlen", "flash", "flex", "sdpa"] = "auto"
     """Kernel behind packed and prefix-shared attention. auto: the fastest that passes its self-test, sdpa on a CPU."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
-    """Recompute activations in backward: less memory, about a quarter more time. auto: on a GPU, above 2e9 weights."""
+    """Recompute activations in backward: less memory, about a quarter more time. auto: on a GPU that lacks room."""
     loss_in_forward: Literal["auto"] | bool = "auto"
     """Take the loss's gradient while a tile of logits is there: no logits kept, none computed twice. auto: on a GPU."""
     vocabulary_multiple: int = 1

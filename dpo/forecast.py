@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from dpo.budget import LARGEST, suggested_budget
 from dpo.commandline import Command
 from dpo.data.planner import Layout, num_tokens
 from dpo.estimate import (
@@ -26,8 +25,8 @@ from dpo.estimate import (
 from dpo.model import adapters, load
 from dpo.model.head import CHUNK_ROWS
 from dpo.model.shape import Shape, adapter_parameters, shape_of
-from dpo.policy import CHECKPOINTING_FROM
 from dpo.roles import reference_dtype
+from dpo.room import LARGEST, Room, wanted_tokens
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import World
 from dpo.setup import UNTRIED_TOKENS, Setup, prepare
@@ -91,14 +90,13 @@ def machine_of(setup: Setup) -> Machine:
     shape = shape_of(config, setup.dtype, trust_remote_code=model.trust_remote_code)
     stage, mode = deepspeed_engine.zero_stage(setup.engine_config), setup.reference_mode
     dtype, _ = reference_dtype(reference.dtype, setup.dtype, setup.world.device, sharded=stage == 3, mode=mode)
-    wanted = model.gradient_checkpointing
     return Machine(
         shape=shape,
         stage=stage,
         half=setup.precision != "fp32",
         reference_bytes=dtype.itemsize if mode == "online" else 0,
         copied_bytes=dtype.itemsize if mode == "online" or (mode == "cached" and dtype != setup.dtype) else 0,
-        recompute=shape.parameters > CHECKPOINTING_FROM if wanted == "auto" else wanted,
+        recompute=model.gradient_checkpointing is True,
         trained=_trained(setup, config, shape),
     )
 
@@ -245,24 +243,24 @@ def speed_rows(setup: Setup, machine: Machine, schedule: Schedule, hardware: Har
     ]
 
 
-def _with_budget(setup: Setup, machine: Machine, hardware: Hardware) -> Setup:
-    """The setup with the tokens a micro-batch that a run on such GPUs would try first."""
-    train, shape = setup.config.train, machine.shape
-    if train.tokens_per_micro_batch != "auto":
-        return setup
-    room = GPUS[hardware.gpu].memory_gib - sum(_fixed_parts(setup, machine).values())
-    budget = suggested_budget(
-        shape, setup.dtype, free=int(room * GIB), recomputed=machine.recompute, stage=machine.stage,
-        trained=machine.trained, longest=int(num_tokens(setup.train_pairs.lengths, train.layout).max()),
-        layout=train.layout, most=LARGEST if machine.stage < 3 else UNTRIED_TOKENS,
-    )  # fmt: skip
-    return replace(setup, token_budget=budget)
+def _room(setup: Setup, machine: Machine, hardware: Hardware) -> Room:
+    """What is left of such a GPU for micro-batches."""
+    train = setup.config.train
+    free = GPUS[hardware.gpu].memory_gib - sum(_fixed_parts(setup, machine).values())
+    longest = int(num_tokens(setup.train_pairs.lengths, train.layout).max())
+    return Room(machine.shape, setup.dtype, int(free * GIB), machine.stage, machine.trained, longest, train.layout)
 
 
 def forecast(setup: Setup, hardware: Hardware) -> dict[str, Rows]:
     """Everything a plan says beyond the run's own settings: title -> rows."""
     machine = machine_of(setup)
-    setup = _with_budget(setup, machine, hardware)
+    room = _room(setup, machine, hardware)
+    if setup.config.model.gradient_checkpointing == "auto":
+        recompute = room.asks_for_recomputation(wanted_tokens(setup, room.layout, room.longest))
+        machine = replace(machine, recompute=recompute)
+    if setup.config.train.tokens_per_micro_batch == "auto":
+        most = LARGEST if machine.stage < 3 else UNTRIED_TOKENS
+        setup = replace(setup, token_budget=room.budget(recomputed=machine.recompute, most=most))
     shape = machine.shape
     schedule = schedule_of(setup, shape, recompute=machine.recompute, reference=machine.reference_bytes > 0)
     size = f"{shape.parameters / 1e6:,.1f}M parameters, {shape.body / 1e6:,.1f}M in the body"

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo.config import Config
 from dpo.data.planner import Layout
 from dpo.errors import UserError
 from dpo.load_models import add_adapter, load_weights
@@ -33,8 +32,6 @@ from dpo.types import PackedBatch, PairLogps, TokenizedPair
 
 Frozen = tuple[Scorer, Callable[[PackedBatch], Tensor]]
 """A reference and what scores a batch with it: the scorer itself, or the engine that shards it."""
-CHECKPOINTING_FROM = 2e9
-"""Parameters above which activations are recomputed on a GPU by default."""
 
 
 @dataclass
@@ -119,12 +116,12 @@ def start_policy(setup: Setup, path: str, model: Any = None, *, for_sft: bool = 
     Raises:
         UserError: If the model cannot be loaded or scored faithfully.
     """
-    config, world = setup.config, setup.world
+    config = setup.config
     model = load_weights(setup, path, setup.dtype, setup.engine_config, policy=True) if model is None else model
     if setup.trains_adapters and not adapters.attached(model):
         add_adapter(setup, path, model)
     notes: list[str] = []
-    if _checkpointing(config, model, world.device):
+    if config.model.gradient_checkpointing is True:
         load.checkpoint_activations(model)
         notes.append("activations: recomputed in backward (model.gradient_checkpointing)")
     scorer = Scorer(model, with_certainty=config.loss.wpo and not for_sft)
@@ -304,8 +301,3 @@ def _cached_reference(
 def _count(model: torch.nn.Module, *, trained: bool = False) -> int:
     counts: Callable[[Any], int] = lambda p: getattr(p, "ds_numel", p.numel())  # noqa: E731
     return sum(counts(p) for p in model.parameters() if p.requires_grad or not trained)
-
-
-def _checkpointing(config: Config, model: torch.nn.Module, device: torch.device) -> bool:
-    wanted = config.model.gradient_checkpointing
-    return wanted if wanted != "auto" else device.type == "cuda" and _count(model) > CHECKPOINTING_FROM

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import weakref
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +18,12 @@ import dpo.budget
 import dpo.model.forward
 import dpo.train
 import train_dpo
-from dpo.budget import choose, suggested_budget
+from dpo.budget import choose
 from dpo.data.planner import Layout
 from dpo.errors import UserError
 from dpo.model import load
 from dpo.model.shape import Shape
+from dpo.room import Room
 from dpo.runtime.tracking import read_lines
 from tests.test_stages import arguments
 
@@ -60,33 +63,46 @@ SHAPE = Shape(parameters=10**6, body=10**6, layers=2, hidden=8, vocabulary=100, 
 RESERVED = 2 * 10 * 100 * 4 + 100 * 8 * 4  # a tile of 10 rows twice, the head's gradient
 
 
-def first(
-    free: int, *, stage: int = 2, recomputed: bool = False, longest: int = 10, layout: Layout = "packed", **more: int
-) -> int:
-    return suggested_budget(
-        SHAPE, torch.bfloat16, free=free, recomputed=recomputed, stage=stage, longest=longest, layout=layout,
-        chunk_rows=10, **{"trained": 10**6} | more,
-    )
+def room(free: int, *, stage: int = 1, longest: int = 10, layout: Layout = "packed", trained: int = 10**6) -> Room:
+    return Room(SHAPE, torch.bfloat16, free, stage, trained, longest, layout, chunk_rows=10)
+
+
+def first(free: int, *, recomputed: bool = False, most: int = 65536, **more: Any) -> int:
+    return room(free, **more).budget(recomputed=recomputed, most=most)
 
 
 def test_the_first_budget_follows_free_memory_within_bounds():
     assert first(10_000_000 + RESERVED + 2 * 10**6) == 7168
     assert first(10_000_000 + RESERVED + 2 * 10**6, recomputed=True) == 13312  # 100 + 1000 / 2 bytes a token
     assert first(10**12) == 65536 and first(1000, longest=700) == 700
+    assert first(10_000_000 + RESERVED, stage=2) == 7168  # gradients are handed on
     assert first(10_000_000 + RESERVED + 2 * 10**6, stage=3) == 7168
     assert first(10**12, stage=3, most=16384) == 16384
     assert first(10_000_000 + RESERVED - 400 + 2 * 700, trained=700) == 7168  # adapters
 
 
 def test_the_keys_and_values_of_shared_prompts_come_out_of_the_first_budget():
-    room = 10_000_000 + RESERVED + 2 * 10**6
-    assert first(room, layout="shared") == 6144  # 1100 + 100 bytes a token
-    assert first(room, layout="shared", recomputed=True) == 11264  # 100 + (1100 + 100) / 2
+    free = 10_000_000 + RESERVED + 2 * 10**6
+    assert first(free, layout="shared") == 6144  # 1100 + 100 bytes a token
+    assert first(free, layout="shared", recomputed=True) == 11264  # 100 + (1100 + 100) / 2
+
+
+def test_activations_are_kept_where_enough_tokens_fit_with_them():
+    asks = lambda tokens, wanted, **more: room(  # noqa: E731
+        int(tokens * 1000 / 0.8) + RESERVED + 2 * 10**6, **more
+    ).asks_for_recomputation(wanted)
+    assert not asks(8193, 10**6) and asks(8191, 10**6)  # whatever more a step has
+    assert not asks(3001, 3000) and asks(2999, 3000)  # no more is asked for, or there in a step
+    assert asks(8193, 10**6, longest=9000) and not asks(9001, 10**6, longest=9000)
+    assert asks(16383, 10**6, stage=3) and not asks(16385, 10**6, stage=3)
+    unknown = replace(SHAPE, activations=None, shared_activations=None)
+    assert replace(room(10**12), shape=unknown).asks_for_recomputation(10)
 
 
 def lacking_above(monkeypatch, tokens, recomputed_tokens):
     """Out of memory, in the middle of a forward pass, above so many tokens."""
     monkeypatch.setattr(dpo.budget, "can_run_out", lambda device: True)
+    monkeypatch.setattr(dpo.budget, "_free_memory", lambda device: 10**12)
     original, tried = dpo.budget.attempt, []
 
     def attempt(setup, policy, reference, layout):
@@ -181,11 +197,37 @@ def test_auto_starts_from_the_memory_of_the_rank_with_the_least_and_tries_nothin
     assert (written["asked"], written["tokens"]) == ("auto", 2048)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "free", "other_lacks", "recomputed"),
+    [
+        ("auto", 10**12, False, False), ("auto", 0, False, True), ("auto", 10**12, True, True),
+        ("false", 0, False, False),
+    ],
+)
+@pytest.mark.parametrize("config", ["zero2", "zero3"])
+def test_activations_are_recomputed_where_any_rank_lacks_room_for_them_and_the_run_may(
+    config, wanted, free, other_lacks, recomputed, tiny_policy, tmp_path, monkeypatch, capsys
+):
+    lacking_above(monkeypatch, 10**9, 10**9)
+    own, asked = dpo.budget.gather, []
+
+    def gathered(value):
+        asked.append(value)
+        return [*own(value), other_lacks and len(asked) == 1] if isinstance(value, bool) else own(value)
+
+    monkeypatch.setattr(dpo.budget, "gather", gathered)
+    monkeypatch.setattr(dpo.budget, "_free_memory", lambda device: free)
+    flags = [*SEVERAL, "--config", f"ds_configs/{config}.json", "--model.gradient_checkpointing", wanted]
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, *flags, "--train.max_steps", "1")) == 0
+    assert json.loads((tmp_path / "run/micro_batches.json").read_text())["recomputed"] is recomputed
+    assert ("at most 1,600 tokens, activations recomputed" in capsys.readouterr().err) is recomputed
+
+
 def test_what_one_rank_lacks_is_lacking_on_all(tiny_policy, tmp_path, monkeypatch):
     """This rank has room; the other says that it had none with more than 500 tokens."""
     tried = lacking_above(monkeypatch, 10**9, 10**9)
     own = dpo.budget.gather
-    monkeypatch.setattr(dpo.budget, "gather", lambda value: [*own(value), tried[-1] > 500])
+    monkeypatch.setattr(dpo.budget, "gather", lambda value: [*own(value), bool(tried) and tried[-1] > 500])
     assert train_dpo.main(arguments(tmp_path, tiny_policy, *SEVERAL)) == 0
     assert tried == [1600, 800, 400]
 
@@ -215,6 +257,35 @@ def test_the_trial_holds_beside_it_what_the_first_step_adds(
     flags = [*SEVERAL, "--config", f"ds_configs/{config}.json"]
     assert train_dpo.main(arguments(tmp_path, tiny_policy, *flags)) == 0
     assert kept and not any(reference() is not None for reference in kept)
+
+
+@pytest.mark.parametrize(("stage", "is_whole"), [(1, True), (2, False)])
+def test_the_trial_passes_through_all_blocks_and_has_whole_gradients_where_a_step_has(
+    stage, is_whole, tiny_policy, tmp_path, monkeypatch
+):
+    lacking_above(monkeypatch, 10**9, 10**9)
+    attempt, grad, passed, computed = dpo.budget.attempt, torch.autograd.grad, set(), []
+
+    def watched(setup, policy, reference, layout):
+        layers = policy.scorer.model.model.layers
+
+        def through(index):
+            return lambda _, __, output: output.register_hook(lambda _: passed.add(index)) and None
+
+        handles = [layer.register_forward_hook(through(i)) for i, layer in enumerate(layers)]
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.autograd, "grad", lambda total, inputs, **k: computed.append(grad(total, inputs, **k)))
+            attempt(setup, policy, reference, layout)
+        for handle in handles:
+            handle.remove()
+        assert passed == set(range(len(layers))) and None not in computed[0]
+        assert len(computed[0]) == (len(list(policy.scorer.parameters())) if is_whole else 1)
+
+    monkeypatch.setattr(dpo.budget, "attempt", watched)
+    config = tmp_path / "zero.json"
+    config.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, *SEVERAL, "--config", str(config))) == 0
+    assert computed
 
 
 def test_the_trial_leaves_no_gradient_behind(tiny_policy, tmp_path, monkeypatch):
