@@ -454,6 +454,8 @@ class TrainConfig:
     """The run directory."""
     seed: int = 0
     """Decides the order of the pairs, and the weights of the built-in model."""
+    deterministic: bool = False
+    """On a GPU take only kernels that give the same bits each time; slower. On a CPU every run does."""
     epochs: int = 1
     """Passes over the training pairs."""
     max_steps: int | None = None

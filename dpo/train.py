@@ -63,7 +63,8 @@ def train(command: Command) -> None:
     Raises:
         UserError: The same line on every rank.
     """
-    world, train = distributed.start(), command.config.train
+    train = command.config.train
+    world = distributed.start(deterministic=train.deterministic)
     with heartbeat.watching(world, Path(train.output_dir), train.hang_timeout):
         _run(command, world)
 

@@ -171,6 +171,35 @@ def test_cuda_itself_sees_no_wait_from_the_first_forward_to_the_last_backward(
     assert modes == ["error", "default"] * 2
 
 
+@pytest.mark.parametrize("loss", ["sigmoid", "tdpo"])
+def test_a_deterministic_run_computes_what_another_does_and_ends_with_itself(loss, tiny_policy, tmp_path, monkeypatch):
+    """On a CPU, where no kernel lacks such a version; `torch` refuses some on a GPU."""
+    enabled, step = [], dpo.train.take_step
+
+    def looked(*args):
+        enabled.append(torch.are_deterministic_algorithms_enabled())
+        return step(*args)
+
+    monkeypatch.setattr(dpo.train, "take_step", looked)
+    lines = []
+    for flags in (["--train.deterministic", "true"], []):
+        folder = tmp_path / str(len(flags))
+        assert train_dpo.main(arguments(folder, tiny_policy, *SEVERAL, "--loss.name", loss, *flags)) == 0
+        lines.append([line["loss"] for line in read_lines(folder / "run") if "loss" in line])
+    assert enabled == [True, True, False, False] and len(lines[0]) == 2 and lines[0] == lines[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["sdpa", "varlen"])
+def test_a_deterministic_run_on_a_gpu_ends_in_the_same_bits_each_time(attention, tiny_policy, tmp_path):
+    flags = ["--train.deterministic", "true", "--model.attention", attention, "--train.precision", "bf16"]
+    weights = []
+    for name in ("once", "twice"):
+        assert train_dpo.main(arguments(tmp_path / name, tiny_policy, *SEVERAL, *flags)) == 0
+        weights.append((tmp_path / name / "run/final/model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
 @pytest.mark.parametrize(("loss", "used"), [("sigmoid", True), ("aot", True), ("tdpo", False)])
 def test_the_gradient_is_taken_in_forward_where_the_loss_allows_and_changes_no_line(
     loss, used, tiny_policy, tmp_path, monkeypatch

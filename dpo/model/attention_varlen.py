@@ -145,8 +145,10 @@ def flash() -> Kernel:
 
     def kernel(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float) -> Tensor:
         s = segments
+        # PyTorch's kernel asks for it itself.
+        more = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
         return flash_attn_varlen_func(
-            query, key, value, s.cu_q, s.cu_k, s.longest_q, s.longest_k, softmax_scale=scaling, causal=True
+            query, key, value, s.cu_q, s.cu_k, s.longest_q, s.longest_k, softmax_scale=scaling, causal=True, **more
         )
 
     return kernel

@@ -56,11 +56,13 @@ def launched_ranks() -> tuple[int, int]:
 _control: list[dist.ProcessGroup | None] = [None]
 
 
-def start() -> World:
+def start(*, deterministic: bool = False) -> World:
     """Join the process group that torchrun or deepspeed set up; a plain process becomes a world of one.
 
     The group lives as long as the process: DeepSpeed remembers it in module state.
 
+    Args:
+        deterministic: Have torch use only kernels that give the same result each time, and raise where it has none.
     Returns:
         This rank's place.
     """
@@ -75,6 +77,10 @@ def start() -> World:
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every new length, and every row is new
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it before its first product
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a pass over each
     if not dist.is_initialized():
         atexit.register(stop)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"

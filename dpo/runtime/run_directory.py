@@ -23,9 +23,9 @@ MAY_CHANGE = (
     "train.epochs", "train.max_steps", "train.eval_every", "train.save_every", "train.keep_checkpoints",
     "train.save_weights_only", "train.hang_timeout", "train.on_nonfinite", "train.max_nonfinite",
     "train.export_dtype", "train.resume", "train.output_dir", "train.tokens_per_micro_batch", "train.micro_batch_size",
-    "train.sequence_parallel_size", "train.layout", "train.static_shapes", "model.gradient_checkpointing",
-    "model.attention", "model.loss_in_forward", "model.vocabulary_multiple", "model.compile",
-    "data.workers", "data.cache_dir", "log.every", "log.backends", "log.samples", "log.sample_every",
+    "train.sequence_parallel_size", "train.deterministic", "train.layout", "train.static_shapes",
+    "model.gradient_checkpointing", "model.attention", "model.loss_in_forward", "model.vocabulary_multiple",
+    "model.compile", "data.workers", "data.cache_dir", "log.every", "log.backends", "log.samples", "log.sample_every",
     "log.sample_tokens",
 )
 """Settings that a continued run may change: none of them moves what a step computes."""

@@ -313,19 +313,19 @@ def test_a_varlen_attn_that_cannot_be_causal_or_scaled_is_refused(parameters, mi
         attention_varlen.arguments_of(parameters, heads=4, kv_heads=4, scaling=0.5)
 
 
-def test_torchs_and_flash_attns_kernels_get_what_the_twin_gets(monkeypatch):
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_torchs_and_flash_attns_kernels_get_what_the_twin_gets(deterministic, monkeypatch):
     """Both are called with (T, heads, d) tensors, cu_seqlens and bounds: played by the twin, all logs stay the same."""
     calls = []
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
 
     def play(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False, **flash):
-        calls.append((window_size, enable_gqa, flash.get("causal"), max_q, max_k))
+        calls.append((window_size, enable_gqa, flash.get("causal"), flash.get("deterministic", False), max_q, max_k))
         assert q.is_contiguous() and cu_q.dtype == cu_k.dtype == torch.int32
         segments = types.SimpleNamespace(cu_q=cu_q, cu_k=cu_k)
         return attention_varlen.eager(q, k, v, segments, flash.get("softmax_scale", scale))
 
-    import torch.nn.attention.varlen
-
-    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", play)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", play)
     module = types.ModuleType("flash_attn")
     module.flash_attn_varlen_func = play
     monkeypatch.setitem(sys.modules, "flash_attn", module)
@@ -339,7 +339,7 @@ def test_torchs_and_flash_attns_kernels_get_what_the_twin_gets(monkeypatch):
         made.cache_clear()
     segments = collate(pairs, "shared").segments
     bounds = (segments.longest_q, segments.longest_k)
-    assert set(calls) == {((-1, 0), True, None, *bounds), ((-1, -1), False, True, *bounds)}
+    assert set(calls) == {((-1, 0), True, None, False, *bounds), ((-1, -1), False, True, deterministic, *bounds)}
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed")
