@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -85,7 +86,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--systems", nargs="+", choices=SYSTEMS, help="in the order of a round; default: those of the table")
     add("--ablations", action="store_true", help="ours alone, with one part after the other changed")
     add("--rounds", type=int, help="fresh processes per system")
-    add("--minutes", type=float, default=float("inf"), help="start no process that would end later than this")
+    add("--minutes", type=float, default=float("inf"), help="no process ends later: none is started, or it is killed")
     add("--warmup", type=int, help="optimizer steps before the clock starts, at least 1")
     add("--steps", type=int, help="optimizer steps under the clock")
     add("--micro_batches", type=int, nargs="+", help="pairs a forward pass in TRL's sweep; default: by device")
@@ -96,7 +97,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run_process(module: str, job: Job, folder: Path, threads: int) -> dict[str, Any]:
+def run_process(
+    module: str, job: Job, folder: Path, threads: int, seconds: float = float("inf")
+) -> dict[str, Any]:
     """Run a module of this package in a process of its own.
 
     Args:
@@ -104,10 +107,11 @@ def run_process(module: str, job: Job, folder: Path, threads: int) -> dict[str, 
         job: What it is to do; its folder is made.
         folder: For its job, log and result; removed.
         threads: Of the process.
+        seconds: After which it is killed.
     Returns:
         Its result.
     Raises:
-        SystemExit: If it failed, with the end of its log.
+        SystemExit: If it failed or was killed, with the end of its log.
     """
     folder.mkdir()
     (folder / "job.json").write_text(replace(job, folder=str(folder)).to_json())
@@ -119,12 +123,16 @@ def run_process(module: str, job: Job, folder: Path, threads: int) -> dict[str, 
     if job.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     with open(folder / "log.txt", "w", encoding="utf-8") as log:
-        done = subprocess.run(
-            [sys.executable, "-m", f"benchmarks.{module}", str(folder / "job.json"), str(folder / "result.json")],
-            env=environment, stdout=log, stderr=subprocess.STDOUT, check=False,
-        )
-    if done.returncode != 0:
-        raise SystemExit(f"{module} failed:\n{(folder / 'log.txt').read_text(encoding='utf-8')[-4000:]}")
+        argv = [sys.executable, "-m", f"benchmarks.{module}", str(folder / "job.json"), str(folder / "result.json")]
+        limit = None if math.isinf(seconds) else max(seconds, 0.0)
+        try:
+            code = subprocess.run(argv, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=limit).returncode
+        except subprocess.TimeoutExpired:
+            code = None
+    if code != 0:
+        end = (folder / "log.txt").read_text(encoding="utf-8")[-4000:]
+        killed = f"{end}\n{module} was killed after {seconds:.0f} s"
+        raise SystemExit(killed if code is None else f"{module} failed:\n{end}")
     result = json.loads((folder / "result.json").read_text())
     shutil.rmtree(folder)
     return result
@@ -160,7 +168,8 @@ def measure(
     Args:
         args, size, work: What to measure.
         folder: For the processes.
-        deadline: Time of `time.monotonic` after which no process may end, judged by the system's last one.
+        deadline: Time of `time.monotonic` after which no process may end, judged by the system's last one; one that
+            would is killed.
     Returns:
         Runs in the order they were made, TRL's combinations tried, and system -> why it could not be measured.
     """
@@ -171,7 +180,7 @@ def measure(
         wanted = args.micro_batches or MICRO_BATCHES[work.job.device]
         micro_batches = [m for m in wanted if size.pairs % m == 0]
         job = replace(work.job, options={"micro_batches": micro_batches, "sweep_steps": size.sweep_steps})
-        tried = run_process("trl_side", job, folder / "sweep", args.threads)["tried"]
+        tried = run_process("trl_side", job, folder / "sweep", args.threads, deadline - time.monotonic())["tried"]
         print(report.sweep_table(tried), flush=True)
     runs: list[report.Run] = []
     took: dict[str, float] = {}
@@ -183,7 +192,8 @@ def measure(
                 return runs, tried, missing | {s: "no time" for s in systems if s not in took and s not in missing}
             job = replace(work.job, options=_options(system, size, tried))
             try:
-                result = run_process(SYSTEMS[system][0], job, folder / f"{system}-{number}", args.threads)
+                left = deadline - time.monotonic()
+                result = run_process(SYSTEMS[system][0], job, folder / f"{system}-{number}", args.threads, left)
             except SystemExit as failure:
                 if not runs or not (args.ablations or work.job.device == "cuda"):
                     raise

@@ -49,7 +49,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path, Results]
         assert done.codes == [0], done.output
         return json.loads((where / "result.json").read_text())
 
-    def remember(module: str, job: Job, where: Path, threads: int) -> dict[str, Any]:
+    def remember(module: str, job: Job, where: Path, threads: int, seconds: float = 0) -> dict[str, Any]:
         way = run_process if module == "trl_side" else forked  # TRL reads its environment when it is imported
         results[where.name] = way(module, job, where, threads)
         return dict(results[where.name])
@@ -62,7 +62,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path, Results]
 
 
 def _replayed(results: Results) -> Callable[..., dict[str, Any]]:
-    return lambda module, job, where, threads: dict(results[where.name])
+    return lambda module, job, where, *_: dict(results[where.name])
 
 
 def test_all_systems_have_the_same_losses_and_fill_the_tables(quick):
@@ -87,7 +87,7 @@ def test_a_wrong_loss_is_an_error_and_leaves_the_tables_alone(quick, tmp_path, m
     _, _, results = quick
     run_process, replay = throughput.run_process, _replayed(results)
 
-    def wrong(module: str, job: Job, where: Path, threads: int) -> dict[str, Any]:
+    def wrong(module: str, job: Job, where: Path, threads: int, seconds: float = 0) -> dict[str, Any]:
         if module == "plain_loop":
             return run_process(module, replace(job, beta=2 * job.beta), where, threads)
         return replay(module, job, where, threads)
@@ -135,7 +135,7 @@ def test_a_page_without_the_block_is_refused_before_anything_is_measured(tmp_pat
 
 
 def test_a_changed_part_that_cannot_run_is_named_and_the_others_are_measured(quick, tmp_path, monkeypatch, capsys):
-    def failing(module: str, job: Job, where: Path, threads: int) -> dict[str, Any]:
+    def failing(module: str, job: Job, where: Path, threads: int, seconds: float = 0) -> dict[str, Any]:
         if job.options.get("train.layout") == "padded":
             raise SystemExit("ours failed:\nTraceback\nOutOfMemoryError: played")
         return dict(quick[2]["ceiling" if module == "ceiling" else "ours_online-0"])
@@ -154,7 +154,7 @@ def test_the_work_of_a_llama_is_a_llama_with_grouped_heads_and_its_operations(qu
     build = workload.build
     monkeypatch.setattr(workload, "build", lambda *a, **k: built.append(build(*a, **k)) or built[-1])
 
-    def replayed(module: str, job: Job, where: Path, threads: int) -> dict[str, Any]:
+    def replayed(module: str, job: Job, where: Path, threads: int, seconds: float = 0) -> dict[str, Any]:
         if module == "ceiling":
             config = json.loads(Path(job.policy, "config.json").read_text())
             assert (config["model_type"], config["vocab_size"], config["num_key_value_heads"]) == ("llama", 600, 1)
@@ -232,6 +232,14 @@ def test_a_process_that_fails_is_an_error_with_its_log(tmp_path):
         throughput.run_process("ceiling", job, tmp_path / "job", 1)
 
 
+def test_a_process_that_would_end_later_than_it_may_is_killed_and_said_to_be(tmp_path):
+    job = Job("", "", "", "", "", 8, 4, 1, 1, "fp32", "nowhere", 1e-4, 0.1)
+    started = time.monotonic()
+    with pytest.raises(SystemExit, match="ceiling was killed after 0 s$"):
+        throughput.run_process("ceiling", job, tmp_path / "job", 1, seconds=0.1)
+    assert time.monotonic() - started < 2
+
+
 def _run(system: str, seconds: float, *losses: float, **more: Any) -> report.Run:
     made = {"system": system, "seconds": seconds, "losses": list(losses), "timed_pairs": 8, "peak_gib": 1.0}
     return made | {"same_order": True, "build_seconds": None} | more
@@ -267,7 +275,7 @@ def test_ratios_pair_the_runs_of_a_round():
 def test_one_changed_part_is_told_as_time_against_the_default(quick, tmp_path, monkeypatch):
     measured = quick[2]["ours_online-0"]
 
-    def slower(module: str, job: Job, where: Path, threads: int) -> dict[str, Any]:
+    def slower(module: str, job: Job, where: Path, threads: int, seconds: float = 0) -> dict[str, Any]:
         if module == "ceiling":
             return dict(quick[2]["ceiling"])
         return measured | {"seconds": measured["seconds"] * (2 if "train.layout" in job.options else 1)}
