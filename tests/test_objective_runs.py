@@ -103,6 +103,28 @@ def test_tdpo_is_refused_under_zero_3_before_anything_is_written(tiny_policy, tm
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("family", ["cohere", "gemma2"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--loss.name", "tdpo"], ["--loss.wpo", "true"], ["--model.loss_in_forward", "true"],
+        ["--config", "ds_configs/zero3.json", "--train.precision", "bf16"],
+    ],
+    ids=["tdpo", "wpo", "in_forward", "zero3"],
+)  # fmt: skip
+def test_models_that_scale_or_cap_their_logits_start_at_ln_2_and_learn(family, flags, tiny_policy, tmp_path, capsys):
+    sizes = {"vocab_size": 300, "max_position_embeddings": 512}
+    policy = tiny.saved(tmp_path / family, family, tokenizer=tiny_policy, **sizes)
+    assert train_dpo.main(arguments(tmp_path, policy, "run", *flags)) == 0
+    assert "own head" not in capsys.readouterr().err
+    losses = losses_of(tmp_path / "run")
+    if "--loss.wpo" in flags:
+        assert 0 < losses[0] < 0.69  # ln 2, times the pairs' weights
+    else:
+        assert losses[0] == pytest.approx(0.693147, abs=1e-5)
+    assert abs(losses[-1] - losses[0]) > 1e-3
+
+
 @pytest.mark.parametrize("flags", [["--loss.name", "tdpo"], ["--loss.wpo", "true"]])
 def test_a_head_that_is_no_matrix_product_is_refused_where_whole_distributions_are_needed(
     tiny_policy, tmp_path, capsys, flags, monkeypatch
