@@ -181,9 +181,7 @@ def _answers(
 
     One model is on the device at a time.
     """
-    config, device = setup.config, setup.world.device
-    begin = config.reference.path or config.model.policy
-    paths = (str(run / "reference") if (run / "reference").is_dir() else str(begin), str(run / "final"))
+    device, paths = setup.world.device, (_start_of(run, setup.config), str(run / "final"))
     how = Decoding(options.max_tokens, options.temperature, options.top_p, options.seed, options.batch_size)
     scorers = [_scorer(path, setup) for path in paths]
     answers: list[list[Answer]] = []
@@ -198,11 +196,17 @@ def _answers(
     return old, new, logps[1], logps[0]
 
 
+def _start_of(run: Path, config: Config) -> str:
+    """The reference of a run, as it was at the start of DPO."""
+    after_sft = run / "reference"
+    return str(config.reference.path or (after_sft if after_sft.is_dir() else config.model.policy))
+
+
 def _scorer(path: str, setup: Setup) -> Scorer:
     """The model of a folder or hub id, with its adapter if it is one; padded batches go through the model's own head,
     which is exact for every model."""
     model = setup.config.model
-    base, revision = adapters.base_of(path, model.revision if path == model.policy else None)
+    base, revision = adapters.base_of(path, setup.config.revision_of(path))
     loaded = load_model(
         base, dtype=setup.dtype, seed=setup.config.train.seed, trust_remote_code=model.trust_remote_code,
         revision=revision,

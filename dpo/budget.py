@@ -7,12 +7,12 @@
 The trial leaves nothing behind: gradients are returned and dropped, not accumulated, so that DeepSpeed never sees them
 and no rank waits for another in a collective that one of them left. What was found is written to the run,
 
-    micro_batches.json     asked for, world size, tokens a micro-batch, whether activations are recomputed
+    micro_batches.json     tokens a micro-batch, whether activations are recomputed, and what that was found for
     sft_micro_batches.json the same of the SFT stage
 
-and a run that goes on with as many ranks uses it again. Under ZeRO-3, whose forward pass is itself collective, and
-where ranks compute a row together, nothing is tried: a rank that left it for lack of memory would leave the others
-waiting. The budget is then what the free memory suggests, at most UNTRIED_TOKENS.
+and a run that goes on with as many ranks, on as large GPUs, uses it again. Under ZeRO-3, whose forward pass is itself
+collective, and where ranks compute a row together, nothing is tried: a rank that left it for lack of memory would leave
+the others waiting. The budget is then what the free memory suggests, at most UNTRIED_TOKENS.
 """
 
 from __future__ import annotations
@@ -26,20 +26,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dpo.data.loader import Loader
 from dpo.data.planner import Layout, num_tokens
 from dpo.errors import UserError
-from dpo.estimate import reduction_buckets
+from dpo.estimate import GIB, reduction_buckets
 from dpo.model import load
 from dpo.model.forward import pair_logps
 from dpo.model.reference import Reference
 from dpo.model.shape import shape_of
 from dpo.policy import Policy
-from dpo.room import LARGEST, Room, wanted_tokens
+from dpo.room import Room, wanted_tokens
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import gather, only_main
-from dpo.setup import LOOKED_AT, UNTRIED_TOKENS, Setup
+from dpo.runtime.weights import num_parameters
+from dpo.setup import LOOKED_AT, Setup
+from dpo.types import PackedBatch, PairLogps
 
 
 def can_run_out(device: torch.device) -> bool:
@@ -51,7 +54,7 @@ def choose(
     first: int,
     longest: int,
     fits: Callable[[int], bool],
-    recompute: Callable[[], None] | None,
+    recompute: Callable[[], int] | None,
     say: Callable[[str], None],
 ) -> int:
     """The largest budget on the ladder that fits.
@@ -60,7 +63,8 @@ def choose(
         first: Tokens to try first.
         longest: Tokens of the longest pair, the lowest rung.
         fits: Runs the costliest micro-batch of a budget; the same answer on every rank.
-        recompute: Makes activations be recomputed in backward; None if they are, or must not be.
+        recompute: Makes activations be recomputed in backward, and says what to try first then; None if they are, or
+            must not be.
         say: Shows a line.
     Raises:
         UserError: If nothing fits.
@@ -72,9 +76,8 @@ def choose(
             say(f"out of memory with {budget:,} tokens a micro-batch: trying {smaller:,}")
             budget = smaller
         elif recompute is not None:
-            say(f"out of memory with {budget:,} tokens a micro-batch: activations will be recomputed, trying {first:,}")
-            recompute()
-            recompute, budget = None, first
+            lacking, budget, recompute = budget, recompute(), None
+            say(f"out of memory with {lacking:,} tokens a micro-batch: activations recomputed, trying {budget:,}")
         else:
             raise UserError(
                 f"out of memory with {budget:,} tokens, the longest pair, in a micro-batch; lower data.max_length,"
@@ -105,39 +108,48 @@ def attempt(setup: Setup, policy: Policy, reference: Reference | None, layout: L
         torch.OutOfMemoryError: If it does not fit.
     """
     loader, scorer = setup.loader(setup.train_pairs, layout), policy.scorer
-    batch = loader.build(costliest(loader), 0).to(setup.world.device)
-    if reference is None:
-        total = scorer(batch).sum()
-    else:
-        tokens, certain = reference(batch).tokens, scorer.certainty is not None
-        if policy.in_forward and tokens is None and not certain and scorer.chunks(batch) is not None:
-            total, _ = scorer(batch, None, False, lambda chosen, rejected, pairs: chosen - rejected)
-        else:
-            logps = pair_logps(scorer, batch, tokens, certain)
-            total = logps.chosen.sum() + logps.rejected.sum() + (0 if logps.kls is None else logps.kls.sum())
-    learned = [p for p in scorer.parameters() if p.requires_grad]
-    # ZeRO-2 hands every gradient on as it comes. That of the first weight alone is a pass through all blocks too.
-    is_whole = deepspeed_engine.zero_stage(setup.engine_config) < 2
-    torch.autograd.grad(total, learned if is_whole else learned[:1], allow_unused=True)
+    batch, embedded = loader.build(costliest(loader), 0).to(setup.world.device), []
+    known = None if reference is None else reference(batch)
+    watch = scorer.model.get_input_embeddings().register_forward_hook(
+        lambda _, __, output: embedded.append(output.requires_grad_())
+    )
+    with watch:
+        total = _total(policy, batch, known)
+    if deepspeed_engine.zero_stage(setup.engine_config) < 2:
+        wanted = [p for p in scorer.parameters() if p.requires_grad]
+    else:  # every gradient is handed on as it comes, and that of the embedded tokens passes through all blocks
+        wanted = [*embedded, *filter(lambda p: p.requires_grad, [scorer.head.weight])]
+    torch.autograd.grad(total, wanted, allow_unused=True)
 
 
-def _owed(setup: Setup, policy: Policy, stage: int) -> int:
+def _total(policy: Policy, batch: PackedBatch, known: PairLogps | None) -> Tensor:
+    """Something whose gradient takes the memory of the loss's."""
+    scorer = policy.scorer
+    if known is None:
+        return scorer(batch).sum()
+    if policy.takes_loss_in_forward(batch, known):
+        return scorer(batch, None, False, lambda chosen, rejected, pairs: chosen - rejected)[0]
+    logps = pair_logps(scorer, batch, known.tokens, scorer.certainty is not None)
+    return logps.chosen.sum() + logps.rejected.sum() + (0 if logps.kls is None else logps.kls.sum())
+
+
+def _owed(setup: Setup, policy: Policy) -> int:
     """Bytes of a rank that a step adds to what is there before the first one: AdamW's states and gradients in fp32.
 
-    Beside them the buckets that its first backward pass makes. With an offloaded optimizer the others are elsewhere.
+    Beside them what its first backward pass makes: buckets, and under ZeRO-2 the largest gradient, which a bucket may
+    hold once more. With an offloaded optimizer the others are elsewhere.
     """
     zero, ranks, engine = setup.engine_config.get("zero_optimization", {}), setup.world.world_size, policy.engine
-    buckets = reduction_buckets(zero, setup.dtype.itemsize)
+    stage, width = deepspeed_engine.zero_stage(setup.engine_config), setup.dtype.itemsize
+    buckets = reduction_buckets(zero, width)
+    if stage == 2:
+        buckets += 2 * width * max(p.numel() for p in policy.scorer.parameters() if p.requires_grad)
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
         return buckets
-    trained, inner = _trained(policy), getattr(engine.optimizer, "optimizer", engine.optimizer)
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    trained = num_parameters(policy.scorer, trained=True)
     states = 0 if inner.state else 2 if setup.config.optim.name == "adamw_8bit" else 8
     return buckets + trained * states // (ranks if stage >= 1 else 1) + 4 * trained // (ranks if stage >= 2 else 1)
-
-
-def _trained(policy: Policy) -> int:
-    """Parameters that learn."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in policy.scorer.parameters() if p.requires_grad)
 
 
 def _fits(
@@ -156,12 +168,16 @@ def _fits(
     return not any(gather(lacking))
 
 
-def _room(setup: Setup, policy: Policy, layout: Layout, longest: int, stage: int, owed: int) -> Room:
+def _room(setup: Setup, policy: Policy, layout: Layout, owed: int) -> Room:
     """Of this rank."""
-    scorer = policy.scorer
+    scorer, of_row = policy.scorer, setup.config.train.sequence_parallel_size
     shape = shape_of(scorer.model.config, setup.dtype, trust_remote_code=setup.config.model.trust_remote_code)
-    free = _free_memory(setup.world.device) - owed
-    return Room(shape, setup.dtype, free, stage, _trained(policy), longest, layout, scorer.head.chunk_rows)
+    longest = math.ceil(num_tokens(setup.train_pairs.lengths, layout).max() / of_row)
+    return Room(
+        shape, setup.dtype, _free_memory(setup.world.device) - owed,
+        deepspeed_engine.zero_stage(setup.engine_config), num_parameters(scorer, trained=True), longest, layout,
+        of_row, scorer.head.chunk_rows,
+    )  # fmt: skip
 
 
 def _free_memory(device: torch.device) -> int:
@@ -178,59 +194,87 @@ def fit_budget(
     say: Callable[[str], None],
     *,
     layout: Layout,
-    name: str = "micro_batches.json",
+    name: str | None = "micro_batches.json",
 ) -> Setup:
-    """Find the budget of a stage, or take up what the run has found before; collective.
+    """Find the budget of a stage, or take up what the run has found before, and compile blocks; collective.
 
     Args:
-        setup: The run; its directory exists.
+        setup: The run; its directory exists if there is a `name`.
         policy: Started; may be made to recompute activations.
         reference: Of the training pairs; None in the SFT stage.
         say: Shows a line.
         layout: Of the micro-batches.
-        name: Of the file.
+        name: Of the file; None has nothing read or written.
     Returns:
         The setup with its token_budget, where memory can run out; else as it was.
     Raises:
         UserError: If not even the longest pair fits.
     """
-    config, world = setup.config, setup.world
+    world, model, path = setup.world, policy.scorer.model, None if name is None else setup.run / name
     if not can_run_out(world.device):
+        _compile(setup, policy, say)
         return setup
-    stage, of_row = deepspeed_engine.zero_stage(setup.engine_config), config.train.sequence_parallel_size
-    model, path = policy.scorer.model, setup.run / name
-    is_tried = stage < 3 and of_row == 1
-    key = {
-        "asked": config.train.tokens_per_micro_batch, "world_size": world.world_size, "layout": layout,
-        "ranks_a_row": of_row, "tried": is_tried,
-    }  # fmt: skip
-    found = only_main(world, lambda: _read(path))
+    key = _key(setup, layout)
+    found = None if path is None else only_main(world, lambda: _read(path))
     if found is None or {k: found.get(k) for k in key} != key:
-        longest = math.ceil(num_tokens(setup.train_pairs.lengths, layout).max() / of_row)
-        owed = _owed(setup, policy, stage)
-        room = _room(setup, policy, layout, longest, stage, owed)
-        may = config.model.gradient_checkpointing == "auto"
-        if may and any(gather(room.asks_for_recomputation(wanted_tokens(setup, layout, longest)))):
+        found = key | _find(setup, policy, reference, say, layout)
+        if path is not None:
+            content = json.dumps(found)
+            only_main(world, lambda: path.write_text(content, encoding="utf-8"))
+    else:
+        if found["recomputed"] and not load.recomputes_activations(model):
             load.checkpoint_activations(model)
-            may = False
-        if config.train.tokens_per_micro_batch == "auto":
-            most = LARGEST if is_tried else UNTRIED_TOKENS
-            budget = min(gather(room.budget(recomputed=load.recomputes_activations(model), most=most)))
-        else:
-            budget = max(config.train.tokens_per_micro_batch, longest)
-        if is_tried:
-            fits = partial(_fits, setup, policy, reference, layout, owed=owed)
-            budget = choose(budget, longest, fits, (lambda: load.checkpoint_activations(model)) if may else None, say)
-        found = key | {"tokens": budget, "recomputed": load.recomputes_activations(model)}
-        content = json.dumps(found)
-        only_main(world, lambda: path.write_text(content, encoding="utf-8"))
-    elif found["recomputed"] and not load.recomputes_activations(model):
-        load.checkpoint_activations(model)
-    again = ", activations recomputed" if found["recomputed"] else ""
-    say(f"micro-batches: at most {found['tokens']:,} tokens{again} ({path.name})")
+        _compile(setup, policy, say)
+    again, where = ", activations recomputed" if found["recomputed"] else "", "" if path is None else f" ({path.name})"
+    say(f"micro-batches: at most {found['tokens']:,} tokens{again}{where}")
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)  # perf/peak_memory_gib is that of training
     return replace(setup, token_budget=int(found["tokens"]))
+
+
+def _key(setup: Setup, layout: Layout) -> dict[str, Any]:
+    """What a budget was found for; where it differs another is looked for."""
+    config, device = setup.config, setup.world.device
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    return {
+        "asked": config.train.tokens_per_micro_batch, "checkpointing": config.model.gradient_checkpointing,
+        "layout": layout, "world_size": setup.world.world_size, "ranks_a_row": config.train.sequence_parallel_size,
+        "zero_stage": deepspeed_engine.zero_stage(setup.engine_config), "gpu_gib": min(gather(total)) // GIB,
+    }  # fmt: skip
+
+
+def _find(
+    setup: Setup, policy: Policy, reference: Reference | None, say: Callable[[str], None], layout: Layout
+) -> dict[str, Any]:
+    """The budget, and whether activations are recomputed with it; the policy does what was found."""
+    model, owed, asked = policy.scorer.model, _owed(setup, policy), setup.config.train.tokens_per_micro_batch
+    room = _room(setup, policy, layout, owed)
+
+    def recompute() -> int:
+        load.checkpoint_activations(model)
+        return first()
+
+    def first() -> int:
+        if asked != "auto":
+            return max(asked, room.longest)
+        return min(gather(room.budget(recomputed=load.recomputes_activations(model))))
+
+    may = setup.config.model.gradient_checkpointing == "auto" and model.supports_gradient_checkpointing
+    wanted = wanted_tokens(setup, layout, room.longest, room.stage)
+    if may and any(gather(room.asks_for_recomputation(wanted))):
+        recompute()
+        may = False
+    _compile(setup, policy, say)
+    budget = first()
+    if room.is_tried:
+        fits = partial(_fits, setup, policy, reference, layout, owed=owed)
+        budget = choose(budget, room.longest, fits, recompute if may else None, say)
+    return {"tokens": budget, "recomputed": load.recomputes_activations(model)}
+
+
+def _compile(setup: Setup, policy: Policy, say: Callable[[str], None]) -> None:
+    if setup.config.model.compile:
+        say(load.compile_where_it_helps(policy.scorer.model, padded=policy.layout == "padded"))
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from dpo.config import Config
+from dpo.estimate import checkpoint_bytes
 from dpo.model import adapters
 from dpo.model.load import save_folder
 from dpo.policy import Policy
-from dpo.runtime.checkpoint import publish
-from dpo.runtime.engine import DTYPES
-from dpo.runtime.weights import full_state
+from dpo.runtime.checkpoint import publish, save
+from dpo.runtime.engine import DTYPES, zero_stage
+from dpo.runtime.weights import full_state, num_parameters
 from dpo.setup import Setup
+from dpo.types import TrainState
 
 
 def dtype_of(config: Config, start: torch.dtype) -> torch.dtype:
@@ -52,8 +55,28 @@ def write_weights(setup: Setup, policy: Policy, folder: Path, dtype: torch.dtype
     publish(folder, write, setup.world)
 
 
-def weights_alone(setup: Setup, policy: Policy) -> Callable[[Path], None] | None:
-    """What writes the weights of a checkpoint that holds nothing else of the engine; None where it holds all."""
-    if not setup.config.train.save_weights_only:
-        return None
-    return lambda folder: write_weights(setup, policy, folder, setup.dtype, card=None)
+def save_checkpoint(
+    setup: Setup, policy: Policy, state: TrainState, *, kind: str = "step", more: Callable[[Path], None] | None = None
+) -> None:
+    """Write a checkpoint of a stage, of the weights alone where train.save_weights_only asks for that; collective.
+
+    Args:
+        setup: The run.
+        policy: Under training.
+        state: Where the stage stands.
+        kind: See `checkpoint.step_folder`.
+        more: Writes into the folder what else the run needs; called on every rank.
+    Raises:
+        UserError: If there is no room for it.
+    """
+    train, weights = setup.config.train, None
+    if train.save_weights_only:
+        weights = partial(write_weights, setup, policy, dtype=setup.dtype, card=None)
+    expected = checkpoint_bytes(
+        num_parameters(policy.scorer, trained=True), stage=zero_stage(setup.engine_config),
+        half=setup.precision != "fp32", weights_only=train.save_weights_only,
+    )  # fmt: skip
+    save(
+        policy.engine, setup.run, state, setup.world, train.keep_checkpoints, more, weights=weights, kind=kind,
+        expected_bytes=expected,
+    )  # fmt: skip

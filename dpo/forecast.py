@@ -26,10 +26,10 @@ from dpo.model import adapters, load
 from dpo.model.head import CHUNK_ROWS
 from dpo.model.shape import Shape, adapter_parameters, shape_of
 from dpo.roles import reference_dtype
-from dpo.room import LARGEST, Room, wanted_tokens
+from dpo.room import Room, wanted_tokens
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import World
-from dpo.setup import UNTRIED_TOKENS, Setup, prepare
+from dpo.setup import Setup, prepare
 from dpo.spread import Schedule, schedule_of, schedule_rows
 
 Rows = list[tuple[str, str]]
@@ -245,10 +245,13 @@ def speed_rows(setup: Setup, machine: Machine, schedule: Schedule, hardware: Har
 
 def _room(setup: Setup, machine: Machine, hardware: Hardware) -> Room:
     """What is left of such a GPU for micro-batches."""
-    train = setup.config.train
-    free = GPUS[hardware.gpu].memory_gib - sum(_fixed_parts(setup, machine).values())
+    train, zero = setup.config.train, setup.engine_config.get("zero_optimization", {})
+    free = GIB * (GPUS[hardware.gpu].memory_gib - sum(_fixed_parts(setup, machine).values()))
+    free -= reduction_buckets(zero, machine.width)
+    if machine.stage < 2 and machine.half:
+        free += machine.width * machine.trained  # a micro-batch's own gradients, which the room reserves
     longest = int(num_tokens(setup.train_pairs.lengths, train.layout).max())
-    return Room(machine.shape, setup.dtype, int(free * GIB), machine.stage, machine.trained, longest, train.layout)
+    return Room(machine.shape, setup.dtype, int(free), machine.stage, machine.trained, longest, train.layout)
 
 
 def forecast(setup: Setup, hardware: Hardware) -> dict[str, Rows]:
@@ -256,11 +259,10 @@ def forecast(setup: Setup, hardware: Hardware) -> dict[str, Rows]:
     machine = machine_of(setup)
     room = _room(setup, machine, hardware)
     if setup.config.model.gradient_checkpointing == "auto":
-        recompute = room.asks_for_recomputation(wanted_tokens(setup, room.layout, room.longest))
-        machine = replace(machine, recompute=recompute)
+        wanted = wanted_tokens(setup, room.layout, room.longest, room.stage)
+        machine = replace(machine, recompute=room.asks_for_recomputation(wanted))
     if setup.config.train.tokens_per_micro_batch == "auto":
-        most = LARGEST if machine.stage < 3 else UNTRIED_TOKENS
-        setup = replace(setup, token_budget=room.budget(recomputed=machine.recompute, most=most))
+        setup = replace(setup, token_budget=room.budget(recomputed=machine.recompute))
     shape = machine.shape
     schedule = schedule_of(setup, shape, recompute=machine.recompute, reference=machine.reference_bytes > 0)
     size = f"{shape.parameters / 1e6:,.1f}M parameters, {shape.body / 1e6:,.1f}M in the body"

@@ -30,9 +30,7 @@ def load_weights(
     """
     model = setup.config.model
     sharded = deepspeed_engine.zero_stage(engine_config) == 3
-    other = setup.config.reference
-    pinned = model.revision if path == model.policy else other.revision if path == other.path else None
-    base, revision = adapters.base_of(path, pinned)
+    base, revision = adapters.base_of(path, setup.config.revision_of(path))
     # Before anybody waits for the others in a collective of the device: a download may take long.
     together(lambda: load.fetch_weights(base, revision=revision))
 

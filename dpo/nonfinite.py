@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dpo.data.loader import StepBatches
 from dpo.errors import UserError
-from dpo.runtime import distributed
+from dpo.runtime import distributed, heartbeat, preemption
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.files import read_records, write_whole
 from dpo.setup import Setup
@@ -63,22 +63,28 @@ class Nonfinite:
         return {"skipped_steps": self.count} if self.skips else {}
 
     def step(
-        self, engine: Any, lr: float, norm: float | None, work: StepBatches, losses: list[Tensor], is_bad: bool
-    ) -> tuple[float | None, bool]:
+        self, engine: Any, lr: float, work: StepBatches, losses: list[Tensor]
+    ) -> tuple[float | None, bool, bool]:
         """Take an optimizer step, unless a loss or the gradient is not finite; collective.
+
+        Here, and only here, the host waits for the device: for the norm and the flags of all ranks at once.
 
         Args:
             engine: After the step's last `backward`, of losses that went through `spoil`.
             lr: Learning rate of the step.
-            norm: Of the gradient, see `engine.step`.
             work: This rank's micro-batches.
             losses: (P,) each, of the pairs of every micro-batch.
-            is_bad: Whether one of them is not finite on any rank.
         Returns:
-            Gradient norm, see `engine.step`; whether the step counts in the metrics: not if it is left out.
+            Gradient norm, see `engine.step`; whether the step counts in the metrics: not if it is left out; whether any
+            rank was asked to stop after it.
         Raises:
             UserError: If the run is not to go on; no rank has stepped.
         """
+        heartbeat.at(f"at the end of {self._name(work)}, asking the others", in_step=True)
+        bad = ~torch.cat(losses).isfinite().all()
+        flags = torch.stack((bad, torch.full_like(bad, preemption.is_asked())))
+        (is_bad, stop), norm = distributed.any_ranks_and(flags, deepspeed_engine.gradient_norm(engine))
+        heartbeat.at(f"in the update of {self._name(work)}", in_step=True)
         if is_bad:
             self._leave_out(work, losses)
         norm, outcome = deepspeed_engine.step(engine, lr, norm)
@@ -92,7 +98,7 @@ class Nonfinite:
             self.say(f"{self._name(work)}: the gradient overflows in fp16; no step was taken, the loss scale falls")
         if outcome == "nonfinite" and not is_bad:
             self._leave_out(work, None)
-        return norm, not is_bad and outcome != "nonfinite"
+        return norm, not is_bad and outcome != "nonfinite", stop
 
     def _leave_out(self, work: StepBatches, losses: list[Tensor] | None) -> None:
         """Name and keep the rows of a step that no rank takes; collective.

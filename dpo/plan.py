@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from dpo.budget import costliest
 from dpo.commandline import Command
 from dpo.context import contexts_of, look_ahead
-from dpo.data.loader import Loader
 from dpo.data.planner import num_tokens
 from dpo.errors import UserError, printable
 from dpo.estimate import memory
@@ -23,18 +22,9 @@ from dpo.forecast import Rows, forecast, prepare_for
 from dpo.objective.objective import Objective
 from dpo.policy import FrozenReference, Policy
 from dpo.runtime import engine as deepspeed_engine
-from dpo.setup import Setup
-
-
-def _costliest(loader: Loader, steps: int) -> tuple[Any, int]:
-    """The micro-batch with the most tokens on this rank in the first `steps` steps, and micro-batches per step."""
-    best, count = None, 0
-    for step in range(steps):
-        for batch in loader[step].batches:
-            count += 1
-            if best is None or batch.input_ids.numel() > best.input_ids.numel():
-                best = batch
-    return best, count
+from dpo.runtime.weights import num_parameters
+from dpo.setup import LOOKED_AT, Setup
+from dpo.step import losses_of
 
 
 def _lines(setup: Setup, command: Command) -> Rows:
@@ -58,10 +48,11 @@ def _lines(setup: Setup, command: Command) -> Rows:
 
 
 def _try_costliest(setup: Setup, policy: Policy, reference: FrozenReference) -> Rows:
-    """One forward and backward pass of the micro-batch with the most tokens; its gradients are never used."""
-    loader = setup.loader(setup.train_pairs, policy.layout)
-    looked_at = min(setup.epochs.steps_per_epoch, 200)
-    batch, count = _costliest(loader, looked_at)
+    """One forward and backward pass of the costliest micro-batch; its gradients are never used."""
+    loader, epochs = setup.loader(setup.train_pairs, policy.layout), setup.epochs
+    looked_at = min(epochs.steps_per_epoch, LOOKED_AT)
+    count = sum(len(loader.share_of(epochs.batch(step))) for step in range(looked_at))
+    batch = loader.build(costliest(loader), 0)
     on_device = batch.to(setup.world.device)
     loss, device = Objective(setup.config.loss), setup.world.device
     chosen_length = float(setup.train_pairs.lengths[:, 1].mean())
@@ -71,18 +62,17 @@ def _try_costliest(setup: Setup, policy: Policy, reference: FrozenReference) -> 
     of_row = setup.config.train.sequence_parallel_size
     (context,) = contexts_of(loss, [batch], known, chosen_length, setup.world, of_row, is_step=False)
     reference_logps = reference.train(on_device)
-    output = loss(policy.logps(on_device, reference_logps), reference_logps, context)
-    deepspeed_engine.backward(policy.engine, output.losses.sum(), True)
+    total, _, _ = losses_of(policy, on_device, reference_logps, loss, context)
+    deepspeed_engine.backward(policy.engine, total + policy.router_loss(1.0), True)
     _wait_for(device)
     seconds = time.perf_counter() - started
-    sizes = {p: getattr(p, "ds_numel", p.numel()) for p in policy.scorer.model.parameters()}
     parts = memory(
-        sum(sizes.values()),
+        num_parameters(policy.scorer),
         stage=deepspeed_engine.zero_stage(setup.engine_config),
         world_size=setup.world.world_size,
         half=setup.precision != "fp32",
         reference_bytes=0 if setup.reference_mode in ("none", "adapter") else 2 if setup.precision != "fp32" else 4,
-        trained=sum(size for parameter, size in sizes.items() if parameter.requires_grad),
+        trained=num_parameters(policy.scorer, trained=True),
     )
     return [
         ("layout in use", policy.layout),

@@ -25,7 +25,7 @@ from dpo.run_data import Pairs
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime import sequence
 from dpo.runtime.distributed import agree, gather, only_main, together
-from dpo.runtime.weights import fingerprint
+from dpo.runtime.weights import fingerprint, num_parameters
 from dpo.sample import Answer, Decoding, answers_to
 from dpo.setup import Setup
 from dpo.types import PackedBatch, PairLogps, TokenizedPair
@@ -66,6 +66,15 @@ class Policy:
     def score(self, batch: PackedBatch, *terms: Any) -> Tensor:
         """Log-probs of a batch through the engine; see `Scorer.forward`."""
         return self.engine(batch, *terms)
+
+    def takes_loss_in_forward(self, batch: PackedBatch, reference: PairLogps) -> bool:
+        """Whether the gradient of a loss is taken in the forward pass of the head.
+
+        It can be of a loss of summed log-probs; a KL over the vocabulary, a certainty, the model's own head and a pair
+        longer than a tile rule it out.
+        """
+        beside_sums = reference.tokens is not None or self.scorer.certainty is not None
+        return self.in_forward and not beside_sums and self.scorer.chunks(batch) is not None
 
     def logps(self, batch: PackedBatch, reference: PairLogps) -> PairLogps:
         """Log-probs of a preference batch, with what the loss needs beside them."""
@@ -141,13 +150,11 @@ def start_policy(setup: Setup, path: str, model: Any = None, *, for_sft: bool = 
         scorer.balance = router.balance_of(model)
     notes += given_up
     attention = "one causal call per row" if layout == "padded" else f"{scorer.attention} per segment"
-    size = f"{_count(model) / 1e6:.1f}M parameters in {setup.precision}"
+    size = f"{num_parameters(model) / 1e6:.1f}M parameters in {setup.precision}"
     if setup.trains_adapters:
-        size += f", {_count(model, trained=True) / 1e6:.3g}M of them trained (LoRA)"
+        size += f", {num_parameters(model, trained=True) / 1e6:.3g}M of them trained (LoRA)"
     notes.append(f"layout: {layout}; attention: {attention}; {size}")
     scorer.head.multiple = config.model.vocabulary_multiple
-    if config.model.compile:
-        notes.append(load.compile_where_it_helps(model, padded=layout == "padded"))
     return Policy(engine, scorer, layout, attention, notes, coefficient, setup.loss_in_forward)
 
 
@@ -296,8 +303,3 @@ def _cached_reference(
     frozen.answers = frozen.answer(setup)
     frozen.scorer = None
     return frozen
-
-
-def _count(model: torch.nn.Module, *, trained: bool = False) -> int:
-    counts: Callable[[Any], int] = lambda p: getattr(p, "ds_numel", p.numel())  # noqa: E731
-    return sum(counts(p) for p in model.parameters() if p.requires_grad or not trained)

@@ -17,6 +17,8 @@ LIVE_PARAMETERS = 1_000_000_000
 """Weights that ZeRO-3 keeps gathered at a time by default (stage3_max_live_parameters)."""
 ENOUGH_TOKENS = 8192
 """Tokens for which activations are rather kept than recomputed for more of them. An estimate, not measured."""
+UNTRIED_MARGIN = 1.5
+"""Room over what is needed, where no trial shows what the estimate has missed."""
 SHARE_OF_FREE = 0.8
 """Share of the free memory that is planned with; the rest is for kernels' workspaces and the allocator's gaps."""
 
@@ -33,6 +35,7 @@ class Room:
         trained: Parameters that learn.
         longest: Tokens of the longest pair, which must fit.
         layout: Of the micro-batches.
+        ranks_a_row: That compute a row together.
         chunk_rows: Rows of a tile of logits.
     """
 
@@ -43,47 +46,68 @@ class Room:
     trained: int
     longest: int
     layout: Layout
+    ranks_a_row: int = 1
     chunk_rows: int = CHUNK_ROWS
+
+    @property
+    def is_tried(self) -> bool:
+        """Whether the costliest micro-batch is run before the first step, so that an estimate may be wrong."""
+        return self.stage < 3 and self.ranks_a_row == 1
+
+    @property
+    def most(self) -> int:
+        """Tokens beyond which a micro-batch is not made larger."""
+        return LARGEST if self.is_tried else UNTRIED_TOKENS
 
     def tokens(self, *, recomputed: bool) -> int:
         """How many may stand in a micro-batch; too many where activations cannot be told."""
         shape, width = self.shape, self.dtype.itemsize
-        # Of shared prompts as much as can be: nearly the whole row.
-        per_token = shape.kept(1, 1, is_shared=self.layout == "shared", recomputed=recomputed) or shape.block_input
+        per_token = self._per_token(recomputed=recomputed) or shape.block_input
         reserved = 2 * self.chunk_rows * shape.vocabulary * 4 + min(self.trained, shape.vocabulary * shape.hidden) * 4
         whole = {2: 0, 3: min(shape.parameters, LIVE_PARAMETERS)}.get(self.stage, self.trained)
-        reserved += whole * width
-        return int(SHARE_OF_FREE * (self.free - reserved) / per_token)
+        return int(SHARE_OF_FREE * (self.free - reserved - whole * width) / per_token)
 
-    def budget(self, *, recomputed: bool, most: int) -> int:
-        """Tokens to try first, up to `most`: a multiple of 1,024 unless it is `longest`."""
-        return max(self.longest, min(most, self.tokens(recomputed=recomputed)) // 1024 * 1024)
+    def _per_token(self, *, recomputed: bool) -> float | None:
+        # Of shared prompts as much as can be: nearly the whole row.
+        return self.shape.kept(1, 1, is_shared=self.layout == "shared", recomputed=recomputed)
+
+    def budget(self, *, recomputed: bool) -> int:
+        """Tokens to try first: a multiple of 1,024 unless it is `longest`."""
+        return max(self.longest, min(self.most, self.tokens(recomputed=recomputed)) // 1024 * 1024)
 
     def asks_for_recomputation(self, wanted: int) -> bool:
-        """Whether activations are better recomputed than kept, of no more than `wanted` tokens or of unknown size.
+        """Whether activations of `wanted` tokens are better recomputed than kept.
 
-        Recomputing them takes a quarter to a third of a step; a micro-batch of ENOUGH_TOKENS keeps a GPU as busy as a
-        larger one. Under ZeRO-3, which gathers all weights for each of them, it is UNTRIED_TOKENS.
+        Recomputing them takes a quarter to a third of a step. Where nothing is tried they are kept only if half as many
+        again would fit, and not beside experts whose weights are one tensor: of that ZeRO-3 keeps what it has gathered.
         """
-        enough = UNTRIED_TOKENS if self.stage == 3 else ENOUGH_TOKENS
-        needed = max(self.longest, min(wanted, enough))
-        return self.shape.activations is None or self.tokens(recomputed=False) < needed
+        needed = max(self.longest, wanted)
+        if self.is_tried:
+            return self.tokens(recomputed=False) < needed
+        uncertain = self.shape.has_fused_experts or self._per_token(recomputed=False) is None
+        return uncertain or self.tokens(recomputed=False) < UNTRIED_MARGIN * needed
 
 
-def wanted_tokens(setup: Setup, layout: Layout, longest: int) -> int:
-    """Tokens beyond which a run gains nothing from a larger micro-batch: those asked for, or all that a rank has.
+def wanted_tokens(setup: Setup, layout: Layout, longest: int, stage: int) -> int:
+    """Tokens for which activations are kept if they fit: those asked for, or else as many as keep a GPU busy, but no
+    more than a rank has in a step.
+
+    A micro-batch of ENOUGH_TOKENS is as fast as a larger one; under ZeRO-3, which gathers all weights for each of them,
+    one of UNTRIED_TOKENS.
 
     Args:
         setup: The run.
         layout: Of the micro-batches.
         longest: Tokens of the longest pair, of a rank's cut of it where rows are cut.
+        stage: ZeRO's.
     """
     train, epochs = setup.config.train, setup.epochs
     tokens = num_tokens(setup.train_pairs.lengths, layout)
     steps = range(min(epochs.steps_per_epoch, LOOKED_AT))
-    limits = [max(int(tokens[epochs.batch(step)].sum()) for step in steps) // setup.world.world_size]
-    if train.tokens_per_micro_batch != "auto":
-        limits.append(train.tokens_per_micro_batch)
+    of_step = max(int(tokens[epochs.batch(step)].sum()) for step in steps) // setup.world.world_size
+    enough = UNTRIED_TOKENS if stage == 3 else ENOUGH_TOKENS
+    asked = train.tokens_per_micro_batch
+    limits = [of_step, enough if asked == "auto" else asked]
     if train.micro_batch_size is not None:
         limits.append(train.micro_batch_size * longest)
     return min(limits)

@@ -18,14 +18,14 @@ import torch
 from dpo.budget import fit_budget
 from dpo.data.loader import StepBatches
 from dpo.data.planner import Layout, num_tokens
-from dpo.export import weights_alone, write_weights
+from dpo.export import save_checkpoint, write_weights
 from dpo.load_models import read_whole
 from dpo.nonfinite import Nonfinite, spoil
 from dpo.policy import Policy, start_policy
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime import heartbeat, preemption
-from dpo.runtime.checkpoint import checkpoints, load, newest, save
-from dpo.runtime.distributed import any_ranks_and, only_main, sum_over_ranks
+from dpo.runtime.checkpoint import checkpoints, load, newest
+from dpo.runtime.distributed import only_main, sum_over_ranks
 from dpo.runtime.schedule import learning_rate
 from dpo.runtime.tracking import Tracker, keep_lines
 from dpo.setup import Setup
@@ -120,8 +120,7 @@ def _train(
         if stop or _due(done, config.train.save_every, setup.epochs.steps_per_epoch) and done < total:
             unlogged = tuple(sum_over_ranks(sums.clone()).tolist())
             here = TrainState(done, tokens_seen, unlogged, skipped=nonfinite.count)
-            alone = weights_alone(setup, policy)
-            save(policy.engine, setup.run, here, world, config.train.keep_checkpoints, kind="sft", weights=alone)
+            save_checkpoint(setup, policy, here, kind="sft")
         preemption.stop_if(stop)
         heartbeat.at(f"waiting for the rows of SFT step {done + 1}", in_step=True)
     heartbeat.at("writing the result of SFT")
@@ -152,11 +151,7 @@ def _step(
         deepspeed_engine.backward(policy.engine, spoil(loss, losses[-1]), index == len(work.batches) - 1)
         sums[0] += nll.detach()
         sums[1] += len(batch.target_ids)  # not the step's: ranks that compute a row together all add its nll
-    bad = ~torch.cat(losses).isfinite().all()
-    flags = torch.stack((bad, torch.full_like(bad, preemption.is_asked())))
-    (is_bad, stop), norm = any_ranks_and(flags, deepspeed_engine.gradient_norm(policy.engine))
-    heartbeat.at(f"in the update of SFT step {step}", in_step=True)
-    grad_norm, counts = nonfinite.step(policy.engine, lr, norm, work, losses, is_bad)
+    grad_norm, counts, stop = nonfinite.step(policy.engine, lr, work, losses)
     if not counts:
         sums.copy_(before)
     return grad_norm, stop

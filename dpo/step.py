@@ -20,7 +20,7 @@ from dpo.nonfinite import Nonfinite, spoil
 from dpo.objective.metrics import averages, sums
 from dpo.objective.objective import Objective
 from dpo.policy import FrozenReference, Policy
-from dpo.runtime import distributed, heartbeat, preemption
+from dpo.runtime import distributed, heartbeat
 from dpo.runtime import engine as deepspeed_engine
 from dpo.setup import Setup
 from dpo.types import Context, LossOutput, PackedBatch, PairLogps
@@ -113,9 +113,6 @@ def losses_of(
 ) -> tuple[Tensor, LossOutput, PairLogps]:
     """Score a micro-batch with gradient.
 
-    The gradient of a loss of summed log-probs can be taken in the forward pass of the head; a KL over the vocabulary, a
-    certainty, the model's own head and a pair longer than a tile cannot.
-
     Args:
         policy: The policy.
         batch: On its device.
@@ -123,9 +120,7 @@ def losses_of(
     Returns:
         Sum of the losses, with gradient; the losses; the log-probs.
     """
-    scorer = policy.scorer
-    beside_sums = reference.tokens is not None or scorer.certainty is not None
-    if not policy.in_forward or beside_sums or scorer.chunks(batch) is None:
+    if not policy.takes_loss_in_forward(batch, reference):
         logps = policy.logps(batch, reference)
         output = loss(logps, reference, context)
         return output.losses.sum(), output, logps
@@ -188,13 +183,7 @@ def take_step(
         if policy.router_coefficient:
             assert policy.scorer.router_loss is not None
             meter.totals[10] += len(batch.pair_ids) * policy.scorer.router_loss.detach()
-    bad = ~torch.cat(losses).isfinite().all()
-    heartbeat.at(f"at the end of step {work.step + 1}, asking the others", in_step=True)
-    asked = torch.full_like(bad, preemption.is_asked())
-    flags = torch.stack((bad, asked))
-    (is_bad, stop), norm = distributed.any_ranks_and(flags, deepspeed_engine.gradient_norm(policy.engine))
-    heartbeat.at(f"in the update of step {work.step + 1}", in_step=True)
-    meter.grad_norm, counts = nonfinite.step(policy.engine, lr, norm, work, losses, is_bad)
+    meter.grad_norm, counts, stop = nonfinite.step(policy.engine, lr, work, losses)
     if not counts:
         meter.totals[:8], meter.totals[10], loss.running = before[:8], before[10], running
     meter.pairs += work.num_pairs

@@ -21,9 +21,8 @@ from dpo.commandline import Command
 from dpo.config import to_dict
 from dpo.data.loader import whole_pass
 from dpo.errors import UserError
-from dpo.estimate import checkpoint_bytes
 from dpo.evaluate import ValidationShare, evaluate
-from dpo.export import final_dtype, weights_alone, write_weights
+from dpo.export import final_dtype, save_checkpoint, write_weights
 from dpo.finish import card_of, closing, keep_evaluation, take_samples
 from dpo.load_models import read_whole
 from dpo.model import adapters
@@ -87,6 +86,8 @@ def _run(command: Command, world: World) -> None:
         if setup.reference_mode == "cached":
             setup = replace(setup, config=replace(config, reference=replace(config.reference, mode="online")))
         policy, reference = start_models(setup, config.model.policy or start, lambda note: None)
+        say = partial(print, file=sys.stderr) if world.is_main else lambda line: None
+        setup = fit_budget(setup, policy, reference.train, say, layout=policy.layout, name=None)
         show_plan(setup, command, policy, reference)
         return
     if done := distributed.only_main(world, lambda: run_directory.finished(setup.run, setup.total_steps)):
@@ -146,11 +147,9 @@ def _told(setup: Setup) -> Iterator[None]:
 
 def _fetch(setup: Setup) -> None:
     """Download the weights of policy and reference."""
-    model, other = setup.config.model, setup.config.reference.path
-    for path, own in ((model.policy or "", model.revision), (other or "", None)):
-        if path:
-            base, revision = adapters.base_of(path, own)
-            distributed.main_first(setup.world, partial(fetch_weights, base, revision=revision))
+    for path in filter(None, (setup.config.model.policy, setup.config.reference.path)):
+        base, revision = adapters.base_of(path, setup.config.revision_of(path))
+        distributed.together(partial(fetch_weights, base, revision=revision))
 
 
 def _greeting(command: Command) -> list[str]:
@@ -269,14 +268,10 @@ def _validation(setup: Setup, policy: Policy) -> dict[str, ValidationShare]:
 
 def _save(setup: Setup, policy: Policy, reference: FrozenReference, state: TrainState) -> None:
     """A checkpoint, the reference in it where it moves; status.json says so."""
-    config, world = setup.config, setup.world
     heartbeat.at(f"writing the checkpoint of step {state.step}")
-    more = None if config.reference.sync_steps is None else partial(save_reference, reference, world)
-    checkpoint.save(
-        policy.engine, setup.run, state, world, config.train.keep_checkpoints, more,
-        weights=weights_alone(setup, policy), expected_bytes=_checkpoint_bytes(setup, policy),
-    )
-    if world.is_main:
+    moves = setup.config.reference.sync_steps is not None
+    save_checkpoint(setup, policy, state, more=partial(save_reference, reference, setup.world) if moves else None)
+    if setup.world.is_main:
         write_status(setup.run, "running", state.step)
 
 
@@ -294,14 +289,6 @@ def _log(setup: Setup, tracker: Tracker, state: TrainState, values: dict[str, fl
         f"  margin {values['rewards/margins']:.3f}  {values['perf/pairs_per_second']:.1f} pairs/s"
     )
     tracker.progress("DPO", step, setup.total_steps, note)
-
-
-def _checkpoint_bytes(setup: Setup, policy: Policy) -> int:
-    """What a checkpoint takes on disk at least."""
-    trained = sum(getattr(p, "ds_numel", p.numel()) for p in policy.scorer.parameters() if p.requires_grad)
-    stage = deepspeed_engine.zero_stage(setup.engine_config)
-    alone = setup.config.train.save_weights_only
-    return checkpoint_bytes(trained, stage=stage, half=setup.precision != "fp32", weights_only=alone)
 
 
 def _sample_every(every: int | str, total: int) -> int | str:

@@ -13,8 +13,10 @@ import torch
 import transformers
 
 import train_dpo
+from dpo import ask
 from dpo.__main__ import main
 from dpo.ask import DEFAULT_PROMPTS
+from dpo.commandline import parse
 from dpo.data.boundary import encode_prompt
 from dpo.model.head import logps_of_logits
 from dpo.runtime.files import read_records
@@ -135,6 +137,16 @@ def test_answers_on_request_are_those_of_both_folders_under_the_training_templat
     assert "mean log-ratio of the policy's answers (greedy; a KL estimate only at temperature 1)" in said
     assert re.search(r"heuristic: win rate \d+\.\d% \(95% interval .* won, .* tied, .* lost\); at equal length", said)
     assert said.count("policy:    ") == 4
+
+
+@pytest.mark.parametrize("other", [[], ["--reference.path", "other"]])
+@pytest.mark.parametrize("after_sft", [False, True])
+def test_answers_of_the_reference_are_those_of_the_one_that_dpo_had(other, after_sft, tmp_path):
+    config = parse(["--model.policy", "start", "--data.train", "rows", *other]).config
+    if after_sft:
+        (tmp_path / "reference").mkdir()
+    begin = "other" if other else str(tmp_path / "reference") if after_sft else "start"
+    assert ask._start_of(tmp_path, config) == begin
 
 
 def test_every_command_of_the_docs_runs(run: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:

@@ -6,24 +6,29 @@ Lack of memory is played on the CPU: torch.OutOfMemoryError wherever a micro-bat
 from __future__ import annotations
 
 import json
+import re
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import transformers
 
 import dpo.budget
 import dpo.model.forward
 import dpo.train
 import train_dpo
 from dpo.budget import choose
-from dpo.data.planner import Layout
+from dpo.commandline import parse
+from dpo.data.planner import Epochs, Layout
 from dpo.errors import UserError
 from dpo.model import load
 from dpo.model.shape import Shape
-from dpo.room import Room
+from dpo.room import Room, wanted_tokens
 from dpo.runtime.tracking import read_lines
 from tests.test_stages import arguments
 
@@ -47,7 +52,7 @@ def test_the_ladder_halves_down_to_the_longest_pair_then_recomputes_then_refuses
         return budget <= limits[len(recomputed)]
 
     def run():
-        return choose(1000, 100, fits, (lambda: recomputed.append(1)) if may else None, said.append)
+        return choose(1000, 100, fits, (lambda: recomputed.append(1) or 1000) if may else None, said.append)
 
     if expected is None:
         with pytest.raises(UserError, match="out of memory with 100 tokens, the longest pair"):
@@ -59,7 +64,7 @@ def test_the_ladder_halves_down_to_the_longest_pair_then_recomputes_then_refuses
 
 
 SHAPE = Shape(parameters=10**6, body=10**6, layers=2, hidden=8, vocabulary=100, attention_width=16, activations=1000,
-              block_input=100, shared_activations=1100, keys_and_values=100)  # fmt: skip
+              block_input=100, shared_activations=1100, keys_and_values=100, has_fused_experts=False)  # fmt: skip
 RESERVED = 2 * 10 * 100 * 4 + 100 * 8 * 4  # a tile of 10 rows twice, the head's gradient
 
 
@@ -67,8 +72,8 @@ def room(free: int, *, stage: int = 1, longest: int = 10, layout: Layout = "pack
     return Room(SHAPE, torch.bfloat16, free, stage, trained, longest, layout, chunk_rows=10)
 
 
-def first(free: int, *, recomputed: bool = False, most: int = 65536, **more: Any) -> int:
-    return room(free, **more).budget(recomputed=recomputed, most=most)
+def first(free: int, *, recomputed: bool = False, **more: Any) -> int:
+    return room(free, **more).budget(recomputed=recomputed)
 
 
 def test_the_first_budget_follows_free_memory_within_bounds():
@@ -77,7 +82,7 @@ def test_the_first_budget_follows_free_memory_within_bounds():
     assert first(10**12) == 65536 and first(1000, longest=700) == 700
     assert first(10_000_000 + RESERVED, stage=2) == 7168  # gradients are handed on
     assert first(10_000_000 + RESERVED + 2 * 10**6, stage=3) == 7168
-    assert first(10**12, stage=3, most=16384) == 16384
+    assert first(10**12, stage=3) == 16384
     assert first(10_000_000 + RESERVED - 400 + 2 * 700, trained=700) == 7168  # adapters
 
 
@@ -87,16 +92,38 @@ def test_the_keys_and_values_of_shared_prompts_come_out_of_the_first_budget():
     assert first(free, layout="shared", recomputed=True) == 11264  # 100 + (1100 + 100) / 2
 
 
-def test_activations_are_kept_where_enough_tokens_fit_with_them():
+def test_activations_are_kept_where_the_wanted_tokens_and_the_longest_pair_fit_with_them():
     asks = lambda tokens, wanted, **more: room(  # noqa: E731
         int(tokens * 1000 / 0.8) + RESERVED + 2 * 10**6, **more
     ).asks_for_recomputation(wanted)
-    assert not asks(8193, 10**6) and asks(8191, 10**6)  # whatever more a step has
-    assert not asks(3001, 3000) and asks(2999, 3000)  # no more is asked for, or there in a step
-    assert asks(8193, 10**6, longest=9000) and not asks(9001, 10**6, longest=9000)
-    assert asks(16383, 10**6, stage=3) and not asks(16385, 10**6, stage=3)
-    unknown = replace(SHAPE, activations=None, shared_activations=None)
-    assert replace(room(10**12), shape=unknown).asks_for_recomputation(10)
+    assert not asks(3001, 3000) and asks(2999, 3000)
+    assert asks(8999, 3000, longest=9000) and not asks(9001, 3000, longest=9000)
+    assert asks(4499, 3000, stage=3) and not asks(4501, 3000, stage=3)  # nothing is tried there
+    unknown, experts = (
+        replace(SHAPE, activations=None, shared_activations=None), replace(SHAPE, has_fused_experts=True)
+    )  # fmt: skip
+    for shape in (unknown, experts):
+        assert not replace(room(10**12), shape=shape).asks_for_recomputation(10)  # the trial shows it
+        assert replace(room(10**12, stage=3), shape=shape).asks_for_recomputation(10)
+        assert replace(room(10**12), ranks_a_row=2, shape=shape).asks_for_recomputation(10)
+
+
+@pytest.mark.parametrize(
+    ("flags", "stage", "wanted"),
+    [
+        ([], 2, 8192), ([], 3, 16384), (["--train.tokens_per_micro_batch", "30000"], 3, 30000),
+        (["--train.micro_batch_size", "7"], 2, 700), (["--train.global_batch_size", "4"], 2, 4 * 100),
+        (["--train.global_batch_size", "4", "--train.tokens_per_micro_batch", "300"], 2, 300),
+    ],
+)
+def test_no_more_tokens_are_wanted_than_are_asked_for_keep_a_gpu_busy_or_are_there(flags, stage, wanted):
+    argv = ["--model.policy", "p", "--data.train", "d", "--train.global_batch_size", "1000", *flags]
+    config, lengths = parse(argv).config, np.full((1000, 3), [20, 40, 40])
+    setup = SimpleNamespace(
+        config=config, world=SimpleNamespace(world_size=1), train_pairs=SimpleNamespace(lengths=lengths),
+        epochs=Epochs(1000, config.train.global_batch_size, 0),
+    )  # fmt: skip
+    assert wanted_tokens(setup, "shared", 100, stage) == wanted
 
 
 def lacking_above(monkeypatch, tokens, recomputed_tokens):
@@ -156,6 +183,39 @@ def test_a_run_without_enough_memory_takes_smaller_micro_batches_and_has_the_sam
     assert json.loads((tmp_path / "small/run/micro_batches.json").read_text()) == written
 
 
+def test_a_dry_run_finds_its_budget_as_the_run_would_and_writes_nothing(tiny_policy, tmp_path, monkeypatch, capsys):
+    tried = lacking_above(monkeypatch, 450, 450)
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, *SEVERAL, "--dry_run")) == 0
+    out, err = capsys.readouterr()
+    assert tried == [1600, 800, 400] and "micro-batches: at most 400 tokens\n" in err
+    assert int(re.search(r"costliest micro-batch\D+(\d+) tokens", out)[1]) <= 400
+    assert not (tmp_path / "run").exists()
+
+
+def test_blocks_are_compiled_once_it_is_known_that_activations_are_kept(tiny_policy, tmp_path, monkeypatch, capsys):
+    lacking_above(monkeypatch, 10**9, 10**9)
+    monkeypatch.setattr(dpo.budget, "_free_memory", lambda device: 0)
+    flags = [*SEVERAL, "--model.compile", "true", "--train.max_steps", "1"]
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, *flags)) == 0
+    assert "blocks: not compiled: torch.compile leaves blocks alone whose activations are" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--model.gradient_checkpointing", "false"], ["--config", "ds_configs/zero1.json"]])
+def test_what_was_found_for_other_settings_is_looked_for_anew(flags, tiny_policy, tmp_path, monkeypatch):
+    tried = lacking_above(monkeypatch, 10**9, 10**9)
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, *SEVERAL, "--train.max_steps", "1")) == 0
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, *SEVERAL, *flags)) == 0
+    assert tried == [1600, 1600]
+
+
+def test_activations_of_a_model_that_cannot_recompute_them_are_kept(tiny_policy, tmp_path, monkeypatch):
+    lacking_above(monkeypatch, 10**9, 10**9)
+    monkeypatch.setattr(dpo.budget, "_free_memory", lambda device: 0)
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, *SEVERAL, "--train.max_steps", "1")) == 0
+    assert json.loads((tmp_path / "run/micro_batches.json").read_text())["recomputed"] is False
+
+
 def test_a_run_that_goes_on_recomputes_activations_again(tiny_policy, tmp_path, monkeypatch):
     lacking_above(monkeypatch, 10, 10**9)
     assert train_dpo.main(arguments(tmp_path, tiny_policy, *SEVERAL)) == 0
@@ -180,7 +240,7 @@ def test_auto_starts_from_the_memory_of_the_rank_with_the_least_and_tries_nothin
     own, suggested = dpo.budget.gather, []
 
     def gathered(value):
-        if isinstance(value, bool):
+        if isinstance(value, bool) or value == 0:  # the size of its GPU
             return own(value)
         suggested.append(value)
         return [*own(value), 2048]
@@ -212,8 +272,10 @@ def test_activations_are_recomputed_where_any_rank_lacks_room_for_them_and_the_r
     own, asked = dpo.budget.gather, []
 
     def gathered(value):
+        if not isinstance(value, bool):
+            return own(value)
         asked.append(value)
-        return [*own(value), other_lacks and len(asked) == 1] if isinstance(value, bool) else own(value)
+        return [*own(value), other_lacks and len(asked) == 1]
 
     monkeypatch.setattr(dpo.budget, "gather", gathered)
     monkeypatch.setattr(dpo.budget, "_free_memory", lambda device: free)
@@ -248,8 +310,8 @@ def test_the_trial_holds_beside_it_what_the_first_step_adds(
         return tensor
 
     def watched(setup, policy, reference, layout):
-        parameters = sum(p.numel() for p in policy.scorer.parameters())
-        assert kept[-1]().numel() == bytes_a_parameter * parameters + 4 * bucket
+        sizes = [p.numel() for p in policy.scorer.parameters()]
+        assert kept[-1]().numel() == bytes_a_parameter * sum(sizes) + 4 * bucket + 2 * 4 * max(sizes)
         attempt(setup, policy, reference, layout)
 
     monkeypatch.setattr(torch, "empty", made)
@@ -259,33 +321,35 @@ def test_the_trial_holds_beside_it_what_the_first_step_adds(
     assert kept and not any(reference() is not None for reference in kept)
 
 
-@pytest.mark.parametrize(("stage", "is_whole"), [(1, True), (2, False)])
+@pytest.mark.parametrize(("stage", "lora", "computed"), [(1, [], None), (2, [], 2), (2, ["--model.lora.r", "4"], 1)])
 def test_the_trial_passes_through_all_blocks_and_has_whole_gradients_where_a_step_has(
-    stage, is_whole, tiny_policy, tmp_path, monkeypatch
+    stage, lora, computed, tiny_policy, tmp_path, monkeypatch
 ):
+    """Under ZeRO-2 those of the embedded tokens and of the head alone, where it learns."""
     lacking_above(monkeypatch, 10**9, 10**9)
-    attempt, grad, passed, computed = dpo.budget.attempt, torch.autograd.grad, set(), []
+    attempt, grad, passed, found = dpo.budget.attempt, torch.autograd.grad, set(), []
 
     def watched(setup, policy, reference, layout):
         layers = policy.scorer.model.model.layers
 
         def through(index):
-            return lambda _, __, output: output.register_hook(lambda _: passed.add(index)) and None
+            seen = lambda grad: passed.add(index)  # noqa: E731
+            return lambda _, __, output: output.register_hook(seen) and None if output.requires_grad else None
 
         handles = [layer.register_forward_hook(through(i)) for i, layer in enumerate(layers)]
         with monkeypatch.context() as patch:
-            patch.setattr(torch.autograd, "grad", lambda total, inputs, **k: computed.append(grad(total, inputs, **k)))
+            patch.setattr(torch.autograd, "grad", lambda total, inputs, **k: found.append(grad(total, inputs, **k)))
             attempt(setup, policy, reference, layout)
         for handle in handles:
             handle.remove()
-        assert passed == set(range(len(layers))) and None not in computed[0]
-        assert len(computed[0]) == (len(list(policy.scorer.parameters())) if is_whole else 1)
+        assert passed == set(range(len(layers))) and None not in found[0]
+        assert len(found[0]) == (computed or len(list(policy.scorer.parameters())))
 
     monkeypatch.setattr(dpo.budget, "attempt", watched)
     config = tmp_path / "zero.json"
     config.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-    assert train_dpo.main(arguments(tmp_path, tiny_policy, *SEVERAL, "--config", str(config))) == 0
-    assert computed
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, *SEVERAL, *lora, "--config", str(config))) == 0
+    assert found
 
 
 def test_the_trial_leaves_no_gradient_behind(tiny_policy, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import json
 import shutil
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +17,13 @@ from safetensors.torch import load_file, save_file
 import dpo.policy
 import dpo.setup
 import dpo.sft
+import dpo.train
 import train_dpo
+from dpo.commandline import parse
 from dpo.data.planner import Costs
 from dpo.model import products
 from dpo.model.shape import steady_length
+from dpo.runtime import checkpoint
 from dpo.runtime.tracking import read_lines
 from dpo.sample import _last_tokens
 
@@ -47,6 +51,24 @@ def test_a_reference_that_overflows_in_fp16_takes_the_policys_dtype(tiny_policy,
     said = capsys.readouterr().err
     assert "reference: online, float32 (the policy's dtype: this model overflows in fp16)" in said
     assert "start: loss 0.693147" in said
+
+
+def test_weights_are_read_at_the_revisions_that_are_pinned_for_them(monkeypatch):
+    argv = ["--model.policy", "a/b", "--model.revision", "one", "--reference.path", "c/d", "--data.train", "rows"]
+    config, fetched = parse([*argv, "--reference.revision", "two"]).config, []
+    monkeypatch.setattr(dpo.train.adapters, "base_of", lambda path, revision: (path, revision))
+    monkeypatch.setattr(dpo.train, "fetch_weights", lambda path, *, revision: fetched.append((path, revision)))
+    dpo.train._fetch(SimpleNamespace(config=config))
+    assert fetched == [("a/b", "one"), ("c/d", "two")]
+    assert config.revision_of("runs/x/reference") is None
+
+
+def test_a_checkpoint_of_sft_is_not_begun_where_the_disk_lacks_room_for_it(tiny_policy, tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, "--train.sft_epochs", "2", "--train.save_every", "1")) == 2
+    assert "a checkpoint takes 0.00" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("checkpoints/sft*"))
 
 
 def test_ranks_that_would_plan_other_micro_batches_are_stopped(tiny_policy, tmp_path, monkeypatch, capsys):

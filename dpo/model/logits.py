@@ -28,9 +28,13 @@ PRODUCT = LogitMap()
 def logit_map_of(config: Any) -> LogitMap:
     """What a model's config says that its head does after the product."""
     text = config.get_text_config()
-    said = {name: getattr(text, name, None) for name in ("logit_scale", "lm_head_multiplier", "logits_scaling")}
-    scale = (said["logit_scale"] or 1.0) * (said["lm_head_multiplier"] or 1.0) / (said["logits_scaling"] or 1.0)
-    return LogitMap(scale, getattr(text, "final_logit_softcapping", None))
+
+    def said(name: str) -> float | None:
+        value = getattr(text, name, None)
+        return float(value) if isinstance(value, int | float) and value else None  # 0 and words: not used as such
+
+    scale = (said("logit_scale") or 1.0) * (said("lm_head_multiplier") or 1.0) / (said("logits_scaling") or 1.0)
+    return LogitMap(scale, said("final_logit_softcapping"))
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -97,8 +97,10 @@ class _LossInForward(torch.autograd.Function):
             total += losses
             per_row = g[sequences] if weights is None else g[sequences] * weights
             # The loss scale comes in backward: in fp16 g * p would be nothing before, so that there the largest g is
-            # left out of the tile and meets the products in fp32.
-            largest = per_row.abs().max().clamp_min(1e-30) if hidden.dtype == torch.float16 else None
+            # left out of the tile, with the scale of the logits, and meets the products in fp32.
+            largest = None
+            if hidden.dtype == torch.float16:
+                largest = (per_row.abs().max() * abs(logit_map.scale)).clamp_min(1e-30)
             of_row = (per_row if largest is None else per_row / largest)[:, None]
             dz = logps_gradient_(softmax, targets, of_row, logit_map).to(hidden.dtype)
             del softmax

@@ -38,6 +38,7 @@ class Shape:
         block_input: Bytes a token of the blocks' inputs, which is what is kept when activations are recomputed.
         shared_activations: The same where attention copies keys and values together, as it does for shared prompts.
         keys_and_values: Bytes a token of the keys and values of all blocks, which each prompt has there once more.
+        has_fused_experts: Whether a weight has three dimensions, as those of several experts in one tensor have.
     """
 
     parameters: int
@@ -50,6 +51,7 @@ class Shape:
     block_input: int
     shared_activations: int | None
     keys_and_values: int
+    has_fused_experts: bool
 
     def kept(self, tokens: int, prompts: int, *, is_shared: bool, recomputed: bool) -> float | None:
         """Bytes that live at a time for backward.
@@ -204,4 +206,5 @@ def shape_of(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False
         block_input=text.num_hidden_layers * hidden * dtype.itemsize,
         shared_activations=_activations(model, copies=True)[0],
         keys_and_values=keys_and_values,
+        has_fused_experts=any(p.dim() == 3 for p in model.parameters()),
     )

@@ -145,16 +145,6 @@ def together(function: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def main_first(world: World, function: Callable[[], T]) -> T:
-    """Run a function on rank 0, and on the others once it has succeeded there.
-
-    Raises:
-        UserError: The same line on every rank.
-    """
-    result = together(function if world.is_main else lambda: None)
-    return result if world.is_main else function()  # type: ignore[return-value]
-
-
 def only_main(world: World, function: Callable[[], T]) -> T:
     """Run a function on rank 0 and give its answer to every rank: what is read from the file system is read once, so
     that all decide alike.

@@ -141,6 +141,12 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def num_parameters(module: nn.Module, *, trained: bool = False) -> int:
+    """Parameters of a module, or those of them that learn; whole ones, of which a rank may hold a shard."""
+    counted = (p for p in module.parameters() if p.requires_grad or not trained)
+    return sum(getattr(p, "ds_numel", p.numel()) for p in counted)
+
+
 def full_state(model: nn.Module, dtype: torch.dtype, keep: bool, *, trained_only: bool = False) -> dict[str, Tensor]:
     """Whole weights of a model, gathered one at a time; collective under ZeRO-3.
 

@@ -256,6 +256,13 @@ def test_scaled_and_capped_logits_have_the_gradients_of_the_models_own_without_b
         torch.testing.assert_close(a, b, rtol=1e-5, atol=float(1e-6 * b.abs().max()))
 
 
+def test_a_logit_map_is_read_from_numbers_alone():
+    mpt = transformers.MptConfig(logit_scale="inv_sqrt_d_model")
+    gemma = transformers.Gemma2Config(final_logit_softcapping=0.0)
+    assert logits.logit_map_of(mpt) == logits.logit_map_of(gemma) == LogitMap()
+    assert logits.logit_map_of(transformers.Gemma2Config()) == LogitMap(softcap=30.0)
+
+
 @pytest.mark.parametrize("family", ["gemma2", "cohere"])
 def test_the_models_own_head_is_used_where_its_config_does_not_say_what_it_does(family, monkeypatch):
     monkeypatch.setattr("dpo.model.forward.logit_map_of", lambda _: LogitMap())

@@ -173,9 +173,10 @@ def test_every_gradient_of_a_model_is_that_of_the_plain_path(family, tied):
         torch.testing.assert_close(results[1][name], truth, rtol=1e-9, atol=1e-9, msg=name)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_as_close_to_the_truth_as_the_plain_path(monkeypatch, dtype):
-    """fp16 with gradients so small that a tile scaled by them would round to nothing."""
+def test_half_precision_is_as_close_to_the_truth_as_the_plain_path(monkeypatch, dtype, scale):
+    """fp16 with gradients, or a scale of the logits, so small that a tile scaled by them would round to nothing."""
     monkeypatch.setattr(products, "fp32_is_faster", lambda: False)
     batch, hidden, weight, _ = problem(count=40, vocab=500)
     small = 2e-5 if dtype == torch.float16 else 1.0
@@ -190,13 +191,13 @@ def test_half_precision_is_as_close_to_the_truth_as_the_plain_path(monkeypatch, 
         return -logsigmoid(0.1 * (chosen - rejected)) * small
 
     def of_plain(h, w):
-        logps = token_logps(h, w, None, batch.target_ids, 10_000)
+        logps = token_logps(h, w, None, batch.target_ids, 10_000, LogitMap(scale))
         sums = logps.new_zeros(batch.num_sequences).index_add(0, batch.sequence_ids, logps)
         return losses(*sums.tensor_split(2), slice(None)).sum()
 
     exact = [x.to(dtype).double().requires_grad_() for x in (hidden, weight)]
     truth = torch.autograd.grad(of_plain(*exact) / small, exact)
-    ours = errors(lambda h, w: total_loss(h, w, None, batch, chunks, losses)[0])
+    ours = errors(lambda h, w: total_loss(h, w, None, batch, chunks, losses, LogitMap(scale))[0])
     theirs = errors(of_plain)
     assert all(a <= 1.1 * b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
 
