@@ -201,7 +201,8 @@ def host_rows(setup: Setup, machine: Machine, hardware: Hardware) -> Rows:
     host = neighbours * shape.parameters * loaded
     alone = train.save_weights_only
     one = checkpoint_bytes(machine.trained, stage=machine.stage, half=machine.half, weights_only=alone)
-    held = min(train.keep_checkpoints + 1, max(1, setup.total_steps))
+    best = setup.validation_pairs is not None  # it is kept beside the newest
+    held = min(train.keep_checkpoints + best + 1, max(1, setup.total_steps))
     rows = [
         ("host memory of a node while loading, at most", f"{_size(host)} ({neighbours} ranks)"),
         ("one checkpoint", f"{_size(one)}, {one / machine.trained:.0f} bytes a parameter"),
