@@ -30,7 +30,7 @@ import train_dpo
 from benchmarks.frontier_report import Point, figure, tables
 from benchmarks.report import write_block
 from dpo.data import example
-from dpo.data.tokenize import encode_prompt
+from dpo.data.boundary import encode_prompt
 from dpo.model.forward import Scorer
 from dpo.model.load import load_model, load_tokenizer
 from dpo.sample import Answer, Decoding, answer_logps, answers_to

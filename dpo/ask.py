@@ -18,7 +18,7 @@ from rich.console import Console
 
 from dpo.commandline import parse
 from dpo.config import Config
-from dpo.data.tokenize import encode_prompt
+from dpo.data.boundary import encode_prompt
 from dpo.errors import UserError
 from dpo.judge import Case, WinRate, make_judge, win_rate
 from dpo.model import adapters

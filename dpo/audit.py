@@ -18,13 +18,14 @@ from rich.text import Text
 
 from dpo.config import DataConfig
 from dpo.data.audit import CONTRADICTS, REPEATS, RULES, Audit, AuditSet, audit, cached_audit
+from dpo.data.boundary import read_chat_template
 from dpo.data.sources import validation_split_of
 from dpo.data.tokenize import prepare_pairs
-from dpo.errors import UserError
+from dpo.errors import UserError, printable
 from dpo.model.load import BUILTIN, load_tokenizer
 from dpo.run_data import RunData
-from dpo.runtime.checkpoint import write_whole
 from dpo.runtime.distributed import only_main
+from dpo.runtime.files import write_whole
 from dpo.setup import Setup
 
 DESCRIPTION = "Say what a preference data set is like: odd rows, leaks, lengths, and how far trivial rules get."
@@ -71,11 +72,6 @@ class AuditOptions:
     """Where tokenised data is kept; default: $DPO_CACHE, else ~/.cache/dpo."""
 
 
-def printable(text: str) -> str:
-    """The text with everything that is not to be seen (control, bidirectional, broken) as an escape, in one line."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
-
-
 # --- the verb --------------------------------------------------------------------------------------------------------
 
 
@@ -111,8 +107,6 @@ def show_audit(options: AuditOptions) -> None:
     """
     tokenizer = load_tokenizer(options.tokenizer)
     if options.chat_template is not None:
-        from dpo.data.boundary import read_chat_template
-
         tokenizer.chat_template = read_chat_template(options.chat_template)
     elif tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE

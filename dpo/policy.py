@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo.data.mixture import Pairs
 from dpo.data.planner import Layout
 from dpo.errors import UserError
 from dpo.load_models import add_adapter, load_weights
@@ -21,7 +22,6 @@ from dpo.model.reference import Reference, from_scores, nothing, online, online_
 from dpo.model.sequence import sequence_notes
 from dpo.reference_cache import cached_scores, manifest_of
 from dpo.roles import check_distributions, reference_dtype
-from dpo.run_data import Pairs
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime import sequence
 from dpo.runtime.distributed import agree, gather, only_main, together

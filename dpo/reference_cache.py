@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 
 from dpo.data.loader import Loader
+from dpo.data.mixture import Pairs
 from dpo.errors import UserError
 from dpo.model.check import TOLERANCE, counted_tokens
 from dpo.model.forward import pair_logps
 from dpo.runtime import preemption
 from dpo.runtime.distributed import World, only_main, sum_over_ranks
 from dpo.runtime.files import write_whole
-from dpo.types import PackedBatch, PairDataset
+from dpo.types import PackedBatch
 
 VERSION = 1
 CHUNK = 4096
@@ -39,7 +40,7 @@ SAMPLE = 8
 Score = Callable[[PackedBatch], Tensor]
 
 
-def tokens_fingerprint(pairs: PairDataset) -> str:
+def tokens_fingerprint(pairs: Pairs) -> str:
     """Hash of every token id and of how the pairs are cut."""
     digest = hashlib.sha256(np.ascontiguousarray(pairs.lengths).tobytes())
     for i in range(len(pairs)):
@@ -48,7 +49,7 @@ def tokens_fingerprint(pairs: PairDataset) -> str:
     return digest.hexdigest()
 
 
-def manifest_of(weights: str, pairs: PairDataset, dtype: torch.dtype, layout: str, attention: str) -> dict[str, object]:
+def manifest_of(weights: str, pairs: Pairs, dtype: torch.dtype, layout: str, how: str) -> dict[str, object]:
     """What scores depend on.
 
     Args:
@@ -56,8 +57,8 @@ def manifest_of(weights: str, pairs: PairDataset, dtype: torch.dtype, layout: st
         pairs: The data set.
         dtype: Of the reference.
         layout: Of the batches it scores.
-        attention: Name of the attention path, of the head where it is the model's own, and of other products than
-            PyTorch's.
+        how: Names of the attention path, of the head where it is the model's own, of other products than PyTorch's,
+            and what loss.ld_alpha makes of tokens.
     Returns:
         Part -> value; the key of the cache is the hash of it all.
     """
@@ -67,7 +68,7 @@ def manifest_of(weights: str, pairs: PairDataset, dtype: torch.dtype, layout: st
         "pairs": len(pairs),
         "dtype": str(dtype).removeprefix("torch."),
         "layout": layout,
-        "attention": attention,
+        "attention": how,
         "version": VERSION,
     }
 

@@ -10,11 +10,11 @@ import torch
 
 from dpo.config import Config, LoraConfig
 from dpo.data.boundary import end_ids
+from dpo.data.mixture import Pairs
 from dpo.errors import UserError
 from dpo.model import adapters, load
 from dpo.model.forward import Scorer
 from dpo.model.sequence import heads_complaint
-from dpo.run_data import Pairs
 from dpo.runtime import engine as deepspeed_engine
 
 
@@ -50,14 +50,13 @@ def reference_dtype(
     return policy_dtype, "the policy's dtype: half precision products are slow on a CPU"
 
 
-def check_roles(config: Config, zero: dict[str, Any], device: torch.device, *, for_elsewhere: bool) -> None:
+def check_roles(config: Config, zero: dict[str, Any], *, for_elsewhere: bool) -> None:
     """Refuse settings that contradict one another, or that this machine cannot do.
 
     Args:
         config: Settings.
         zero: Section zero_optimization of the DeepSpeed JSON.
-        device: Of this rank.
-        for_elsewhere: The run will be on another machine: this one's device and packages do not matter.
+        for_elsewhere: The run will be on another machine: this one's packages do not matter.
     Raises:
         UserError: Naming the first.
     """

@@ -10,12 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo.config import Config, Source
-from dpo.data.mixture import Mixture, quotas, share_lines
+from dpo.data.mixture import Mixture, Pairs, quotas, share_lines
 from dpo.data.sources import splits_of, validation_split_of
 from dpo.data.tokenize import DataReport, TokenizedPairs, prepare_pairs
 from dpo.errors import UserError
-
-Pairs = TokenizedPairs | Mixture
 
 
 class DataSet(NamedTuple):

@@ -14,23 +14,23 @@ import torch
 
 from dpo import roles
 from dpo.config import Config, check_world_size
+from dpo.data.boundary import read_chat_template
 from dpo.data.loader import Loader, with_fixed_rows
-from dpo.data.mixture import Mixture
+from dpo.data.mixture import Mixture, Pairs
 from dpo.data.planner import Costs, Epochs, Layout
-from dpo.data.tokenize import read_chat_template
 from dpo.errors import UserError
 from dpo.estimate import costs_of
 from dpo.model import adapters, load, products
 from dpo.model.shape import shape_of, steady_length
 from dpo.objective.tokens import weigher
-from dpo.run_data import Pairs, RunData, prepare_data
+from dpo.run_data import RunData, prepare_data
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.deepspeed_json import read_json
 from dpo.runtime.distributed import World, gather, together
 from dpo.types import TokenizedPair
 
 LOOKED_AT = 32
-"""Steps that decide the length of fixed rows."""
+"""First steps whose micro-batches decide the length of fixed rows, the trial of memory, and how much room it needs."""
 UNTRIED_TOKENS = 16384
 """Tokens a micro-batch on a GPU, where nothing has been tried."""
 TAIL_AT_MOST = 0.1
@@ -192,7 +192,7 @@ def _costs(config: Config, model_config: Any, world_size: int) -> Costs:
         shape = shape_of(model_config, torch.bfloat16, trust_remote_code=config.model.trust_remote_code)
     except Exception:  # any architecture's own code runs here, and only even work is lost
         return Costs()
-    return costs_of(body=shape.body, head=shape.hidden * shape.vocabulary, attention_width=shape.attention_width)
+    return costs_of(**shape.sizes)
 
 
 def _longest(config: Config, model_config: Any) -> int:
@@ -274,7 +274,7 @@ def prepare(config: Config, world: World, deepspeed_json: str | None, *, for_els
                 " zero_optimization.compute_grad_norm and bf16.check_grad_overflow out of it, or use stop"
             )
         zero = engine_config.get("zero_optimization", {})
-        roles.check_roles(config, zero, world.device, for_elsewhere=for_elsewhere)
+        roles.check_roles(config, zero, for_elsewhere=for_elsewhere)
         model_config, tokenizer = model_and_tokenizer(config)
         roles.check_sequence(config, model_config)
         if not for_elsewhere:

@@ -26,7 +26,7 @@ from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime import heartbeat, preemption
 from dpo.runtime.checkpoint import checkpoints, load, newest
 from dpo.runtime.distributed import only_main, sum_over_ranks
-from dpo.runtime.schedule import learning_rate
+from dpo.runtime.schedule import due, learning_rate
 from dpo.runtime.tracking import Tracker, keep_lines
 from dpo.setup import Setup
 from dpo.types import TrainState
@@ -117,7 +117,7 @@ def _train(
             tracker.progress("SFT", done, total, f"loss {loss:.4f}  {rate:.1f} steps/s")
             sums.zero_()
             since = now
-        if stop or _due(done, config.train.save_every, setup.epochs.steps_per_epoch) and done < total:
+        if stop or due(done, config.train.save_every, setup.epochs.steps_per_epoch) and done < total:
             unlogged = tuple(sum_over_ranks(sums.clone()).tolist())
             here = TrainState(done, tokens_seen, unlogged, skipped=nonfinite.count)
             save_checkpoint(setup, policy, here, kind="sft")
@@ -155,7 +155,3 @@ def _step(
     if not counts:
         sums.copy_(before)
     return grad_norm, stop
-
-
-def _due(done: int, every: int | str, steps_per_epoch: int) -> bool:
-    return done % (steps_per_epoch if every == "epoch" else int(every)) == 0

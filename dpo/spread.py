@@ -22,7 +22,7 @@ class Schedule:
 
     Attributes:
         steps, looked_at: Steps of an epoch, and how many of them were planned.
-        micro_steps: (looked_at,) micro-batches of every rank.
+        micro_steps: (looked_at,) micro-batches of every rank; one less, as below, where `last` is not None.
         imbalances, waits: (looked_at,) see `estimate.imbalance` and `estimate.waiting`.
         last: Imbalance of the epoch's last step if that has fewer pairs and is not counted above; else None.
         padding: Share of the tokens computed that are padding.
@@ -77,9 +77,8 @@ def schedule_of(setup: Setup, shape: Shape, *, recompute: bool, reference: bool)
             last = imbalance(costs)
         else:
             spent = computed_flops(
-                lengths[ids], layout, tokens=int(tokens.sum()), body=shape.body, head=shape.hidden * shape.vocabulary,
-                attention_width=shape.attention_width, recompute=recompute,
-                reference=reference, look_ahead=couples_pairs(setup.config.loss.names),
+                lengths[ids], layout, tokens=int(tokens.sum()), recompute=recompute, reference=reference,
+                look_ahead=couples_pairs(setup.config.loss.names), **shape.sizes,
             )
             shapes.append((tokens.shape[1], imbalance(costs), waiting(costs), spent))
         computed, real = computed + int(tokens.sum()), real + int(packed[ids].sum())

@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class Meter:
         shape: Sizes of the policy, where the peak is known.
         peak_tflops: Of all ranks together, 1e12 operations a second; None where it is not known.
         with_router: Show the load-balancing loss.
+        grad_norm: Of the last step, before clipping; None where it was left out.
     """
 
     totals: torch.Tensor
@@ -49,7 +50,7 @@ class Meter:
     shape: Shape | None = None
     peak_tflops: float | None = None
     with_router: bool = False
-    grad_norm: float | None = field(default=None)
+    grad_norm: float | None = None
 
     def carried(self) -> tuple[float, ...]:
         """What a checkpoint must hold for the next line to be whole: empty right after a line; collective."""
@@ -189,8 +190,8 @@ def take_step(
     meter.pairs += work.num_pairs
     meter.tokens += work.num_tokens
     if (shape := meter.shape) is not None:
-        lengths, head = setup.train_pairs.lengths[setup.epochs.batch(work.step)], shape.hidden * shape.vocabulary
-        meter.flops += useful_flops(lengths, body=shape.body, head=head, attention_width=shape.attention_width)
+        lengths = setup.train_pairs.lengths[setup.epochs.batch(work.step)]
+        meter.flops += useful_flops(lengths, **shape.sizes)
     meter.seconds += time.perf_counter() - started
     heartbeat.at(f"after step {work.step + 1}")
     return stop

@@ -36,7 +36,7 @@ from dpo.report.page import Refresher
 from dpo.runtime import checkpoint, distributed, heartbeat, preemption, run_directory
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import World
-from dpo.runtime.schedule import learning_rate
+from dpo.runtime.schedule import due, learning_rate
 from dpo.runtime.status import State, write_status
 from dpo.runtime.tracking import Recorder, Silent, Tracker, keep_lines, read_lines
 from dpo.setup import Setup, prepare
@@ -47,11 +47,6 @@ from dpo.sync import move_reference, restore_reference, save_reference
 from dpo.types import TrainState
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-def _due(step: int, every: int | str, steps_per_epoch: int, total: int) -> bool:
-    """Whether something that happens every `every` steps, or every epoch, is due after `step` steps."""
-    return step == total or step % (steps_per_epoch if every == "epoch" else int(every)) == 0
 
 
 def train(command: Command) -> None:
@@ -213,13 +208,13 @@ def _train_dpo(
 
     def after(state: TrainState, seen: Collection[str] = ()) -> TrainState:
         """What is due after a step and not `seen` in its lines of metrics.jsonl yet; then its checkpoint."""
-        step = state.step
-        if "eval_loss" not in seen and _due(step, config.train.eval_every, per_epoch, total):
+        step, train, log = state.step, config.train, config.log
+        is_last = step == total
+        if "eval_loss" not in seen and (is_last or due(step, train.eval_every, per_epoch)):
             state = replace(state, accuracy=evaluate_after(step))
-        every = _sample_every(config.log.sample_every, total)
-        if "samples/kl" not in seen and config.log.samples and _due(step, every, per_epoch, total):
+        if "samples/kl" not in seen and log.samples and (is_last or due(step, log.sample_every, per_epoch)):
             take_samples(setup, policy, reference, step, tracker)
-        if not seen and _due(step, config.train.save_every, per_epoch, total):
+        if not seen and (is_last or due(step, train.save_every, per_epoch)):
             _save(setup, policy, reference, replace(state, unlogged=meter.carried()))
         return state
 
@@ -289,7 +284,3 @@ def _log(setup: Setup, tracker: Tracker, state: TrainState, values: dict[str, fl
         f"  margin {values['rewards/margins']:.3f}  {values['perf/pairs_per_second']:.1f} pairs/s"
     )
     tracker.progress("DPO", step, setup.total_steps, note)
-
-
-def _sample_every(every: int | str, total: int) -> int | str:
-    return total if every == "end" else every

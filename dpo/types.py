@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,22 +61,6 @@ class TokenizedPair:
     chosen_ids: np.ndarray
     rejected_ids: np.ndarray
     margin: float = math.nan
-
-
-class PairDataset(Protocol):
-    """What the planner and the loader need of a tokenised data set.
-
-    Attributes:
-        lengths: (n, 3) int64: prompt, chosen and rejected tokens of every pair.
-        row_numbers: (n,) int64: the 1-based source row of every pair.
-    """
-
-    lengths: np.ndarray
-    row_numbers: np.ndarray
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, pair_id: int) -> TokenizedPair: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,11 +27,13 @@ from dpo.estimate import (
     computed_flops,
     costs_of,
     memory,
+    reduction_buckets,
     traffic,
     useful_flops,
 )
 from dpo.model import load
 from dpo.model.shape import _kept_bytes, shape_of
+from dpo.room import Room
 from dpo.setup import Setup
 from dpo.types import PackedBatch
 from tests import tiny
@@ -407,6 +409,39 @@ def test_a_plan_spreads_by_the_models_costs_in_micro_batches_that_the_gpu_can_ho
     monkeypatch.setitem(GPUS, "t4", replace(GPUS["t4"], memory_gib=0.04 + 4 * bucket / GIB))
     assert main([*argv, "--gpu", "t4"]) == 0
     assert setups[3].token_budget is not None and 1000 < setups[3].token_budget < 65536
+
+
+@pytest.mark.parametrize(("stage", "gradients"), [(1, 4), (2, 4 / 8)])
+def test_a_plan_has_the_room_that_a_run_has(
+    stage: int, gradients: float, tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left beside weights, reference, states, gradients in fp32 and buckets."""
+    rooms: list[Room] = []
+    monkeypatch.setattr("dpo.forecast.Room", lambda *parts: rooms.append(Room(*parts)) or rooms[-1])
+    file = ROOT / f"ds_configs/zero{stage}.json"
+    argv = ["plan", "--config", str(file), "--model.policy", str(tiny_policy), "--data.train", "builtin:world"]
+    argv += ["--data.cache_dir", str(tmp_path), "--ranks", "8", "--gpu", "a100", "--data.train_limit", "64"]
+    assert main(argv) == 0
+    zero = json.loads(file.read_text())["zero_optimization"]
+    taken = rooms[0].trained * (2 + 2 + gradients + 12 / 8) + reduction_buckets(zero, 2)
+    assert rooms[0].free == pytest.approx(GPUS["a100"].memory_gib * GIB - taken, abs=100)
+
+
+@pytest.mark.parametrize(("gpu", "unused"), [("a100", "recomputed"), ("a100_40gb", "kept")])
+def test_a_plan_keeps_activations_of_a_large_model_where_a_gpu_has_room_for_them(
+    gpu: str, unused: str, tiny_policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llama_8b().save_pretrained(tmp_path / "large")
+    transformers.AutoTokenizer.from_pretrained(tiny_policy).save_pretrained(tmp_path / "large")
+    argv = ["plan", "--config", str(ROOT / "ds_configs/zero2.json"), "--model.policy", str(tmp_path / "large")]
+    argv += ["--data.train", "builtin:world", "--data.cache_dir", str(tmp_path), "--ranks", "8", "--gpu", gpu]
+    argv += ["--data.train_limit", "64", "--data.validation_limit", "8", "--train.epochs", "9"]
+    assert main(argv) == 0
+    shown = plain(capsys.readouterr().out)
+    assert f"activations, {unused} (not in use)" in shown and "(2 kept)" in shown
+    sizes = re.search(r"one checkpoint ([\d.]+) GiB.*disk for checkpoints, one being written ([\d.]+) GiB", shown)
+    # The two newest, the best, and one that is being written.
+    assert sizes and float(sizes[2]) == pytest.approx(4 * float(sizes[1]), rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,7 @@ def slot_values(held_out: bool) -> dict[str, list[str]]:
     Args:
         held_out: True for the values of the validation rows, False for those of the training rows.
     Returns:
-        Lists under "name", "thing" and "value"; the two splits share no value.
+        Lists under "name", "thing", "price", "maker" and "town"; the two splits share no value.
     """
     return {
         # Every fifth diagonal is held out, so that each half is seen in training with four fifths of its partners.

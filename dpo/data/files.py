@@ -179,7 +179,7 @@ def _loads(text: bytes) -> Any:
     Raises:
         ValueError: Also as UnicodeDecodeError and JSONDecodeError.
     """
-    value = json.loads(text.decode("utf-8"), object_pairs_hook=_without_doubles)
+    value = json.loads(text.decode("utf-8"), object_pairs_hook=without_doubles)
     level = [value] if text.count(b"[") + text.count(b"{") > DEEPEST else []
     for _ in range(DEEPEST + 1):
         level = [
@@ -193,7 +193,12 @@ def _loads(text: bytes) -> Any:
     return value
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, as an `object_pairs_hook`.
+
+    Raises:
+        ValueError: If a key is given twice.
+    """
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dpo.data.batch import collate
+from dpo.data.mixture import Pairs
 from dpo.data.planner import Costs, Epochs, Layout, Plan, num_tokens, plan_batch
-from dpo.types import PackedBatch, PairDataset, TokenizedPair
+from dpo.types import PackedBatch, TokenizedPair
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class Loader:
         costs: Of the model, by which ranks get equal work.
     """
 
-    dataset: PairDataset
+    dataset: Pairs
     epochs: Epochs
     rank: int
     world_size: int

@@ -19,7 +19,7 @@ from dpo.types import PreferenceRow, TokenizedPair
 
 
 class Mixture:
-    """Tokenised sources one behind the other; a `PairDataset`.
+    """Tokenised sources one behind the other.
 
     Attributes:
         parts, names: The sources, and what to call them.
@@ -60,9 +60,9 @@ class Mixture:
         """Name the source and row of a pair."""
         return f"{self.names[self._place(pair_id)[0]]} row {self.row_numbers[pair_id]}"
 
-    def ranges(self) -> list[range]:
-        """Pair ids of every source."""
-        return [range(start, stop) for start, stop in zip(self._starts, self._starts[1:], strict=False)]
+
+Pairs = TokenizedPairs | Mixture
+"""A tokenised data set: of one source or of several."""
 
 
 def quotas(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:

@@ -91,10 +91,6 @@ class DataReport:
     cache_hit: bool = False
     first_bad: str | None = None
 
-    def count(self, kind: str) -> int:
-        """Return how many rows are of a kind, 0 where none is."""
-        return self.kinds[kind].count if kind in self.kinds else 0
-
     def fate(self, found: KindCount) -> str:
         """Say what became of the rows of a kind."""
         cut = f"cut to {self.max_length} tokens where kept"
@@ -119,7 +115,7 @@ class DataReport:
 
 
 class TokenizedPairs:
-    """Tokenised pairs in a folder, memory-mapped; a `PairDataset`.
+    """Tokenised pairs in a folder, memory-mapped.
 
     Attributes:
         lengths: (n, 3) int64: prompt, chosen and rejected tokens of every pair.

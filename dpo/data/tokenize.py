@@ -8,7 +8,6 @@ of a node do the work once. Bad rows are counted by kind, a row under each kind 
 
 from __future__ import annotations
 
-import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from filelock import FileLock
 
-from dpo.data.boundary import encode_prompt, read_chat_template
+from dpo.data.boundary import read_chat_template
 from dpo.data.encode import PairEncoder
 from dpo.data.formats import FORMATS, detect_format
 from dpo.data.sources import load_source, source_identity, stream_source
@@ -41,12 +40,8 @@ from dpo.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["DataReport", "KindCount", "TokenizedPairs", "encode_prompt", "prepare_pairs", "read_chat_template"]
-
 CODE_VERSION = 2  # raise it with every change that gives other ids or other counts
 DETECTION_ROWS = 100
-
-logger = logging.getLogger(__name__)
 
 
 def prepare_pairs(
@@ -154,8 +149,6 @@ def _open_or_make(
 def _tokenize(job: Job, folder: Path, source: str, stop_at_bad: bool) -> DataReport:
     """Tokenise all rows into the temporary folder of `folder` and count."""
     started = time.monotonic()
-    rows = "streamed" if job.streamed else f"{len(job.rows):,}"
-    logger.info("tokenising %s rows of %s, %d process(es)", rows, source, job.workers)
     report = DataReport(format=job.form, max_length=job.encoder.max_length)
     draft = temporary(folder)
     draft.mkdir()

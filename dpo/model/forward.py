@@ -38,7 +38,7 @@ class Scorer(nn.Module):
         attention: Kernel of packed rows, a name in attention.BACKENDS.
         balance: The load-balancing loss of a mixture of experts, where it is to be trained on; see router.py.
         across: The ranks that compute a row together, each a cut of it; None for a row a rank.
-        router_loss: Its value for the last batch that was scored with gradient, in a layout without padding.
+        router_loss: That loss of the last batch that was scored with gradient, in a layout without padding.
     """
 
     def __init__(self, model: Any, chunk_rows: int = CHUNK_ROWS, *, with_certainty: bool = False) -> None:

@@ -147,7 +147,7 @@ def load_model(
     zero3_config: dict[str, Any] | None = None,
     four_bit_on: torch.device | None = None,
 ) -> Any:
-    """A causal language model on the CPU, in eval mode.
+    """A causal language model in eval mode, on the CPU unless it is held in 4 bits.
 
     Args:
         path: Hub id, folder, or builtin:tiny.

@@ -53,6 +53,11 @@ class Shape:
     keys_and_values: int
     has_fused_experts: bool
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What operations are counted from; see `estimate.useful_flops`."""
+        return {"body": self.body, "head": self.hidden * self.vocabulary, "attention_width": self.attention_width}
+
     def kept(self, tokens: int, prompts: int, *, is_shared: bool, recomputed: bool) -> float | None:
         """Bytes that live at a time for backward.
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo.config import OptimConfig
+from dpo.data.files import without_doubles
 from dpo.errors import UserError
 
 DEFAULT_JSON = {
@@ -60,21 +61,13 @@ def read_json(path: str | None) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise UserError(f"--config {path}: no such file; the ones that come with the project are in ds_configs/")
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_without_doubles)
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=without_doubles)
     except (OSError, ValueError, RecursionError) as error:  # bad UTF-8, bad JSON and endless numbers are ValueErrors
         raise UserError(f"--config {path}: not valid JSON: {error}; mend it") from None
     if not isinstance(content, dict):
         kind, example = type(content).__name__, '{"zero_optimization": {"stage": 2}}'
         raise UserError(f"--config {path}: expected a JSON object, got {kind}; write one such as {example}")
     return content
-
-
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is given twice; keep one")
-    return made
 
 
 def without_auto(value: Any) -> Any:

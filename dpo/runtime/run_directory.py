@@ -39,7 +39,7 @@ def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_run(config: Config, world: World) -> None:
-    """Refuse an output directory that holds something else; writes nothing.
+    """Refuse an output directory that holds something else; writes nothing; collective.
 
     Raises:
         UserError: If the directory holds another run or other files, or train.resume forbids to continue.
@@ -48,7 +48,7 @@ def check_run(config: Config, world: World) -> None:
 
 
 def open_run(config: Config, world: World) -> None:
-    """Create the run directory, or take up the run that is there.
+    """Create the run directory, or take up the run that is there; collective.
 
     Raises:
         UserError: If the directory cannot be written.

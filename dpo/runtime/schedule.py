@@ -1,8 +1,13 @@
-"""The learning rate as a function of the step alone, so that a resumed run needs no scheduler state."""
+"""What a step's number alone decides, so that a resumed run needs no scheduler state: learning rate, what is due."""
 
 from __future__ import annotations
 
 import math
+
+
+def due(step: int, every: int | str, steps_per_epoch: int) -> bool:
+    """Whether something that happens every `every` steps, or every "epoch", is due after a step; never at "end"."""
+    return every != "end" and step % (steps_per_epoch if every == "epoch" else int(every)) == 0
 
 
 def learning_rate(step: int, *, total: int, peak: float, schedule: str, warmup_steps: float) -> float:
@@ -15,8 +20,8 @@ def learning_rate(step: int, *, total: int, peak: float, schedule: str, warmup_s
         schedule: cosine, linear or constant.
         warmup_steps: Steps of warm-up; below 1: the share of `total`.
     Returns:
-        The rate of this step. As in transformers, step 0 of a warm-up has rate 0 only in theory: the k-th warm-up
-        step of w uses (k + 1) / (w + 1) of the peak, so that no step is lost.
+        The rate of this step. The k-th warm-up step of w uses (k + 1) / (w + 1) of the peak: none is lost, as step 0 is
+        in transformers, where its rate is 0.
     """
     warmup = math.ceil(warmup_steps * total) if warmup_steps < 1 else int(warmup_steps)
     if step < warmup:

@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dpo.runtime.files import write_whole
 
@@ -45,7 +45,7 @@ def write_status(run: Path, state: State, step: int | None = None, reason: str =
         write_whole(Path(copy), text)
 
 
-def read_status(run: Path) -> dict[str, int]:
+def read_status(run: Path) -> dict[str, Any]:
     """What status.json says; empty if there is none."""
     try:
         return json.loads((run / "status.json").read_text(encoding="utf-8"))

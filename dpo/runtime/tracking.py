@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -19,25 +19,6 @@ from rich.table import Table
 from dpo.errors import printable
 from dpo.runtime.files import read_records, write_whole
 from dpo.runtime.trackers import BACKENDS, Backend
-
-
-class Tracker(Protocol):
-    """Where a run reports to."""
-
-    def say(self, text: str) -> None:
-        """Show a line."""
-
-    def table(self, title: str, rows: Sequence[Sequence[str]]) -> None:
-        """Show a table; its first row is the heading."""
-
-    def record(self, values: dict[str, Any]) -> None:
-        """Add a line to metrics.jsonl and to the trackers."""
-
-    def progress(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """Move the progress bar."""
-
-    def close(self) -> None:
-        """Flush and leave."""
 
 
 class Silent:
@@ -134,6 +115,10 @@ class Recorder:
         self._stop_bar()
         for _, finish in self._backends:
             finish()
+
+
+Tracker = Recorder | Silent
+"""Where a run reports to."""
 
 
 def keep_lines(run: Path, keep: Callable[[dict[str, Any]], bool]) -> None:

@@ -247,15 +247,17 @@ def test_memory_as_wide_as_the_vocabulary_is_one_fp32_tile_however_many_tokens(
     assert 0 < seen.most <= tiles * 4 * 501 * (rows + 1)
 
 
+@pytest.mark.parametrize("logit_map", [LogitMap(), LogitMap(scale=0.5), LogitMap(softcap=2.0)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_vocabulary_padded_to_a_multiple_changes_neither_log_probs_nor_gradients(bias):
+def test_a_vocabulary_padded_to_a_multiple_changes_neither_log_probs_nor_gradients(bias, logit_map):
+    """Under a soft-cap, which an added token's -inf would not survive, it is not padded."""
     batch, hidden, _, _ = problem()
     layer = torch.nn.Linear(HIDDEN, tiny.VOCAB, bias=bias, dtype=torch.float64)
     results = []
     chunks = chunks_of(batch.completion_sizes, 24)
     for multiple in (1, 64):
-        for instead in (None, lambda h, w, b: total_loss(h, w, b, batch, chunks, per_pair)):
-            head, h = Head(layer), hidden.clone().requires_grad_()
+        for instead in (None, lambda h, w, b: total_loss(h, w, b, batch, chunks, per_pair, logit_map)):
+            head, h = Head(layer, logit_map=logit_map), hidden.clone().requires_grad_()
             head.multiple = multiple
             layer.zero_grad()
             out = head(h, batch.target_ids, instead)
