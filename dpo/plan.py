@@ -63,7 +63,7 @@ def _try_costliest(setup: Setup, policy: Policy, reference: FrozenReference) -> 
     (context,) = contexts_of(loss, [batch], known, chosen_length, setup.world, of_row, is_step=False)
     reference_logps = reference.train(on_device)
     total, _, _ = losses_of(policy, on_device, reference_logps, loss, context)
-    deepspeed_engine.backward(policy.engine, total + policy.router_loss(1.0), True)
+    deepspeed_engine.backward(policy.engine, total, True)
     _wait_for(device)
     seconds = time.perf_counter() - started
     parts = memory(

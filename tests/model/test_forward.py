@@ -136,13 +136,13 @@ def test_head_gradients_equal_finite_differences(bias, logit_map):
     assert torch.autograd.gradcheck(logps, inputs)
 
 
-@pytest.mark.parametrize("scale", [1, 30])
+@pytest.mark.parametrize("scale", [1, 60])
 def test_slopes_of_a_soft_cap_are_exact_where_it_is_reached_and_where_probabilities_vanish(scale, monkeypatch):
     """They are computed from the softmax, a few rows at a time; in fp32 probabilities under 1e-38 are lost."""
     monkeypatch.setattr(logits, "SLOPE_ROWS", 3)
     torch.manual_seed(0)
     hidden, weight = (scale * torch.randn(8, 16)).requires_grad_(), torch.randn(33, 16).requires_grad_()
-    targets, cap = torch.randint(33, (8,)), 50.0
+    targets, cap = torch.randint(33, (8,)), 60.0
     found = torch.autograd.grad(
         token_logps(hidden, weight, None, targets, logit_map=LogitMap(softcap=cap)).sum(), (hidden, weight)
     )
