@@ -206,7 +206,7 @@ def _scorer(path: str, setup: Setup) -> Scorer:
     """The model of a folder or hub id, with its adapter if it is one; padded batches go through the model's own head,
     which is exact for every model."""
     model = setup.config.model
-    base, revision = adapters.base_of(path, setup.config.revision_of(path))
+    base, revision = adapters.base_of(path, setup.config.revision_of(path, is_policy=False))
     loaded = load_model(
         base, dtype=setup.dtype, seed=setup.config.train.seed, trust_remote_code=model.trust_remote_code,
         revision=revision,

@@ -19,19 +19,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpo.data.loader import Loader
 from dpo.data.planner import Layout, num_tokens
 from dpo.errors import UserError
-from dpo.estimate import GIB, reduction_buckets
+from dpo.estimate import GIB, STATES, first_step_bytes
 from dpo.model import load
 from dpo.model.forward import pair_logps
 from dpo.model.reference import Reference
@@ -108,18 +110,28 @@ def attempt(setup: Setup, policy: Policy, reference: Reference | None, layout: L
         torch.OutOfMemoryError: If it does not fit.
     """
     loader, scorer = setup.loader(setup.train_pairs, layout), policy.scorer
-    batch, embedded = loader.build(costliest(loader), 0).to(setup.world.device), []
+    batch, learned = loader.build(costliest(loader), 0).to(setup.world.device), []
     known = None if reference is None else reference(batch)
-    watch = scorer.model.get_input_embeddings().register_forward_hook(
-        lambda _, __, output: embedded.append(output.requires_grad_())
-    )
-    with watch:
+    with _embedded(scorer.model) as tokens:
         total = _total(policy, batch, known)
-    if deepspeed_engine.zero_stage(setup.engine_config) < 2:
-        wanted = [p for p in scorer.parameters() if p.requires_grad]
-    else:  # every gradient is handed on as it comes, and that of the embedded tokens passes through all blocks
-        wanted = [*embedded, *filter(lambda p: p.requires_grad, [scorer.head.weight])]
-    torch.autograd.grad(total, wanted, allow_unused=True)
+    if tokens and deepspeed_engine.zero_stage(setup.engine_config) == 2:
+        # Every gradient is handed on as it comes, and that of the embedded tokens passes through all blocks.
+        learned = [*tokens, *filter(lambda p: p.requires_grad, [scorer.head.weight])]
+    torch.autograd.grad(total, learned or [p for p in scorer.parameters() if p.requires_grad], allow_unused=True)
+
+
+@contextmanager
+def _embedded(model: Any) -> Iterator[list[Tensor]]:
+    """Collects the embedded tokens of the forward passes within it that learn; nothing where embeddings are frozen."""
+    found: list[Tensor] = []
+    try:
+        embeddings = model.get_input_embeddings()
+    except NotImplementedError:
+        embeddings = nn.Identity()  # which nobody calls
+    with embeddings.register_forward_hook(
+        lambda _, __, output: found.append(output) if output.requires_grad else None
+    ):
+        yield found
 
 
 def _total(policy: Policy, batch: PackedBatch, known: PairLogps | None) -> Tensor:
@@ -134,22 +146,14 @@ def _total(policy: Policy, batch: PackedBatch, known: PairLogps | None) -> Tenso
 
 
 def _owed(setup: Setup, policy: Policy) -> int:
-    """Bytes of a rank that a step adds to what is there before the first one: AdamW's states and gradients in fp32.
-
-    Beside them what its first backward pass makes: buckets, and under ZeRO-2 the largest gradient, which a bucket may
-    hold once more. With an offloaded optimizer the others are elsewhere.
-    """
-    zero, ranks, engine = setup.engine_config.get("zero_optimization", {}), setup.world.world_size, policy.engine
-    stage, width = deepspeed_engine.zero_stage(setup.engine_config), setup.dtype.itemsize
-    buckets = reduction_buckets(zero, width)
-    if stage == 2:
-        buckets += 2 * width * max(p.numel() for p in policy.scorer.parameters() if p.requires_grad)
-    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
-        return buckets
-    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    trained = num_parameters(policy.scorer, trained=True)
-    states = 0 if inner.state else 2 if setup.config.optim.name == "adamw_8bit" else 8
-    return buckets + trained * states // (ranks if stage >= 1 else 1) + 4 * trained // (ranks if stage >= 2 else 1)
+    """Bytes of this rank that the first step adds to what is there before it."""
+    optimizer, sizes = policy.engine.optimizer, [p for p in policy.scorer.parameters() if p.requires_grad]
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return first_step_bytes(
+        setup.engine_config.get("zero_optimization", {}), world_size=setup.world.world_size,
+        width=setup.dtype.itemsize, trained=num_parameters(policy.scorer, trained=True),
+        largest=max(p.numel() for p in sizes), states=0 if inner.state else STATES[setup.config.optim.name],
+    )  # fmt: skip
 
 
 def _fits(
@@ -159,7 +163,9 @@ def _fits(
     try:
         kept = torch.empty(owed, dtype=torch.uint8, device=setup.world.device)
         attempt(replace(setup, token_budget=budget), policy, reference, layout)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:  # cuBLAS, and kernels that are loaded now, have errors of their own for it
+        if not isinstance(error, torch.OutOfMemoryError) and not re.search("out of memory|ALLOC_FAILED", str(error)):
+            raise
         lacking = True
     del kept
     policy.scorer.router_loss = None  # it holds the graph of a pass that did not end
@@ -234,12 +240,14 @@ def fit_budget(
 
 def _key(setup: Setup, layout: Layout) -> dict[str, Any]:
     """What a budget was found for; where it differs another is looked for."""
-    config, device = setup.config, setup.world.device
+    model, train, device = setup.config.model, setup.config.train, setup.world.device
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
     return {
-        "asked": config.train.tokens_per_micro_batch, "checkpointing": config.model.gradient_checkpointing,
-        "layout": layout, "world_size": setup.world.world_size, "ranks_a_row": config.train.sequence_parallel_size,
-        "zero_stage": deepspeed_engine.zero_stage(setup.engine_config), "gpu_gib": min(gather(total)) // GIB,
+        "asked": train.tokens_per_micro_batch, "pairs": train.micro_batch_size, "static_shapes": train.static_shapes,
+        "layout": layout, "world_size": setup.world.world_size, "ranks_a_row": train.sequence_parallel_size,
+        "checkpointing": model.gradient_checkpointing, "attention": model.attention, "compile": model.compile,
+        "loss_in_forward": model.loss_in_forward, "vocabulary_multiple": model.vocabulary_multiple,
+        "zero": setup.engine_config.get("zero_optimization", {}), "gpu_gib": min(gather(total)) // GIB,
     }  # fmt: skip
 
 
@@ -269,6 +277,8 @@ def _find(
     if room.is_tried:
         fits = partial(_fits, setup, policy, reference, layout, owed=owed)
         budget = choose(budget, room.longest, fits, recompute if may else None, say)
+        if may and load.recomputes_activations(model):
+            _compile(setup, policy, say)  # says that it no longer is
     return {"tokens": budget, "recomputed": load.recomputes_activations(model)}
 
 

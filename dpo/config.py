@@ -569,10 +569,11 @@ class Config:
                 _check_plain(value, f"{section.name}.{key}")
         self._check_reference()
 
-    def revision_of(self, path: str) -> str | None:
-        """The revision at which a model of this run is read from the hub; None for the newest, and for others."""
-        pinned = {self.reference.path: self.reference.revision, self.model.policy: self.model.revision}
-        return pinned.get(path)
+    def revision_of(self, path: str, *, is_policy: bool) -> str | None:
+        """The revision at which policy or reference is read from the hub; None for the newest, and for others."""
+        if path == self.reference.path and not is_policy:
+            return self.reference.revision
+        return self.model.revision if path == self.model.policy else None
 
     def _check_reference(self) -> None:
         """Refuse a reference that the loss cannot use, or the lack of one that it needs."""

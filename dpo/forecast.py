@@ -16,8 +16,10 @@ from dpo.data.planner import Layout, num_tokens
 from dpo.estimate import (
     GIB,
     GPUS,
+    STATES,
     Hardware,
     checkpoint_bytes,
+    first_step_bytes,
     memory,
     reduction_buckets,
     traffic,
@@ -246,11 +248,15 @@ def speed_rows(setup: Setup, machine: Machine, schedule: Schedule, hardware: Har
 
 def _room(setup: Setup, machine: Machine, hardware: Hardware) -> Room:
     """What is left of such a GPU for micro-batches."""
-    train, zero = setup.config.train, setup.engine_config.get("zero_optimization", {})
-    free = GIB * (GPUS[hardware.gpu].memory_gib - sum(_fixed_parts(setup, machine).values()))
-    free -= reduction_buckets(zero, machine.width)
-    if machine.stage < 2 and machine.half:
-        free += machine.width * machine.trained  # a micro-batch's own gradients, which the room reserves
+    train, ranks, zero = setup.config.train, setup.world.world_size, setup.engine_config.get("zero_optimization", {})
+    parts = _fixed_parts(setup, machine)
+    is_offloaded = parts["optimizer (AdamW, fp32 master)"] == 0
+    copy_in_fp32 = 0 if is_offloaded else 4 * machine.trained // (ranks if machine.stage >= 1 else 1)
+    free = GIB * (GPUS[hardware.gpu].memory_gib - parts["weights"] - parts["reference"]) - copy_in_fp32
+    free -= first_step_bytes(
+        zero, world_size=ranks, width=machine.width, trained=machine.trained,
+        largest=min(machine.shape.largest, machine.trained), states=STATES[setup.config.optim.name],
+    )  # fmt: skip
     longest = int(num_tokens(setup.train_pairs.lengths, train.layout).max())
     return Room(machine.shape, setup.dtype, int(free), machine.stage, machine.trained, longest, train.layout)
 

@@ -30,7 +30,7 @@ def load_weights(
     """
     model = setup.config.model
     sharded = deepspeed_engine.zero_stage(engine_config) == 3
-    base, revision = adapters.base_of(path, setup.config.revision_of(path))
+    base, revision = adapters.base_of(path, setup.config.revision_of(path, is_policy=policy))
     # Before anybody waits for the others in a collective of the device: a download may take long.
     together(lambda: load.fetch_weights(base, revision=revision))
 

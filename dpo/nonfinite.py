@@ -67,7 +67,7 @@ class Nonfinite:
     ) -> tuple[float | None, bool, bool]:
         """Take an optimizer step, unless a loss or the gradient is not finite; collective.
 
-        Here, and only here, the host waits for the device: for the norm and the flags of all ranks at once.
+        The host waits for the device here: for the norm and the flags of all ranks at once.
 
         Args:
             engine: After the step's last `backward`, of losses that went through `spoil`.

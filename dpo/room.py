@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -101,13 +102,17 @@ def wanted_tokens(setup: Setup, layout: Layout, longest: int, stage: int) -> int
         longest: Tokens of the longest pair, of a rank's cut of it where rows are cut.
         stage: ZeRO's.
     """
-    train, epochs = setup.config.train, setup.epochs
+    train, epochs, loader = setup.config.train, setup.epochs, setup.loader(setup.train_pairs, layout)
     tokens = num_tokens(setup.train_pairs.lengths, layout)
     steps = range(min(epochs.steps_per_epoch, LOOKED_AT))
-    of_step = max(int(tokens[epochs.batch(step)].sum()) for step in steps) // setup.world.world_size
+    of_step = max(
+        sum(int(tokens[ids].sum()) for ids in micro_batches)
+        for step in steps
+        for micro_batches in loader.plan_of(epochs.batch(step))
+    )
     enough = UNTRIED_TOKENS if stage == 3 else ENOUGH_TOKENS
     asked = train.tokens_per_micro_batch
-    limits = [of_step, enough if asked == "auto" else asked]
+    limits = [math.ceil(of_step / train.sequence_parallel_size), enough if asked == "auto" else asked]
     if train.micro_batch_size is not None:
         limits.append(train.micro_batch_size * longest)
     return min(limits)

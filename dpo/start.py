@@ -48,12 +48,12 @@ def _as_if_equal(policy: PairLogps, reference: PairLogps) -> tuple[PairLogps, Pa
 
 
 def rounds_apart(setup: Setup, reference: FrozenReference) -> bool:
-    """Whether equal models round in different ways: in other dtypes, or in 16 bits on a GPU where the scores are cached
-    (of batches of another size) or the blocks of the policy alone are compiled."""
+    """Whether equal models round in different ways: in other dtypes, or in 16 bits where the blocks of the policy alone
+    are compiled or, on a GPU, the scores are cached (of batches of another size)."""
     if reference.dtype != setup.dtype:
         return True
-    others = reference.scorer is None or setup.config.model.compile
-    return others and setup.dtype in HALF and setup.world.device.type == "cuda"
+    of_other_batches = reference.scorer is None and setup.world.device.type == "cuda"
+    return setup.dtype in HALF and (setup.config.model.compile or of_other_batches)
 
 
 @torch.no_grad()

@@ -27,11 +27,11 @@ from dpo.finish import card_of, closing, keep_evaluation, take_samples
 from dpo.load_models import read_whole
 from dpo.model import adapters
 from dpo.model.load import fetch_weights
-from dpo.model.reference import remembered
+from dpo.model.reference import nothing, remembered
 from dpo.nonfinite import Nonfinite
 from dpo.objective.objective import Objective
 from dpo.plan import show_plan
-from dpo.policy import FrozenReference, Policy, start_models
+from dpo.policy import FrozenReference, Policy, start_models, start_policy
 from dpo.report.page import Refresher
 from dpo.runtime import checkpoint, distributed, heartbeat, preemption, run_directory
 from dpo.runtime import engine as deepspeed_engine
@@ -77,10 +77,11 @@ def _run(command: Command, world: World) -> None:
     start = str(setup.run / "reference") if config.train.sft_epochs else config.model.policy
     assert start is not None
     if command.dry_run:
-        # Not cached: a look at the plan should not score the whole data set.
-        if setup.reference_mode == "cached":
-            setup = replace(setup, config=replace(config, reference=replace(config.reference, mode="online")))
-        policy, reference = start_models(setup, config.model.policy or start, lambda note: None)
+        path = config.model.policy or start
+        if setup.reference_mode == "cached":  # a look at the plan should not score the whole data set
+            policy, reference = start_policy(setup, path), FrozenReference(nothing, nothing, setup.dtype, None)
+        else:
+            policy, reference = start_models(setup, path, lambda note: None)
         say = partial(print, file=sys.stderr) if world.is_main else lambda line: None
         setup = fit_budget(setup, policy, reference.train, say, layout=policy.layout, name=None)
         show_plan(setup, command, policy, reference)
@@ -142,9 +143,11 @@ def _told(setup: Setup) -> Iterator[None]:
 
 def _fetch(setup: Setup) -> None:
     """Download the weights of policy and reference."""
-    for path in filter(None, (setup.config.model.policy, setup.config.reference.path)):
-        base, revision = adapters.base_of(path, setup.config.revision_of(path))
-        distributed.together(partial(fetch_weights, base, revision=revision))
+    config = setup.config
+    for path, is_policy in ((config.model.policy, True), (config.reference.path, False)):
+        if path is not None:
+            base, revision = adapters.base_of(path, config.revision_of(path, is_policy=is_policy))
+            distributed.together(partial(fetch_weights, base, revision=revision))
 
 
 def _greeting(command: Command) -> list[str]:

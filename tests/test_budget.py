@@ -24,6 +24,7 @@ import dpo.train
 import train_dpo
 from dpo.budget import choose
 from dpo.commandline import parse
+from dpo.data.loader import Loader
 from dpo.data.planner import Epochs, Layout
 from dpo.errors import UserError
 from dpo.model import load
@@ -63,8 +64,10 @@ def test_the_ladder_halves_down_to_the_longest_pair_then_recomputes_then_refuses
     assert len(said) == len(tried) - 1 and all("out of memory" in line for line in said)
 
 
-SHAPE = Shape(parameters=10**6, body=10**6, layers=2, hidden=8, vocabulary=100, attention_width=16, activations=1000,
-              block_input=100, shared_activations=1100, keys_and_values=100, has_fused_experts=False)  # fmt: skip
+SHAPE = Shape(
+    parameters=10**6, body=10**6, layers=2, hidden=8, vocabulary=100, attention_width=16, activations=1000,
+    block_input=100, shared_activations=1100, keys_and_values=100, has_fused_experts=False, largest=800,
+)  # fmt: skip
 RESERVED = 2 * 10 * 100 * 4 + 100 * 8 * 4  # a tile of 10 rows twice, the head's gradient
 
 
@@ -109,24 +112,26 @@ def test_activations_are_kept_where_the_wanted_tokens_and_the_longest_pair_fit_w
 
 
 @pytest.mark.parametrize(
-    ("flags", "stage", "wanted"),
+    ("flags", "ranks", "stage", "wanted"),
     [
-        ([], 2, 8192), ([], 3, 16384), (["--train.tokens_per_micro_batch", "30000"], 3, 30000),
-        (["--train.micro_batch_size", "7"], 2, 700), (["--train.global_batch_size", "4"], 2, 4 * 100),
-        (["--train.global_batch_size", "4", "--train.tokens_per_micro_batch", "300"], 2, 300),
+        ([], 1, 2, 8192), ([], 1, 3, 16384), (["--train.tokens_per_micro_batch", "30000"], 1, 3, 30000),
+        (["--train.micro_batch_size", "7"], 1, 2, 700), (["--train.global_batch_size", "4"], 1, 2, 4 * 100),
+        (["--train.global_batch_size", "4", "--train.tokens_per_micro_batch", "300"], 1, 2, 300),
+        (["--train.global_batch_size", "9"], 8, 2, 2 * 100),  # the fullest rank's
     ],
 )
-def test_no_more_tokens_are_wanted_than_are_asked_for_keep_a_gpu_busy_or_are_there(flags, stage, wanted):
+def test_no_more_tokens_are_wanted_than_are_asked_for_keep_a_gpu_busy_or_are_there(flags, ranks, stage, wanted):
     argv = ["--model.policy", "p", "--data.train", "d", "--train.global_batch_size", "1000", *flags]
     config, lengths = parse(argv).config, np.full((1000, 3), [20, 40, 40])
+    pairs, epochs = SimpleNamespace(lengths=lengths), Epochs(1000, config.train.global_batch_size, 0)
     setup = SimpleNamespace(
-        config=config, world=SimpleNamespace(world_size=1), train_pairs=SimpleNamespace(lengths=lengths),
-        epochs=Epochs(1000, config.train.global_batch_size, 0),
+        config=config, train_pairs=pairs, epochs=epochs,
+        loader=lambda pairs, layout: Loader(pairs, epochs, 0, ranks, layout, 16384),
     )  # fmt: skip
     assert wanted_tokens(setup, "shared", 100, stage) == wanted
 
 
-def lacking_above(monkeypatch, tokens, recomputed_tokens):
+def lacking_above(monkeypatch, tokens, recomputed_tokens, error=lambda: torch.OutOfMemoryError("CUDA out of memory")):
     """Out of memory, in the middle of a forward pass, above so many tokens."""
     monkeypatch.setattr(dpo.budget, "can_run_out", lambda device: True)
     monkeypatch.setattr(dpo.budget, "_free_memory", lambda device: 10**12)
@@ -139,7 +144,7 @@ def lacking_above(monkeypatch, tokens, recomputed_tokens):
         def lack(module, inputs):
             limit = recomputed_tokens if layer.gradient_checkpointing else tokens
             if inputs[0].shape[1] > limit:
-                raise torch.OutOfMemoryError("CUDA out of memory, played")
+                raise error()
 
         handle = layer.register_forward_pre_hook(lack)
         try:
@@ -200,12 +205,38 @@ def test_blocks_are_compiled_once_it_is_known_that_activations_are_kept(tiny_pol
     assert "blocks: not compiled: torch.compile leaves blocks alone whose activations are" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [["--model.gradient_checkpointing", "false"], ["--config", "ds_configs/zero1.json"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--model.gradient_checkpointing", "false"], ["--config", "ds_configs/zero1.json"],
+        ["--train.micro_batch_size", "3"], ["--model.loss_in_forward", "true"],
+    ],
+)
 def test_what_was_found_for_other_settings_is_looked_for_anew(flags, tiny_policy, tmp_path, monkeypatch):
     tried = lacking_above(monkeypatch, 10**9, 10**9)
     assert train_dpo.main(arguments(tmp_path, tiny_policy, *SEVERAL, "--train.max_steps", "1")) == 0
     assert train_dpo.main(arguments(tmp_path, tiny_policy, *SEVERAL, *flags)) == 0
     assert tried == [1600, 1600]
+
+
+@pytest.mark.parametrize("said", ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when", "CUDA error: out of memory"])
+def test_lack_of_memory_under_other_names_is_one_too_and_other_errors_are_not(said, tiny_policy, tmp_path, monkeypatch):
+    lacking_above(monkeypatch, 450, 450, lambda: RuntimeError(said))
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, *SEVERAL, "--train.max_steps", "1")) == 0
+    assert json.loads((tmp_path / "run/micro_batches.json").read_text())["tokens"] == 400
+    lacking_above(monkeypatch, 450, 450, lambda: RuntimeError("CUDA error: an illegal memory access"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        train_dpo.main(arguments(tmp_path / "other", tiny_policy, *SEVERAL))
+
+
+def test_a_run_that_ends_up_recomputing_says_that_its_blocks_are_no_longer_compiled(
+    tiny_policy, tmp_path, monkeypatch, capsys
+):
+    lacking_above(monkeypatch, 10, 10**9)
+    monkeypatch.setattr(load, "compile_blocks", lambda model: 2)
+    flags = [*SEVERAL, "--model.compile", "true", "--train.max_steps", "1"]
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, *flags)) == 0
+    assert re.search(r"blocks: 2 compiled[\s\S]*blocks: not compiled", capsys.readouterr().err)
 
 
 def test_activations_of_a_model_that_cannot_recompute_them_are_kept(tiny_policy, tmp_path, monkeypatch):
@@ -321,11 +352,11 @@ def test_the_trial_holds_beside_it_what_the_first_step_adds(
     assert kept and not any(reference() is not None for reference in kept)
 
 
-@pytest.mark.parametrize(("stage", "lora", "computed"), [(1, [], None), (2, [], 2), (2, ["--model.lora.r", "4"], 1)])
+@pytest.mark.parametrize(("stage", "lora", "computed"), [(1, [], None), (2, [], 2), (2, ["--model.lora.r", "4"], None)])
 def test_the_trial_passes_through_all_blocks_and_has_whole_gradients_where_a_step_has(
     stage, lora, computed, tiny_policy, tmp_path, monkeypatch
 ):
-    """Under ZeRO-2 those of the embedded tokens and of the head alone, where it learns."""
+    """Under ZeRO-2 those of the embedded tokens and of the head alone, unless few weights learn."""
     lacking_above(monkeypatch, 10**9, 10**9)
     attempt, grad, passed, found = dpo.budget.attempt, torch.autograd.grad, set(), []
 
@@ -343,7 +374,7 @@ def test_the_trial_passes_through_all_blocks_and_has_whole_gradients_where_a_ste
         for handle in handles:
             handle.remove()
         assert passed == set(range(len(layers))) and None not in found[0]
-        assert len(found[0]) == (computed or len(list(policy.scorer.parameters())))
+        assert len(found[0]) == (computed or len([p for p in policy.scorer.parameters() if p.requires_grad]))
 
     monkeypatch.setattr(dpo.budget, "attempt", watched)
     config = tmp_path / "zero.json"

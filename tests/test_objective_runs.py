@@ -80,9 +80,12 @@ def test_cached_scores_of_weighted_tokens_equal_those_of_an_online_reference(tin
     assert len(list((tmp_path / "cache" / "reference").iterdir())) == 4  # training and validation, with and without
 
 
-@pytest.mark.parametrize(("name", "reference_bytes"), [("aot", 4), ("simpo", 0)])
-def test_a_dry_run_tries_a_loss_that_couples_pairs_and_one_without_a_reference(
-    tiny_policy, tmp_path, capsys, monkeypatch, name, reference_bytes
+@pytest.mark.parametrize(
+    ("flags", "reference_bytes"),
+    [(["--loss.name", "aot"], 4), (["--loss.name", "simpo"], 0), (["--reference.mode", "cached"], 0)],
+)
+def test_a_dry_run_tries_losses_that_couple_pairs_or_need_no_reference_and_scores_nothing_to_cache(
+    tiny_policy, tmp_path, capsys, monkeypatch, flags, reference_bytes
 ):
     seen, memory = [], dpo.plan.memory
 
@@ -91,9 +94,9 @@ def test_a_dry_run_tries_a_loss_that_couples_pairs_and_one_without_a_reference(
         return memory(*args, **kwargs)
 
     monkeypatch.setattr(dpo.plan, "memory", counted)
-    assert train_dpo.main(arguments(tmp_path, tiny_policy, "plan", "--loss.name", name, "--dry_run")) == 0
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, "plan", *flags, "--dry_run")) == 0
     assert "costliest micro-batch" in capsys.readouterr().out
-    assert seen == [reference_bytes]
+    assert seen == [reference_bytes] and not (tmp_path / "cache/reference").exists()
 
 
 def test_tdpo_is_refused_under_zero_3_before_anything_is_written(tiny_policy, tmp_path, capsys):
@@ -191,7 +194,8 @@ def test_a_policy_that_is_not_its_reference_is_stopped_under_every_kind_of_loss(
         (torch.bfloat16, torch.bfloat16, "cuda", True, False, True),
         (torch.float16, torch.float16, "cuda", False, True, True),
         (torch.float32, torch.float32, "cuda", True, True, False),
-        (torch.bfloat16, torch.bfloat16, "cpu", True, True, False),
+        (torch.bfloat16, torch.bfloat16, "cpu", True, True, True),
+        (torch.bfloat16, torch.bfloat16, "cpu", False, True, False),
     ],
 )
 def test_equal_models_may_round_apart_in_other_dtypes_batches_or_kernels(

@@ -60,7 +60,9 @@ def test_weights_are_read_at_the_revisions_that_are_pinned_for_them(monkeypatch)
     monkeypatch.setattr(dpo.train, "fetch_weights", lambda path, *, revision: fetched.append((path, revision)))
     dpo.train._fetch(SimpleNamespace(config=config))
     assert fetched == [("a/b", "one"), ("c/d", "two")]
-    assert config.revision_of("runs/x/reference") is None
+    assert config.revision_of("runs/x/reference", is_policy=True) is None
+    same = parse([*argv, "--reference.path", "a/b", "--reference.revision", "two"]).config
+    assert [same.revision_of("a/b", is_policy=of) for of in (True, False)] == ["one", "two"]
 
 
 def test_a_checkpoint_of_sft_is_not_begun_where_the_disk_lacks_room_for_it(tiny_policy, tmp_path, monkeypatch, capsys):

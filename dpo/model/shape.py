@@ -39,6 +39,7 @@ class Shape:
         shared_activations: The same where attention copies keys and values together, as it does for shared prompts.
         keys_and_values: Bytes a token of the keys and values of all blocks, which each prompt has there once more.
         has_fused_experts: Whether a weight has three dimensions, as those of several experts in one tensor have.
+        largest: Parameters of the largest weight.
     """
 
     parameters: int
@@ -52,6 +53,7 @@ class Shape:
     shared_activations: int | None
     keys_and_values: int
     has_fused_experts: bool
+    largest: int
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -212,4 +214,5 @@ def shape_of(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False
         shared_activations=_activations(model, copies=True)[0],
         keys_and_values=keys_and_values,
         has_fused_experts=any(p.dim() == 3 for p in model.parameters()),
+        largest=max(p.numel() for p in model.parameters()),
     )
