@@ -33,13 +33,13 @@ from torch import Tensor, nn
 from dpo.data.loader import Loader
 from dpo.data.planner import Layout, num_tokens
 from dpo.errors import UserError
-from dpo.estimate import GIB, STATES, first_step_bytes
+from dpo.estimate import GIB
 from dpo.model import load
 from dpo.model.forward import pair_logps
 from dpo.model.reference import Reference
 from dpo.model.shape import shape_of
 from dpo.policy import Policy
-from dpo.room import Room, wanted_tokens
+from dpo.room import STATES, Room, first_step_bytes, wanted_tokens
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import gather, only_main
 from dpo.runtime.weights import num_parameters
@@ -110,14 +110,15 @@ def attempt(setup: Setup, policy: Policy, reference: Reference | None, layout: L
         torch.OutOfMemoryError: If it does not fit.
     """
     loader, scorer = setup.loader(setup.train_pairs, layout), policy.scorer
-    batch, learned = loader.build(costliest(loader), 0).to(setup.world.device), []
+    batch = loader.build(costliest(loader), 0).to(setup.world.device)
     known = None if reference is None else reference(batch)
     with _embedded(scorer.model) as tokens:
         total = _total(policy, batch, known)
+    learned: list[Tensor] = [p for p in scorer.parameters() if p.requires_grad]
     if tokens and deepspeed_engine.zero_stage(setup.engine_config) == 2:
         # Every gradient is handed on as it comes, and that of the embedded tokens passes through all blocks.
-        learned = [*tokens, *filter(lambda p: p.requires_grad, [scorer.head.weight])]
-    torch.autograd.grad(total, learned or [p for p in scorer.parameters() if p.requires_grad], allow_unused=True)
+        learned = [*tokens, *(w for w in (scorer.head.weight,) if w.requires_grad)]
+    torch.autograd.grad(total, learned, allow_unused=True)
 
 
 @contextmanager
@@ -147,12 +148,13 @@ def _total(policy: Policy, batch: PackedBatch, known: PairLogps | None) -> Tenso
 
 def _owed(setup: Setup, policy: Policy) -> int:
     """Bytes of this rank that the first step adds to what is there before it."""
-    optimizer, sizes = policy.engine.optimizer, [p for p in policy.scorer.parameters() if p.requires_grad]
+    optimizer = policy.engine.optimizer
     inner = getattr(optimizer, "optimizer", optimizer)
     return first_step_bytes(
         setup.engine_config.get("zero_optimization", {}), world_size=setup.world.world_size,
         width=setup.dtype.itemsize, trained=num_parameters(policy.scorer, trained=True),
-        largest=max(p.numel() for p in sizes), states=0 if inner.state else STATES[setup.config.optim.name],
+        largest=max(p.numel() for p in policy.scorer.parameters() if p.requires_grad),
+        states=0 if inner.state else STATES[setup.config.optim.name],
     )  # fmt: skip
 
 
@@ -258,19 +260,18 @@ def _find(
     model, owed, asked = policy.scorer.model, _owed(setup, policy), setup.config.train.tokens_per_micro_batch
     room = _room(setup, policy, layout, owed)
 
-    def recompute() -> int:
-        load.checkpoint_activations(model)
-        return first()
-
     def first() -> int:
         if asked != "auto":
             return max(asked, room.longest)
         return min(gather(room.budget(recomputed=load.recomputes_activations(model))))
 
+    def recompute() -> int:
+        load.checkpoint_activations(model)
+        return first()
+
     may = setup.config.model.gradient_checkpointing == "auto" and model.supports_gradient_checkpointing
-    wanted = wanted_tokens(setup, layout, room.longest, room.stage)
-    if may and any(gather(room.asks_for_recomputation(wanted))):
-        recompute()
+    if may and any(gather(room.asks_for_recomputation(wanted_tokens(setup, layout, room.longest, room.stage)))):
+        load.checkpoint_activations(model)
         may = False
     _compile(setup, policy, say)
     budget = first()

@@ -125,10 +125,6 @@ def memory(
     return {name: counts[name] * size / GIB for name, size in per_parameter.items()}
 
 
-STATES = {"adamw": 8, "adamw_8bit": 2}
-"""Bytes a parameter of an optimizer's two moments."""
-
-
 def reduction_buckets(zero: dict[str, Any], width: int) -> int:
     """Bytes per GPU of the buckets in which DeepSpeed reduces gradients.
 
@@ -139,28 +135,6 @@ def reduction_buckets(zero: dict[str, Any], width: int) -> int:
     if not zero.get("stage"):
         return 0
     return int(zero.get("reduce_bucket_size", 5e8)) * (2 if zero.get("overlap_comm") else 1) * width
-
-
-def first_step_bytes(
-    zero: dict[str, Any], *, world_size: int, width: int, trained: int, largest: int, states: int
-) -> int:
-    """Bytes per GPU that the first step adds to weights and their fp32 copy: AdamW's states, gradients, and what
-    DeepSpeed reduces these in. With an offloaded optimizer states and gradients are elsewhere.
-
-    Args:
-        zero: The section zero_optimization of DeepSpeed's config.
-        world_size: Ranks.
-        width: Bytes of a weight.
-        trained: Parameters that learn.
-        largest: Those of the largest tensor among them, whose gradient a bucket of ZeRO-2 may hold once more.
-        states: Bytes a parameter of AdamW's states that are not there yet.
-    """
-    stage = zero.get("stage", 0)
-    buckets = reduction_buckets(zero, width) + (2 * width * largest if stage == 2 else 0)
-    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
-        return buckets
-    sharing = [world_size if stage >= level else 1 for level in (1, 2)]  # optimizer, gradients
-    return buckets + states * trained // sharing[0] + 4 * trained // sharing[1]
 
 
 def checkpoint_bytes(num_parameters: int, *, stage: int, half: bool, weights_only: bool = False) -> int:

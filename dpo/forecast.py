@@ -16,10 +16,8 @@ from dpo.data.planner import Layout, num_tokens
 from dpo.estimate import (
     GIB,
     GPUS,
-    STATES,
     Hardware,
     checkpoint_bytes,
-    first_step_bytes,
     memory,
     reduction_buckets,
     traffic,
@@ -28,7 +26,7 @@ from dpo.model import adapters, load
 from dpo.model.head import CHUNK_ROWS
 from dpo.model.shape import Shape, adapter_parameters, shape_of
 from dpo.roles import reference_dtype
-from dpo.room import Room, wanted_tokens
+from dpo.room import STATES, Room, first_step_bytes, wanted_tokens
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import World
 from dpo.setup import Setup, prepare

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from dpo.data.planner import Layout, num_tokens
+from dpo.estimate import reduction_buckets
 from dpo.model.head import CHUNK_ROWS
 from dpo.model.shape import Shape
 from dpo.setup import LOOKED_AT, UNTRIED_TOKENS, Setup
@@ -22,6 +24,8 @@ UNTRIED_MARGIN = 1.5
 """Room over what is needed, where no trial shows what the estimate has missed."""
 SHARE_OF_FREE = 0.8
 """Share of the free memory that is planned with; the rest is for kernels' workspaces and the allocator's gaps."""
+STATES = {"adamw": 8, "adamw_8bit": 2}
+"""Bytes a parameter of an optimizer's two moments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,28 @@ class Room:
             return self.tokens(recomputed=False) < needed
         uncertain = self.shape.has_fused_experts or self._per_token(recomputed=False) is None
         return uncertain or self.tokens(recomputed=False) < UNTRIED_MARGIN * needed
+
+
+def first_step_bytes(
+    zero: dict[str, Any], *, world_size: int, width: int, trained: int, largest: int, states: int
+) -> int:
+    """Bytes per GPU that the first step adds to weights and their fp32 copy: AdamW's states, gradients, and what
+    DeepSpeed reduces these in. With an offloaded optimizer states and gradients are elsewhere.
+
+    Args:
+        zero: The section zero_optimization of DeepSpeed's config.
+        world_size: Ranks.
+        width: Bytes of a weight.
+        trained: Parameters that learn.
+        largest: Those of the largest tensor among them, whose gradient a bucket of ZeRO-2 may hold once more.
+        states: Bytes a parameter of AdamW's states that are not there yet.
+    """
+    stage = zero.get("stage", 0)
+    buckets = reduction_buckets(zero, width) + (2 * width * largest if stage == 2 else 0)
+    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        return buckets
+    sharing = [world_size if stage >= level else 1 for level in (1, 2)]  # optimizer, gradients
+    return buckets + states * trained // sharing[0] + 4 * trained // sharing[1]
 
 
 def wanted_tokens(setup: Setup, layout: Layout, longest: int, stage: int) -> int:
