@@ -14,6 +14,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import dpo.ask
+import dpo.load_models
 import dpo.policy
 import dpo.setup
 import dpo.sft
@@ -60,6 +62,22 @@ def test_weights_are_read_at_the_revisions_that_are_pinned_for_them(monkeypatch)
     monkeypatch.setattr(dpo.train, "fetch_weights", lambda path, *, revision: fetched.append((path, revision)))
     dpo.train._fetch(SimpleNamespace(config=config))
     assert fetched == [("a/b", "one"), ("c/d", "two")]
+    loaded: list[object] = []
+
+    def loads(path, **how):
+        loaded.append((path, how["revision"]))
+        return torch.nn.Linear(1, 1)
+
+    for module, name in ((dpo.load_models.load, "load_model"), (dpo.ask, "load_model")):
+        monkeypatch.setattr(module, name, loads)
+    monkeypatch.setattr(dpo.load_models.load, "fetch_weights", lambda path, *, revision: None)
+    monkeypatch.setattr(dpo.ask, "Scorer", lambda model: SimpleNamespace(model=model))
+    world = SimpleNamespace(device=torch.device("cpu"))
+    setup = SimpleNamespace(config=config, world=world, dtype=torch.float32)
+    dpo.load_models.load_weights(setup, "a/b", torch.float32, {}, policy=True)
+    dpo.load_models.load_weights(setup, "c/d", torch.float32, {})
+    dpo.ask._scorer("c/d", setup)
+    assert loaded == [("a/b", "one"), ("c/d", "two"), ("c/d", "two")]
     assert config.revision_of("runs/x/reference", is_policy=True) is None
     same = parse([*argv, "--reference.path", "a/b", "--reference.revision", "two"]).config
     assert [same.revision_of("a/b", is_policy=of) for of in (True, False)] == ["one", "two"]
