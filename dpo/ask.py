@@ -93,24 +93,27 @@ def sample(options: Options) -> None:
     prompts, ids = _prompts(options, setup, tokenizer)
     old, new, own, base = _answers(options, run, setup, tokenizer, ids)
     cases = [Case(prompt, a.text, b.text) for prompt, a, b in zip(prompts, old, new, strict=True)]
-    verdicts = judge(cases) if judge else [None] * len(cases)
     for case in cases[:SHOWN]:
         text = f"\nprompt:    {_text(case.prompt).strip()}\nreference: {case.reference}\npolicy:    {case.policy}"
         out.print(text, markup=False)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"prompt": case.prompt, "reference": case.reference, "policy": case.policy, "logratio": float(p - r)}
-        | ({"verdict": verdict} if judge else {})
-        for case, verdict, p, r in zip(cases, verdicts, own, base, strict=True)
+        for case, p, r in zip(cases, own, base, strict=True)
     ]
     output = Path(options.output or run / "answers.jsonl")
+    _write(output, rows)
+    out.print(f"\n{_kl(options, own - base)}\n{len(rows)} answers of each: {output}", markup=False)
+    if judge:
+        verdicts = judge(cases)
+        _write(output, [row | {"verdict": verdict} for row, verdict in zip(rows, verdicts, strict=True)])
+        out.print(f"{options.judge}: {_verdict(win_rate(cases, verdicts))}", markup=False)
+
+
+def _write(output: Path, rows: Sequence[dict[str, Any]]) -> None:
     try:
         write_whole(output, "".join(json.dumps(row) + "\n" for row in rows))
     except OSError as error:
         raise UserError(f"{output} cannot be written: {error.strerror or error}; name another by --output") from None
-    out.print(f"\n{_kl(options, own - base)}", markup=False)
-    if judge:
-        out.print(f"{options.judge}: {_verdict(win_rate(cases, verdicts))}", markup=False)
-    out.print(f"{len(rows)} answers of each: {output}", markup=False)
 
 
 def _config(run: Path) -> Config:
@@ -123,14 +126,20 @@ def _config(run: Path) -> Config:
 
 def _setup(config: Config, device: torch.device) -> Setup:
     """The run's data as it was tokenised; what concerns its own hardware is left out."""
-    plain = replace(config, train=replace(config.train, precision="auto"), log=replace(config.log, backends=()))
+    plain = replace(
+        config,
+        model=replace(config.model, load_in_4bit=False),
+        optim=replace(config.optim, name="adamw"),
+        train=replace(config.train, precision="auto", sequence_parallel_size=1),
+        log=replace(config.log, backends=()),
+    )
     return prepare(plain, World(0, 1, 0, device), None)
 
 
 def _prompts(options: Options, setup: Setup, tokenizer: Any) -> tuple[list[Prompt], list[list[int]]]:
     """What is asked, and its token ids; those of validation prompts are the very ones of training."""
     pairs = setup.train_pairs if setup.validation_pairs is None else setup.validation_pairs
-    example, template_options = pairs.texts(0).prompt, setup.config.data.chat_template_kwargs
+    example, template_options = setup.texts(pairs, 0).prompt, setup.config.data.chat_template_kwargs
     asked: list[Prompt] = [*options.prompt, *(_from_file(Path(options.file)) if options.file else [])]
     nothing = not asked and options.validation is None
     if nothing:
@@ -138,7 +147,7 @@ def _prompts(options: Options, setup: Setup, tokenizer: Any) -> tuple[list[Promp
     dressed = [_dressed(prompt, example) for prompt in asked]
     ids = [encode_prompt(tokenizer, prompt, template_options=template_options) for prompt in dressed]
     count = min(4 if nothing else options.validation or 0, len(pairs))
-    asked += [pairs.texts(i).prompt for i in range(count)]
+    asked += [setup.texts(pairs, i).prompt for i in range(count)]
     return asked, ids + [pairs[i].prompt_ids.tolist() for i in range(count)]
 
 

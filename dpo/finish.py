@@ -97,7 +97,7 @@ def keep_evaluation(setup: Setup, step: int, pairs: np.ndarray, report: Refreshe
         return
 
     def text(pair_id: int) -> dict[str, Any]:
-        row = data.texts(pair_id)
+        row = setup.texts(data, pair_id)
         origin = data.origin(pair_id) if isinstance(data, Mixture) else f"row {row.row}"
         return {"origin": origin, "prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
 

@@ -103,6 +103,8 @@ WORKERS = 8
 def _openai_judge(model: str) -> Judge:
     """Ask a chat model for every case twice, the answers in either order, and take the mean: position cancels.
 
+    A case that it refuses as a bad request has no verdict.
+
     The address is OPENAI_BASE_URL, the key OPENAI_API_KEY, both from the environment alone.
 
     Source:
@@ -114,10 +116,18 @@ def _openai_judge(model: str) -> Judge:
             f" that judges; a server of your own takes any key"
         )
     try:
-        from openai import OpenAI, OpenAIError
+        from openai import BadRequestError, OpenAI, OpenAIError
     except ImportError:
         raise UserError(f"--judge openai:{model} needs the client: pip install openai") from None
     client = OpenAI(max_retries=4, timeout=120)
+
+    def complete(messages: Any) -> Any:
+        try:
+            return client.chat.completions.create(model=model, messages=messages, temperature=0)
+        except BadRequestError as error:
+            if "temperature" not in str(error):
+                raise
+            return client.chat.completions.create(model=model, messages=messages)  # reasoning models know only theirs
 
     def ask(prompt: str | list[Message], first: str, second: str) -> Verdict:
         """1 where the second answer is better."""
@@ -125,7 +135,9 @@ def _openai_judge(model: str) -> Judge:
         content = f"<prompt>\n{question}\n</prompt>\n\n<A>\n{first}\n</A>\n\n<B>\n{second}\n</B>"
         messages: Any = [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": content}]
         try:
-            reply = client.chat.completions.create(model=model, messages=messages, temperature=0)
+            reply = complete(messages)
+        except BadRequestError:
+            return None  # of this case alone: too long, or filtered
         except OpenAIError as error:
             text = " ".join(str(error).split())[:200]
             raise UserError(f"--judge openai:{model}: {client.base_url} does not judge: {text}") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,23 +68,37 @@ def _joined(sets: Sequence[DataSet]) -> Pairs:
 def _validation_sources(config: Config) -> list[Source]:
     """Validation sources with their splits; none where there is no validation."""
     data = config.data
-    given = data.validation_sources or (data.train_sources if isinstance(data.train, str) else ())
-    found = []
-    for source in given:
-        place = dict[str, Any](
-            path=source.path, subset=source.subset, data_dir=source.data_dir, revision=source.revision
+    if data.validation_sources:
+        return [
+            replace(one, split=one.split or validation_split_of(**_place(one)) or data.train_split)
+            for one in data.validation_sources
+        ]
+    if not isinstance(data.train, str):
+        return []
+    (source,), split = data.train_sources, data.validation_split
+    if split and split not in splits_of(**_place(source)):
+        raise UserError(
+            f"data.validation_split is {split} but data.train {data.train} has no such split;"
+            f" name the validation data by data.validation"
         )
-        wanted = source.split if data.validation_sources else data.validation_split
-        if not data.validation_sources and wanted and wanted not in splits_of(**place):
-            raise UserError(
-                f"data.validation_split is {wanted} but data.train {data.train} has no such split;"
-                f" name the validation data by data.validation"
-            )
-        split = wanted or validation_split_of(**place)
-        if not data.validation_sources and split in (None, data.train_split):
-            return []
-        found.append(Source(**place, format=source.format, split=split or data.train_split, name=source.name))
-    return found
+    split = split or validation_split_of(**_place(source))
+    return [] if split in (None, data.train_split) else [replace(source, split=split)]
+
+
+def _place(source: Source) -> dict[str, Any]:
+    """Where a source is, its splits aside."""
+    return {
+        "path": source.path, "subset": source.subset, "data_dir": source.data_dir, "revision": source.revision,
+    }  # fmt: skip
+
+
+def _why_no_validation(config: Config) -> str:
+    if not isinstance(config.data.train, str):
+        return "no validation: data.train is a list of sources; name validation data by data.validation"
+    names = splits_of(**_place(config.data.train_sources[0]))
+    others = [name for name in names if name != config.data.train_split]
+    hint = f"; it has {', '.join(others)}: name one by data.validation_split" if others else ""
+    return f"no validation: data.validation is not set and data.train has no split validation or test{hint}"
 
 
 def _named(sources: Sequence[Source]) -> list[str]:
@@ -145,7 +159,7 @@ def prepare_data(config: Config, tokenizer: Any, longest: int) -> RunData:
             notes.append(f"validation {one.name}:")
         notes += one.report.lines()
     if not validation:
-        notes.append("no validation: data.validation is not set and data.train has no such split")
+        notes.append(_why_no_validation(config))
     if "odpo" in config.loss.names:
         for one in (*train, *validation):
             _check_margins(one, positive=config.loss.odpo_scale == "log")

@@ -27,7 +27,7 @@ from dpo.run_data import RunData, prepare_data
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.deepspeed_json import read_json
 from dpo.runtime.distributed import World, gather, together
-from dpo.types import TokenizedPair
+from dpo.types import PreferenceRow, TokenizedPair
 
 LOOKED_AT = 32
 """First steps whose micro-batches decide the length of fixed rows, the trial of memory, and how much room it needs."""
@@ -123,6 +123,16 @@ class Setup:
             pairs, sets = self.train_pairs, [range(len(self.train_pairs))]
         in_turn = (ids[i] for i in range(self.config.log.samples) for ids in sets if i < len(ids))
         return [pairs[i] for i in islice(in_turn, self.config.log.samples)]
+
+    def texts(self, pairs: Pairs, pair_id: int) -> PreferenceRow:
+        """A pair as the data has it; read off its ids, which may have been cut, where texts are not kept."""
+        if (row := pairs.texts(pair_id)) is not None:
+            return row
+        pair = pairs[pair_id]
+        prompt, chosen, rejected = (
+            self.tokenizer.decode(ids.tolist()) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+        )
+        return PreferenceRow(prompt, chosen, rejected, int(pairs.row_numbers[pair_id]))
 
     def name_rows(self, pair_ids: Sequence[int]) -> str:
         """Say which rows of the training data some pairs are."""

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import yaml
 
 import train_dpo
 from dpo import ask
@@ -18,6 +19,7 @@ from dpo.__main__ import main
 from dpo.ask import DEFAULT_PROMPTS
 from dpo.commandline import parse
 from dpo.data.boundary import encode_prompt
+from dpo.errors import UserError
 from dpo.model.head import logps_of_logits
 from dpo.runtime.files import read_records
 from dpo.runtime.tracking import read_lines
@@ -168,6 +170,51 @@ def test_every_command_of_the_docs_runs(run: Path, tmp_path: Path, monkeypatch: 
     assert "KL(policy, reference), estimated on 2 drawn answers" in capsys.readouterr().out
     judged = [words for words in commands if "--judge" in words]
     assert {words[words.index("--judge") + 1].split(":")[0] for words in judged} == {"heuristic", "reward", "openai"}
+
+
+def changed(run: Path, folder: Path, **sections: dict[str, Any]) -> Path:
+    """The run as one that was trained under other settings."""
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    for section, values in sections.items():
+        settings[section] |= values
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    for name in ("final", "reference"):
+        (folder / name).symlink_to(run / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"train": {"sequence_parallel_size": 2}},
+        {"optim": {"name": "adamw_8bit"}},
+        {"model": {"load_in_4bit": True}},
+        {"data": {"streaming": True}},
+    ],
+    ids=str,
+)
+def test_a_run_is_asked_whatever_machine_and_stream_it_was_trained_on(sections, run, tmp_path, monkeypatch):
+    monkeypatch.setattr("dpo.roles.find_spec", lambda name: None)  # no bitsandbytes here
+    answers = []
+    for folder in (run, changed(run, tmp_path / "run", **sections)):
+        output = tmp_path / "out.jsonl"
+        asked = ["--prompt", "Hi", "--validation", "2", "--max_tokens", "5", "--output", str(output)]
+        assert main(["sample", str(folder), *asked]) == 0
+        answers.append([(row["policy"], row["logratio"]) for row in read_records(output)[0]])
+    assert answers[0] == answers[1] and len(answers[0]) == 3
+
+
+def test_answers_are_kept_where_the_judge_fails(run, tmp_path, monkeypatch, capsys):
+    def out_of_order(cases: Any) -> Any:
+        raise UserError("the judge is ill")
+
+    monkeypatch.setattr(ask, "make_judge", lambda name, device: out_of_order)
+    output = tmp_path / "out.jsonl"
+    asked = ["--prompt", "Hi", "--judge", "heuristic", "--max_tokens", "5", "--output", str(output)]
+    assert main(["sample", str(run), *asked]) == 2
+    (row,) = read_records(output)[0]
+    assert set(row) == {"prompt", "reference", "policy", "logratio"} and "the judge is ill" in capsys.readouterr().err
 
 
 def test_the_default_prompts_hold_the_one_that_everybody_asks() -> None:

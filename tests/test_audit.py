@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken
 
 import dpo.audit
 import dpo.data.audit
@@ -123,6 +124,25 @@ def test_surprises_among_special_tokens_are_found(tmp_path):
         "special token within a completion": (1, "kept", [4]),
         "completion without end token": (1, "cut", [5]),
     }
+
+
+def test_a_word_that_was_added_to_the_vocabulary_is_no_surprise_and_may_end_a_completion(tmp_path):
+    tokenizer = tokenizer_of("byte")
+    tokenizer.add_tokens([AddedToken("<think>", special=False), AddedToken("<end>", special=False)])
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", "<end>")
+    rows = [{"prompt": chat("<think>"), "chosen": chat("", "<think> a")[1:], "rejected": chat("", "b")[1:]}]
+    one = prepared(tmp_path, "t.jsonl", "train", rows, tokenizer)
+    assert tokenizer.decode(one.pairs[0].chosen_ids) == "<think> a<end>"
+    assert findings(audit([one], tokenizer)["sets"][0]) == {}
+
+
+def test_equal_prompts_are_found_though_their_completions_cut_them_differently(tmp_path):
+    prompt = "".join(f"{i}," for i in range(30))
+    train, held = [pair(prompt, "a" * 20, "b")], [pair(prompt, "a", "b" * 9), pair(prompt[1:], "c", "d")]
+    sets = [prepared(tmp_path, "t.jsonl", "train", train), prepared(tmp_path, "v.jsonl", "validation", held)]
+    assert sets[0].pairs[0].prompt_ids.tolist() != sets[1].pairs[0].prompt_ids.tolist()
+    (leak,) = audit(sets, tokenizer_of("byte"))["leaks"]
+    assert (leak["kind"], leak["count"]) == ("prompt", 1)
 
 
 def test_a_template_that_writes_bos_twice_is_found_and_its_other_tokens_are_not(tmp_path):
@@ -256,3 +276,21 @@ def test_an_audit_is_kept_by_what_it_is_of(tmp_path, monkeypatch):
     for file in tmp_path.glob("audit-*.json"):
         file.write_text("{")
     assert cached_audit([one], tokenizer, tmp_path)["sets"] == first["sets"]
+
+
+def test_an_audit_that_cannot_be_kept_or_that_another_job_is_keeping_is_made_all_the_same(tmp_path, monkeypatch):
+    tokenizer, one = tokenizer_of("byte"), prepared(tmp_path, "t.jsonl", "train", [pair("p", "a", "b")])
+    expected = audit([one], tokenizer)["sets"]
+
+    def and_meanwhile(*arguments: Any) -> Any:
+        """Another process does the same between our look and our own writing."""
+        monkeypatch.setattr(dpo.data.audit, "audit", audit)
+        monkeypatch.setattr("dpo.data.store.os.getpid", lambda: 1)
+        assert cached_audit([one], tokenizer, tmp_path)["sets"] == expected
+        monkeypatch.setattr("dpo.data.store.os.getpid", lambda: 2)
+        return audit(*arguments)
+
+    monkeypatch.setattr(dpo.data.audit, "audit", and_meanwhile)
+    assert cached_audit([one], tokenizer, tmp_path)["sets"] == expected
+    assert [json.loads(file.read_text())["sets"] for file in tmp_path.glob("audit-*")] == [expected]
+    assert cached_audit([one], tokenizer, tmp_path / "absent")["sets"] == expected

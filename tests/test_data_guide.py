@@ -17,6 +17,7 @@ from dpo.data import encode
 from dpo.data.formats import FORMATS, detect_format
 from dpo.data.kinds import LOWER, TIE
 from dpo.data.labels import read_row
+from dpo.runtime.files import read_records
 from dpo.runtime.tracking import read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,4 +99,14 @@ def test_a_streamed_run_is_as_any_other_and_stops_reading_at_the_limit(tmp_path)
     expected = run(tmp_path, "whole", "--data.train", str(whole), *data)
     endless = ["--data.train", str(tmp_path / "endless.jsonl"), "--data.streaming", "true"]
     streamed = run(tmp_path, "streamed", *endless, *data)
+    rows = [json.loads(line) for line in whole.read_text().splitlines()]  # the other way round: all of them go wrong
+    swapped = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in swapped))
+    held = ["--data.validation", str(tmp_path / "held.jsonl"), *endless]
+    assert [line["loss"] for line in run(tmp_path, "held", *held, *data) if "loss" in line] == [
+        line["loss"] for line in expected
+    ]
+    worst = read_records(tmp_path / "held" / "worst_pairs.jsonl")[0]
+    assert sorted(row["origin"] for row in worst) == [f"row {i}" for i in range(1, 9)]
+    assert all(row["prompt"] == swapped[int(row["origin"].split()[1]) - 1]["prompt"] for row in worst)
     assert streamed == expected and expected[-1]["loss"] != pytest.approx(expected[0]["loss"], abs=1e-6)

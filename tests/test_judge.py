@@ -177,6 +177,21 @@ def test_an_endpoint_that_refuses_is_one_line(endpoint: Any) -> None:
     assert "wrong key" in str(mistake.value) and "key-of-the-test" not in str(mistake.value)
 
 
+def test_a_case_that_an_endpoint_refuses_has_no_say_and_the_others_do(endpoint: Any) -> None:
+    endpoint(lambda request: (400, "filtered") if "ok" in parts(request) else (200, "[[TIE]]"))
+    assert make_judge("openai:m", CPU)(CASES) == [0.5, 0.5, None, 0.5]
+
+
+def test_a_model_that_takes_no_temperature_judges_at_its_own(endpoint: Any) -> None:
+    def picky(request: dict[str, Any]) -> tuple[int, str]:
+        return (400, "'temperature' does not support 0") if "temperature" in request else (200, "[[TIE]]")
+
+    server = endpoint(picky)
+    assert make_judge("openai:m", CPU)(CASES[:1]) == [0.5] and len(server.seen) == 4
+    endpoint(lambda request: (200, "[[TIE]]"))
+    assert make_judge("openai:m", CPU)(CASES[:1]) == [0.5]
+
+
 @pytest.mark.parametrize("name", ["gpt-4", "reward", "reward:", "openai:", "heuristics"])
 def test_an_unknown_judge_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="--judge is .*; use heuristic, reward:FOLDER or openai:MODEL"):

@@ -7,11 +7,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 import train_dpo
+from dpo.commandline import parse
 from dpo.data import example
+from dpo.run_data import prepare_data
 from dpo.runtime.tracking import read_lines
+from dpo.setup import model_and_tokenizer
 from tests.invariants.jobs import train_all
 from tests.test_commandline import message_of
 
@@ -153,3 +157,19 @@ def test_odpo_starts_at_the_loss_of_its_margins_and_refuses_data_without(tmp_pat
     line = capsys.readouterr().err.splitlines()[-1]
     assert "loss.name odpo needs a margin above 0 for every pair and 12 of builtin:world [train] have none" in line
     assert not (tmp_path / "none").exists()
+
+
+def test_a_run_without_validation_says_how_to_get_one(tmp_path):
+    rows = datasets.Dataset.from_list(example.rows("train", limit=3))
+    datasets.DatasetDict({"train_prefs": rows, "test_prefs": rows}).save_to_disk(tmp_path / "data")
+    found = []
+    for data in (json.dumps([{"path": WORLD}]), str(tmp_path / "data")):
+        policy = ["--model.policy", "builtin:tiny", "--data.cache_dir", str(tmp_path / "cache")]
+        split = "train" if WORLD in data else "train_prefs"
+        config = parse([*policy, "--data.train", data, "--data.train_split", split, "--data.train_limit", "3"]).config
+        found.append(prepare_data(config, model_and_tokenizer(config)[1], 99).notes[-1])
+    assert found == [
+        "no validation: data.train is a list of sources; name validation data by data.validation",
+        "no validation: data.validation is not set and data.train has no split validation or test; it has test_prefs:"
+        " name one by data.validation_split",
+    ]

@@ -30,6 +30,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ import numpy as np
 from dpo.data.encode import LONGER
 from dpo.data.heuristics import first_token, first_token_rates, longer, overlap
 from dpo.data.kinds import CHOSEN_IS_REJECTED, EMPTY_RESPONSE, PROMPTS_DIFFER
-from dpo.data.store import EXAMPLES, DataReport, TokenizedPairs
+from dpo.data.store import EXAMPLES, DataReport, TokenizedPairs, temporary
 
 VERSION = 1
 NO_END = "completion without end token"
@@ -75,17 +76,26 @@ class AuditSet(NamedTuple):
 
 
 class Specials(NamedTuple):
-    """Token ids that mean something: BOS, EOS, and all that no text should hold (those two among them)."""
+    """Token ids that mean something.
+
+    Attributes:
+        bos, eos: Of the tokenizer.
+        every: All that no text should hold.
+        ends: All that a completion may end with: those, and what was added to the vocabulary as plain text, which some
+            chat templates end a turn with.
+    """
 
     bos: int | None
     eos: int | None
     every: frozenset[int]
+    ends: frozenset[int]
 
     @classmethod
     def of(cls, tokenizer: Any) -> Specials:
         """Read them off a tokenizer."""
-        every = frozenset({*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder})
-        return cls(tokenizer.bos_token_id, tokenizer.eos_token_id, every)
+        added = tokenizer.added_tokens_decoder
+        every = frozenset({*tokenizer.all_special_ids, *(id for id, token in added.items() if token.special)})
+        return cls(tokenizer.bos_token_id, tokenizer.eos_token_id, every, every | set(added))
 
 
 def audit(sets: Sequence[AuditSet], tokenizer: Any) -> Audit:
@@ -128,9 +138,10 @@ def cached_audit(sets: Sequence[AuditSet], tokenizer: Any, cache: Path) -> Audit
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         found = audit(sets, tokenizer)
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(found), encoding="utf-8")
-    new.replace(path)
+    new = temporary(path)  # of this process: jobs that share the cache may be here at once
+    with suppress(OSError):  # it is made anew next time
+        new.write_text(json.dumps(found), encoding="utf-8")
+        new.replace(path)
     return found
 
 
@@ -138,13 +149,14 @@ def cached_audit(sets: Sequence[AuditSet], tokenizer: Any, cache: Path) -> Audit
 
 
 def _digests(pairs: TokenizedPairs) -> list[tuple[bytes, bytes, bytes]]:
-    """Hashes of prompt, chosen and rejected ids of every pair."""
+    """Hashes of the whole prompt, and of chosen and rejected as they are trained on, of every pair."""
 
     def of(ids: np.ndarray) -> bytes:
         return hashlib.blake2b(ids.tobytes(), digest_size=12).digest()
 
     every = (pairs[i] for i in range(len(pairs)))
-    return [(of(pair.prompt_ids), of(pair.chosen_ids), of(pair.rejected_ids)) for pair in every]
+    prompts = (own.tobytes() for own in pairs.prompt_hashes)
+    return [(own, of(pair.chosen_ids), of(pair.rejected_ids)) for own, pair in zip(prompts, every, strict=True)]
 
 
 def _of_set(one: AuditSet, digests: list[tuple[bytes, bytes, bytes]], specials: Specials) -> Audit:
@@ -187,16 +199,17 @@ def _token_findings(pairs: TokenizedPairs, report: DataReport, specials: Special
     """Surprises among special tokens, and completions without an end."""
     starts = pairs.starts[:-1]
     prompts, chosen = pairs.lengths[:, 0], pairs.lengths[:, 1]
+    ends = np.cumsum(pairs.lengths, axis=1)  # where prompt, chosen and rejected end, within the pair
+    last = pairs.tokens[(starts[:, None] + ends[:, 1:] - 1)]  # (n, 2)
+    ended = np.isin(last, list(specials.ends)).all(axis=1)
     places = np.flatnonzero(np.isin(pairs.tokens, list(specials.every)))
     owner = np.searchsorted(starts, places, side="right") - 1
     within = places - starts[owner]
     ids = pairs.tokens[places]
     in_prompt = within < prompts[owner]
-    ends = np.cumsum(pairs.lengths, axis=1)  # where prompt, chosen and rejected end, within the pair
     is_end = (within == ends[owner, 1] - 1) | (within == ends[owner, 2] - 1)
-    at_end = np.bincount(owner[is_end & ~in_prompt], minlength=len(pairs))
     first, second = (pairs.tokens[np.minimum(starts + i, len(pairs.tokens) - 1)] for i in (0, 1))
-    found = _finding(pairs, NO_END, np.flatnonzero(at_end < 2).tolist(), "cut", "truncated")
+    found = _finding(pairs, NO_END, np.flatnonzero(~ended).tolist(), "cut", "truncated")
     if report.prompts_cut:
         whole = {"kind": "prompt lost its start", "count": report.prompts_cut, "fate": "cut", "rows": [], "detail": ""}
         found.append(whole)

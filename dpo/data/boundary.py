@@ -27,6 +27,8 @@ _PROBES = ("Hello", " Hello", "\n\nHi", "  two", "\u00e9t\u00e9", "1")
 _ANSWER = "qZ7answerZq"
 _WINDOW = 24
 """Characters on either side of the boundary that are looked at for merges."""
+_TAIL = 256
+"""Characters at the end of a rendered prompt among which its last special token is looked for."""
 
 
 def encode_prompt(
@@ -85,6 +87,8 @@ class TextEncoder:
         self._num_after = len(dressed) - start - len(bare)
         self._anchor: str | None = None
         self._turn_ends: dict[str, tuple[str, str, int]] = {}
+        added = tokenizer.added_tokens_decoder.values()
+        self._specials = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
         self._adds_bos = tokenizer.bos_token_id is not None and tokenizer.bos_token_id in dressed[:start]
 
     def ids(self, texts: list[str], *, special: bool = False) -> list[list[int]]:
@@ -145,6 +149,30 @@ class TextEncoder:
             raise UserError("the rendered conversation does not end as other conversations do")
         return full[len(rendered_prompt) : len(full) - len(tail)] + end
 
+    def unread(self, messages: list[Message], rendered: str, options: Mapping[str, Any] | None = None) -> str | None:
+        """Say which part of a prompt the chat template leaves out, None where it tells the model all of it.
+
+        What an earlier assistant's message is made of may be left out (its reasoning), and is not looked at.
+
+        Args:
+            messages: The prompt.
+            rendered: The same as `render` gives it with `answer_next`.
+            options: Of the template, `tools` among them.
+        """
+        for place, message in enumerate(messages):
+            text = message["content"].strip()
+            if message["role"] == "assistant" or text in rendered:
+                continue
+            # It may be there in another form, as JSON for one; then another content gives another prompt.
+            other = [*messages[:place], {**message, "content": f"{text}{_ANSWER}"}, *messages[place + 1 :]]
+            if self.render(other, answer_next=True, options=options) == rendered:
+                return f"a message of the role {message['role']}"
+        if options and options.get("tools"):
+            without = {name: value for name, value in options.items() if name != "tools"}
+            if self.render(messages, answer_next=True, options=without) == rendered:
+                return "the tools"
+        return None
+
     def turn_end(self, options: Mapping[str, Any] | None = None) -> tuple[str, str, int]:
         """Find how the chat template ends an answer.
 
@@ -190,37 +218,48 @@ class TextEncoder:
         apart = zip(self.ids(tails), self.encode_completions(heads), whole, strict=True)
         return [tail + head != joined for tail, head, joined in apart]
 
-    def encode_completions(self, texts: list[str]) -> list[list[int]]:
+    def encode_completions(self, texts: list[str], after: list[str] | None = None) -> list[list[int]]:
         """Encode texts that follow a prompt: as they stand, nothing in front of them or behind.
 
+        Args:
+            texts: To encode.
+            after: How the prompt of each ends, from its last special token on (`tail_of`): behind one a tokenizer may
+                begin a text otherwise than behind a letter. "" where there is none; None: nowhere.
         Raises:
             UserError: The tokenizer cannot do so without changing the text.
         """
         if self._anchor is None:
             self._anchor = self._find_anchor()
-        found = self._encode_after(self._anchor, texts)
-        for index, ids in enumerate(found):
-            anchors = iter(_ANCHORS[1:])
-            while ids is None:  # the text merged with the anchor
-                anchor = next(anchors, None)
-                if anchor is None:
-                    what = f"the tokenizer cannot encode this completion by itself: {texts[index][:60]!r}"
-                    raise UserError(f"{what}; remove it")
-                ids = self._encode_after(anchor, [texts[index]])[0]
-            found[index] = ids
-        return [ids for ids in found if ids is not None]
+        places: dict[str, list[int]] = {}
+        for index, tail in enumerate(after or [""] * len(texts)):
+            places.setdefault(tail or self._anchor, []).append(index)
+        found: list[list[int] | None] = [None] * len(texts)
+        for anchor, indices in places.items():
+            for index, ids in zip(indices, self._encode_after(anchor, [texts[i] for i in indices]), strict=True):
+                found[index] = ids
+        return [self._encode_alone(text) if ids is None else ids for text, ids in zip(texts, found, strict=True)]
+
+    def tail_of(self, prompt: str) -> str:
+        """Cut a rendered prompt down to what stands from its last special token on; "" where it has none."""
+        end = prompt[-_TAIL:]
+        start = max((end.rfind(token) for token in self._specials), default=-1)
+        return "" if start < 0 else end[start:]
+
+    def _encode_alone(self, text: str) -> list[int]:
+        """Encode a text that merges with what usually stands before it."""
+        for anchor in (self._anchor or "", *_ANCHORS[1:]):
+            if (ids := self._encode_after(anchor, [text])[0]) is not None:
+                return ids
+        raise UserError(f"the tokenizer cannot encode this completion by itself: {text[:60]!r}; remove it")
 
     def _find_anchor(self) -> str:
         """Find a text after which completions are encoded as they stand, "" where none is needed."""
         prompt = self.ids(["Assistant:"])[0]
+        # Compared with the whole text encoded at once, not with the text: a tokenizer may normalise it.
+        wholes = [self._decode(ids) for ids in self.ids(["Assistant:" + probe for probe in _PROBES])]
         for anchor in _ANCHORS:
             found = self._encode_after(anchor, list(_PROBES))
-            # Compared with the whole text encoded at once, not with the text: a tokenizer may normalise it.
-            wholes = self.ids(["Assistant:" + probe for probe in _PROBES])
-            if all(
-                ids is not None and self._decode(prompt + ids) == self._decode(whole)
-                for ids, whole in zip(found, wholes, strict=True)
-            ):
+            if wholes == [None if ids is None else self._decode(prompt + ids) for ids in found]:
                 return anchor
         raise UserError(
             f"the tokenizer {type(self.tokenizer).__name__} cannot encode a completion apart from its prompt "

@@ -6,12 +6,14 @@ each exactly once; a completion that was truncated has none. `boundary.py` makes
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from dpo.data.boundary import TextEncoder
-from dpo.data.kinds import EMPTY_PROMPT, EMPTY_RESPONSE, Problem
+from dpo.data.kinds import CHOSEN_IS_REJECTED, EMPTY_PROMPT, EMPTY_RESPONSE, Problem
 from dpo.errors import UserError
 from dpo.types import Message, PreferenceRow
 
@@ -37,6 +39,7 @@ class EncodedPair:
         prompt_ids, chosen_ids, rejected_ids: As in `TokenizedPair`; empty where the row is bad.
         problems: Why the row is bad; empty for a good one.
         notes: What is counted though the row is kept.
+        prompt_hash: Of the prompt's ids before truncation, 64 bits.
         prompt_cut: The prompt lost its start.
         completions_cut: Completions (0 to 2) that lost their end, and with it the end token.
     """
@@ -46,6 +49,7 @@ class EncodedPair:
     rejected_ids: list[int] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     notes: list[Problem] = field(default_factory=list)
+    prompt_hash: int = 0
     prompt_cut: bool = False
     completions_cut: int = 0
 
@@ -148,6 +152,8 @@ class PairEncoder:
                 options = self._options | (row.chat_template_kwargs or {}) | ({"tools": row.tools} if row.tools else {})
                 end_id = self._text.turn_end(options)[2]
                 prompt = self._text.render(messages, answer_next=True, options=options)
+                if (unread := self._text.unread(messages, prompt, options)) is not None:
+                    raise UserError(f"the chat template (model.chat_template) leaves out {unread}")
                 answers = [
                     self._text.render_answer(messages, cast(list[Message], side), prompt, options)
                     for side in (row.chosen, row.rejected)
@@ -158,7 +164,9 @@ class PairEncoder:
             prompts.append(prompt)
             ends.append(end_id)
             texts += answers
-        prompt_ids, completions = self._text.ids(prompts), self._text.encode_completions(texts)
+        tails = [self._text.tail_of(prompt) for prompt in prompts]
+        both = [tail for tail in tails for _ in ("chosen", "rejected")]
+        prompt_ids, completions = self._text.ids(prompts), self._text.encode_completions(texts, both)
         for index, (row, pair) in enumerate(zip(rows, pairs, strict=True)):
             if pair.problems:
                 continue
@@ -181,13 +189,17 @@ class PairEncoder:
             where.append(Problem(PROMPT_ALONE, f"the prompt has {len(prompt)} tokens, data.max_length is {limit}"))
         if pair.problems:
             return
+        digest = hashlib.blake2b(array("i", prompt).tobytes(), digest_size=8).digest()
+        pair.prompt_hash = int.from_bytes(digest, "little")
         if self._max_prompt_length is not None:
             keep = max(self._max_prompt_length, limit - longer)
             pair.prompt_cut = len(prompt) > keep
             prompt = self._cut_start(prompt, keep)
         room = limit - len(prompt)
-        if chosen != rejected and chosen[:room] == rejected[:room]:
-            pair.problems.append(Problem(SAME_AFTER_CUT, f"they differ beyond data.max_length {limit} alone"))
+        if chosen[:room] == rejected[:room]:
+            same = Problem(CHOSEN_IS_REJECTED, "both sides have the same tokens")
+            cut = Problem(SAME_AFTER_CUT, f"they differ beyond data.max_length {limit} alone")
+            pair.problems.append(same if chosen == rejected else cut)
             return
         pair.completions_cut = (len(chosen) > room) + (len(rejected) > room)
         pair.prompt_ids, pair.chosen_ids, pair.rejected_ids = prompt, chosen[:room], rejected[:room]

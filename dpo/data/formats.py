@@ -26,6 +26,7 @@ from dpo.data.kinds import (
     NOT_TEXT,
     NOT_TOOLS,
     PROMPTS_DIFFER,
+    SYSTEM_UNREAD,
     TIE,
     Problem,
     Unusable,
@@ -41,12 +42,17 @@ _RATINGS = (
     ("chosen_score", "rejected_score"),
     ("chosen_rating", "rejected_rating"),
 )
+_QUESTIONS = ("question", "instruction", "input")
 _MORE = ("tool_calls", "tool_call_id", "name", "reasoning_content")
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+_SHAREGPT_ROLES = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
+    "function_call": "assistant", "observation": "tool", "function_response": "tool",
+    "user": "user", "assistant": "assistant", "system": "system", "tool": "tool",
+}  # fmt: skip
 _ACCEPTED = (
     "accepted: hh (chosen and rejected: transcripts with '\\n\\nHuman:' and '\\n\\nAssistant:'), "
     "prompt (prompt, chosen, rejected: strings), "
-    "conversation (chosen and rejected: lists of {role, content}, with or without a prompt), "
+    "conversation (chosen and rejected: lists of {role, content}, with or without a prompt; or strings and question), "
     "ranked (prompt, completions, scores), "
     "votes (prompt, response1, response2, label)"
 )
@@ -54,6 +60,8 @@ _ACCEPTED = (
 
 def detect_format(rows: Iterable[Mapping[str, Any]], path: str = "the data") -> str:
     """Tell the format from the first rows: the one that most of them have.
+
+    Three strings beside a text in `system` are a conversation: plain text has no place for it.
 
     Args:
         rows: The first rows of a source; a few dozen are plenty, a broken one among them does no harm.
@@ -69,7 +77,8 @@ def detect_format(rows: Iterable[Mapping[str, Any]], path: str = "the data") -> 
         columns = sorted({str(key) for row in rows for key in row})
         names = ", ".join(column if len(column) <= 40 else f"{column[:40]}..." for column in columns[:12])
         raise UserError(f"{path}: no known preference format; columns found: {names}; {_ACCEPTED}")
-    return votes.most_common(1)[0][0]
+    form = votes.most_common(1)[0][0]
+    return "conversation" if form == "prompt" and any(map(system_of, rows)) else form
 
 
 def convert(row: Mapping[str, Any], form: str, number: int) -> tuple[PreferenceRow | None, list[Problem]]:
@@ -97,6 +106,8 @@ def convert(row: Mapping[str, Any], form: str, number: int) -> tuple[PreferenceR
     problems = text_problems(preference)
     if margin is not None and margin < 0:
         problems.append(Problem(LOWER, f"by {-margin:g}"))
+    if form != "conversation" and system_of(row):
+        problems.append(Problem(SYSTEM_UNREAD, f"data.format {form} has no place for it; use conversation"))
     if prompt != other_prompt:
         problems.append(Problem(PROMPTS_DIFFER, "chosen and rejected answer different prompts"))
     elif chosen == rejected:
@@ -131,9 +142,29 @@ def _read_conversation(row: Mapping[str, Any]) -> Sides:
     chosen, rejected = messages_of(row, "chosen"), messages_of(row, "rejected")
     column = "prompt" if row.get("prompt") is not None else "conversations"
     prompt = messages_of(row, column, role="user") if row.get(column) is not None else None
-    if prompt is not None and isinstance(row.get("system"), str) and row["system"].strip():
-        prompt = [{"role": "system", "content": row["system"]}, *prompt]
-    return _split_conversation(prompt, chosen, "chosen"), _split_conversation(prompt, rejected, "rejected")
+    if prompt is None and (question := question_of(row)) is not None:
+        prompt = [question]
+    system = system_of(row)
+    if prompt is not None:
+        prompt = _without_system(prompt, system)
+    (first, own), (second, other) = (
+        _split_conversation(prompt, _without_system(messages, system), name)
+        for name, messages in (("chosen", chosen), ("rejected", rejected))
+    )
+    return (_with_system(first, system), own), (_with_system(second, system), other)
+
+
+def _without_system(messages: list[Message], system: str | None) -> list[Message]:
+    """The same without a first message that says what `system` says."""
+    says_it = system is not None and messages[0]["role"] == "system" and messages[0]["content"] == system
+    return messages[1:] if says_it and len(messages) > 1 else messages
+
+
+def _with_system(head: list[Message], system: str | None) -> list[Message]:
+    """A prompt with its system message; one that it has itself stays."""
+    if system is None or not head or head[0]["role"] == "system":
+        return head
+    return [{"role": "system", "content": system}, *head]
 
 
 def _split_conversation(
@@ -200,7 +231,11 @@ def _message(item: Mapping[str, Any], column: str) -> Message:
         content = ""
     if not isinstance(role, str) or not isinstance(content, str):
         raise Unusable(NOT_TEXT, f"a message of '{column}' has role {shown(role)} and content {shown(content)}")
-    return {"role": _SHAREGPT_ROLES.get(role, role), "content": content, **_without_nulls(more)}
+    if role_key == "from":
+        if role not in _SHAREGPT_ROLES:
+            raise Unusable(NOT_MESSAGES, f"a message of '{column}' is from {shown(role)}")
+        role = _SHAREGPT_ROLES[role]
+    return {"role": role, "content": content, **_without_nulls(more)}
 
 
 def _without_nulls(value: Any) -> Any:
@@ -221,6 +256,24 @@ def _parsed(row: Mapping[str, Any], column: str, kind: type) -> Any:
     if value is not None and not isinstance(value, kind):
         raise Unusable(NOT_TOOLS, f"'{column}' is {shown(value)}")
     return _without_nulls(value) or None
+
+
+def question_of(row: Mapping[str, Any]) -> Message | None:
+    """Return the user's message of a row that has no prompt: `question`, `instruction` and `input`, what there is.
+
+    Raises:
+        Unusable: One of them is no text.
+    """
+    parts = {name: row[name] for name in _QUESTIONS if row.get(name) is not None}
+    if wrong := [name for name, part in parts.items() if not isinstance(part, str)]:
+        raise Unusable(NOT_TEXT, f"'{wrong[0]}' is {shown(parts[wrong[0]])}")
+    return {"role": "user", "content": "\n\n".join(part for part in parts.values() if part.strip())} if parts else None
+
+
+def system_of(row: Mapping[str, Any]) -> str | None:
+    """Return the text of a column `system`, None where there is none."""
+    text = row.get("system")
+    return text if isinstance(text, str) and text.strip() else None
 
 
 def number_of(value: Any, column: str) -> float:
@@ -263,7 +316,8 @@ def _form_of(row: Mapping[str, Any]) -> str | None:
             return "prompt"
         if ASSISTANT in chosen or ASSISTANT in rejected:
             return "hh"
-        return "conversation" if isinstance(prompt or row.get("conversations"), list) else None
+        asked = any(isinstance(row.get(name), str) for name in _QUESTIONS)
+        return "conversation" if asked or isinstance(prompt or row.get("conversations"), list) else None
     if isinstance(chosen, (list, Mapping)) and isinstance(rejected, (list, Mapping)):
         return "conversation"
     return None

@@ -31,7 +31,9 @@ TIE = "tie"
 LOWER = "chosen rated below rejected"
 CONTROL = "control character"
 INVISIBLE = "invisible character"
-KEPT = (LOWER, CONTROL, INVISIBLE)
+TOOL_TURN = "completion holds a tool's message"
+SYSTEM_UNREAD = "column system not read"
+KEPT = (LOWER, CONTROL, INVISIBLE, TOOL_TURN, SYSTEM_UNREAD)
 
 _CONTROL = re.compile("[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _INVISIBLE = re.compile("[\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")  # zero width, bidi
@@ -70,6 +72,8 @@ def text_problems(row: PreferenceRow) -> list[Problem]:
         problems.append(Problem(EMPTY_RESPONSE, f"{' and '.join(empty)} has no text"))
     if human := [side for side in ("chosen", "rejected") if _holds_human_turn(row, side)]:
         problems.append(Problem(HUMAN_TURN, f"{' and '.join(human)} goes on after the answer"))
+    if tool := [side for side in ("chosen", "rejected") if "tool" in _roles(getattr(row, side))]:
+        problems.append(Problem(TOOL_TURN, f"{' and '.join(tool)}: what the tool said is scored too"))
     if nul := [name for name, text in texts.items() if "\x00" in text]:
         problems.append(Problem(CONTAINS_NUL, f"a NUL character in {' and '.join(nul)}"))
     if broken := [name for name, text in texts.items() if not _is_unicode(text)]:
@@ -86,7 +90,11 @@ def _holds_human_turn(row: PreferenceRow, side: str) -> bool:
     if isinstance(completion, str):
         # Only a dialogue has turns: other plain text may well speak of "Human:".
         return HUMAN in completion and (HUMAN in row.prompt or ASSISTANT in row.prompt)
-    return any(message["role"] == "user" for message in completion)
+    return "user" in _roles(completion)
+
+
+def _roles(part: str | list[Message]) -> set[str]:
+    return set() if isinstance(part, str) else {message["role"] for message in part}
 
 
 def _is_unicode(text: str) -> bool:

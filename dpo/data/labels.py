@@ -4,9 +4,9 @@
     votes   prompt, response1, response2,    the response that most votes name; 0 is a vote for a tie
             label (one vote or a list) or annotator1, annotator2, ...
 
-`instruction` (with `input`, if it has text) may stand in place of `prompt` and is a message of the user. A score is the
-number in `scores`, or `score`, `overall_score` or minus `rank` of the completion itself. Equals make no pair: such a
-row is a tie. The margin of a pair is the difference of the scores, or of the shares of the votes.
+`question`, or `instruction` with its `input`, may stand in place of `prompt` and is a message of the user. A score is
+the number in `scores`, or `score`, `overall_score` or minus `rank` of the completion itself. Equals make no pair: such
+a row is a tie. The margin of a pair is the difference of the scores, or of the shares of the votes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from dpo.data.formats import convert, field_of, messages_of, number_of, shown
+from dpo.data.formats import convert, field_of, messages_of, number_of, question_of, shown, system_of
 from dpo.data.kinds import MISSING, NOT_A_NUMBER, NOT_TEXT, TIE, Problem, Unusable
 from dpo.types import PreferenceRow
 
@@ -45,23 +45,21 @@ def read_row(
     except Unusable as error:
         return [(None, [error.problem])]
     return [
-        (None, [pair]) if isinstance(pair, Problem) else convert({**row, **pair}, _form_of(pair), number)
+        (None, [pair]) if isinstance(pair, Problem) else convert({**row, **pair}, _form_of({**row, **pair}), number)
         for pair in pairs
     ]
 
 
 def _form_of(pair: Mapping[str, Any]) -> str:
-    return "prompt" if all(isinstance(pair[part], str) for part in ("prompt", "chosen", "rejected")) else "conversation"
+    is_text = all(isinstance(pair[part], str) for part in ("prompt", "chosen", "rejected"))
+    return "prompt" if is_text and system_of(pair) is None else "conversation"
 
 
 def _prompt(row: Mapping[str, Any]) -> Any:
-    """Read what is answered: text, or messages; an instruction is a message of the user."""
-    if row.get("instruction") is None or row.get("prompt") is not None:
-        return field_of(row, "prompt")
-    parts = [row["instruction"], row.get("input") or ""]
-    if not all(isinstance(part, str) for part in parts):
-        raise Unusable(NOT_TEXT, f"'instruction' is {shown(parts[0])}, 'input' {shown(parts[1])}")
-    return [{"role": "user", "content": "\n\n".join(part for part in parts if part.strip())}]
+    """Read what is answered: text, or messages."""
+    if row.get("prompt") is None and (question := question_of(row)) is not None:
+        return [question]
+    return field_of(row, "prompt")
 
 
 def _ranked(row: Mapping[str, Any], each: bool) -> list[dict[str, Any] | Problem]:

@@ -51,7 +51,7 @@ class Mixture:
         part, own = self._place(pair_id)
         return replace(self.parts[part][own], pair_id=pair_id)
 
-    def texts(self, pair_id: int) -> PreferenceRow:
+    def texts(self, pair_id: int) -> PreferenceRow | None:
         """Return a pair as it was before tokenisation, as `TokenizedPairs.texts`."""
         part, own = self._place(pair_id)
         return self.parts[part].texts(own)

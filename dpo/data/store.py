@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 EXAMPLES = 3
 COLUMNS = {
     "lengths": np.int64, "row_numbers": np.int64, "characters": np.int64, "margins": np.float32, "text_sizes": np.int64,
+    "prompt_hashes": np.uint64,
 }  # fmt: skip
 """Arrays of a folder, a row per pair, each in a file of its name."""
 
@@ -122,6 +123,7 @@ class TokenizedPairs:
         row_numbers: (n,) int64: the 1-based source row of every pair.
         characters: (n, 2) int64: characters of chosen and rejected before truncation.
         margins: (n,) fp32: by how much the data rates chosen above rejected; NaN where it is silent.
+        prompt_hashes: (n,) uint64: of the prompt's ids before truncation: equal for equal prompts.
         tokens: (T,) int32: the ids of all pairs end to end, each pair's prompt, chosen and rejected in turn.
         starts: (n + 1,) int64: where each pair begins among them, and where the last ends.
         path: The folder.
@@ -136,6 +138,7 @@ class TokenizedPairs:
         self.row_numbers: np.ndarray = columns["row_numbers"]
         self.characters: np.ndarray = columns["characters"]
         self.margins: np.ndarray = columns["margins"]
+        self.prompt_hashes: np.ndarray = columns["prompt_hashes"]
         self.starts = np.concatenate([[0], self.lengths.sum(axis=1).cumsum()])
         self._text_ends: np.ndarray = columns["text_sizes"].cumsum()
         self.tokens = np.memmap(path / "tokens.bin", dtype=np.int32, mode="r")
@@ -158,11 +161,10 @@ class TokenizedPairs:
     def __reduce__(self) -> tuple[type[TokenizedPairs], tuple[Path]]:
         return TokenizedPairs, (self.path,)
 
-    def texts(self, pair_id: int) -> PreferenceRow:
+    def texts(self, pair_id: int) -> PreferenceRow | None:
         """Return a pair as it was before tokenisation, nothing cut: text, or messages.
 
-        Raises:
-            UserError: The rows were streamed, so that texts are not kept.
+        None where it was streamed: of those the first pair, and now and then a further one, keeps its text.
         """
         if not 0 <= pair_id < len(self):
             raise IndexError(f"pair {pair_id} of {len(self)}")
@@ -171,7 +173,7 @@ class TokenizedPairs:
             stream.seek(start)
             stored = stream.read(int(self._text_ends[pair_id]) - start)
         if not stored:
-            raise UserError("these pairs were streamed (data.streaming), their texts are not kept")
+            return None
         prompt, chosen, rejected, tools, kwargs = json.loads(stored)
         margin = None if np.isnan(self.margins[pair_id]) else float(self.margins[pair_id])
         return PreferenceRow(prompt, chosen, rejected, int(self.row_numbers[pair_id]), margin, tools, kwargs)

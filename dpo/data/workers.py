@@ -44,7 +44,7 @@ class Job:
         form: Their format.
         ranked_pairs: See `labels.read_row`.
         encoder: Makes ids of text.
-        streamed: Whether `rows` is an iterator; then texts are not kept.
+        streamed: Whether `rows` is an iterator; then of every range of rows the first pair alone keeps its text.
         workers: Processes.
     """
 
@@ -65,7 +65,7 @@ class Part:
         tokens, texts: Of the pairs, end to end.
         lengths: Tokens of prompt, chosen, rejected.
         characters: Characters of chosen, rejected before truncation.
-        row_numbers, margins, text_sizes: Of every pair.
+        row_numbers, margins, text_sizes, prompt_hashes: Of every pair.
         oddities: Row, kind, detail and fate ("bad", "tie", "cut", "kept") of whatever is odd, once a row and kind.
         prompts_cut, completions_cut: Pairs and completions that were truncated.
     """
@@ -78,6 +78,7 @@ class Part:
     row_numbers: list[int] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
     text_sizes: list[int] = field(default_factory=list)
+    prompt_hashes: list[int] = field(default_factory=list)
     oddities: list[tuple[int, str, str, str]] = field(default_factory=list)
     prompts_cut: int = 0
     completions_cut: int = 0
@@ -114,7 +115,8 @@ def encode_part(job: Job, task: Task) -> Part:
     # A row with broken Unicode cannot be given to a tokenizer.
     usable = [row if row and not any(p.kind == BROKEN_UNICODE for p in odd) else None for _, row, odd in found]
     encoded = iter(job.encoder.encode_rows([row for row in usable if row]))
-    tokens, texts = [], []
+    tokens: list[bytes] = []
+    texts: list[bytes] = []
     oddities: dict[tuple[int, str], tuple[str, str]] = {}
     for (number, _, odd), row in zip(found, usable, strict=True):
         pair = next(encoded) if row else None
@@ -126,7 +128,7 @@ def encode_part(job: Job, task: Task) -> Part:
             oddities.setdefault((number, kind), what_of_it)
         if row is None or pair is None or any(fate == "bad" for _, fate in fates.values()):
             continue
-        text = b"" if job.streamed else _text(row)
+        text = b"" if job.streamed and tokens else _text(row)
         tokens.append(np.array(pair.prompt_ids + pair.chosen_ids + pair.rejected_ids, dtype=np.int32).tobytes())
         texts.append(text)
         part.text_sizes.append(len(text))
@@ -134,6 +136,7 @@ def encode_part(job: Job, task: Task) -> Part:
         part.characters.append((len(content_of(row.chosen)), len(content_of(row.rejected))))
         part.row_numbers.append(number)
         part.margins.append(np.nan if row.margin is None else row.margin)
+        part.prompt_hashes.append(pair.prompt_hash)
         part.prompts_cut += pair.prompt_cut
         part.completions_cut += pair.completions_cut
     part.oddities = [(number, kind, detail, fate) for (number, kind), (detail, fate) in oddities.items()]

@@ -138,8 +138,50 @@ def test_completions_that_differ_beyond_the_cut_alone_are_bad() -> None:
     pair = encoded(tokenizer_of("byte"), "12345", "abcdefgh", "abcdefgx", max_length=10)
     assert [problem.kind for problem in pair.problems] == ["chosen == rejected after truncation"]
     assert not encoded(tokenizer_of("byte"), "12345", "abcdefgh", "abcdxfgh", max_length=10).problems
-    same = encoded(tokenizer_of("byte"), "12345", "abcdefgh", "abcdefgh", max_length=10)
-    assert not same.problems  # counted as chosen == rejected already, where the text was read
+
+
+def test_completions_with_the_same_tokens_are_equal_whatever_their_text() -> None:
+    trimmed = CHATML.replace("m.content", "m.content | trim")
+    answers = ([{"role": "assistant", "content": text}] for text in ("Yes.", "Yes. \n"))
+    for prompt, chosen, rejected in (("Hi", "Yes", "Yes</s>"), (chat("Hi"), *answers)):
+        pair = encoded(tokenizer_of("byte"), prompt, chosen, rejected, chat_template=trimmed)
+        assert [problem.kind for problem in pair.problems] == ["chosen == rejected"]
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}"), "the role tool"),
+        (CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}"), "the role system"),
+        (CHATML, "leaves out the tools"),
+        (CHATML + "{% if tools %}{% endif %}", "leaves out the tools"),
+        ("{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML, None),
+        ("{% if tools %}T{% endif %}" + CHATML.replace("m.content", "(m.content | tojson)"), None),
+    ],
+)
+def test_a_template_that_leaves_out_a_part_of_the_prompt_makes_a_bad_row(template: str, reason: str | None) -> None:
+    tokenizer = tokenizer_of("byte")
+    told = [{"role": "system", "content": "Be \"brief\""}, *chat("3?", "calc"), {"role": "tool", "content": '"\n3"'}]
+    answers = [[{"role": "assistant", "content": text}] for text in ("Yes", "No")]
+    row = PreferenceRow(told, *answers, 1, tools=[{"name": "calc"}])
+    (pair,) = PairEncoder(tokenizer, max_length=999, chat_template=template).encode_rows([row])
+    found = [(problem.kind, problem.detail) for problem in pair.problems]
+    assert [kind for kind, _ in found] == (["chat template does not fit"] if reason else [])
+    assert reason is None or reason in found[0][1]
+
+
+@pytest.mark.parametrize("kind", ["byte", "pieces"])
+@pytest.mark.parametrize("after", ["", "\n", ":"])
+def test_an_answer_begins_with_the_token_that_it_has_behind_its_prompt(kind: str, after: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    template = CHATML.replace("<|im_start|>{{ m.role }}\n", "<|im_start|>" + after).replace("assistant\n", after)
+    prompt, texts = chat("Hi"), ("Hi", " hi", "a", "\nhi", "1")
+    for text in texts:
+        pair = encoded(tokenizer, prompt, [{"role": "assistant", "content": text}], chat_template=template)
+        whole = tokenizer("<|im_start|>Hi<|im_end|>\n<|im_start|>".replace("t|>Hi", f"t|>{after}Hi") + after + text)
+        ids = whole["input_ids"]
+        ids = ids[ids[0] == tokenizer.bos_token_id :]  # a template writes its own
+        assert pair.prompt_ids + pair.chosen_ids == [*ids, end_of(tokenizer, "<|im_end|>")]
 
 
 def test_impossible_lengths_are_refused() -> None:

@@ -27,6 +27,8 @@ CONVERSATIONS: dict[str, dict[str, Any]] = {
     "prompt string": {"prompt": "Hi", "chosen": [YES], "rejected": [NO]},
     "answer strings": {"prompt": [USER], "chosen": "Yes", "rejected": "No"},
     "single messages": {"prompt": [USER], "chosen": YES, "rejected": NO},
+    "Intel/orca_dpo_pairs": {"system": "", "question": "Hi", "chosen": "Yes", "rejected": "No"},
+    "Alpaca": {"instruction": "Hi", "input": "", "chosen": "Yes", "rejected": "No"},
     "LLaMA-Factory": {
         "conversations": [{"from": "human", "value": "Hi"}],
         "chosen": {"from": "gpt", "value": "Yes"},
@@ -61,6 +63,66 @@ def test_implicit_prompts_keep_the_system_message_and_earlier_turns() -> None:
     assert row == PreferenceRow(start, [YES], [NO], 1) and not problems
     row, _ = convert({"prompt": [USER], "system": "Be brief", "chosen": [YES], "rejected": [NO]}, "conversation", 1)
     assert row and row.prompt == [SYSTEM, USER]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Hi", "chosen": "Yes", "rejected": "No"},
+        {"question": "Hi", "chosen": "Yes", "rejected": "No"},
+        {"prompt": [USER], "chosen": [USER, YES], "rejected": [USER, NO]},
+        {"prompt": [SYSTEM, USER], "chosen": [USER, YES], "rejected": [SYSTEM, USER, NO]},
+        {"prompt": [USER], "chosen": [SYSTEM, USER, YES], "rejected": [YES | {"content": "No"}]},
+        {"chosen": [USER, YES], "rejected": [USER, NO]},
+    ],
+)
+def test_a_column_system_goes_before_the_prompt_however_the_rest_is_written(row: dict[str, Any]) -> None:
+    row = {"system": "Be brief", **row}
+    assert detect_format([row]) == "conversation"
+    assert convert(row, "conversation", 1) == (PreferenceRow([SYSTEM, USER], [YES], [NO], 1), [])
+
+
+@pytest.mark.parametrize("prompt", [[USER], [SYSTEM, USER]])
+@pytest.mark.parametrize("start", [[], [USER], [SYSTEM, USER]])
+def test_an_answer_of_several_messages_stays_whole_beside_a_column_system(prompt: Any, start: Any) -> None:
+    answer = [YES, {"role": "tool", "content": "3"}, NO]
+    row = {"system": "Be brief", "prompt": prompt, "chosen": [*start, *answer], "rejected": [*start, NO]}
+    assert convert(row, "conversation", 1)[0] == PreferenceRow([SYSTEM, USER], answer, [NO], 1)
+
+
+def test_a_system_message_of_the_conversation_itself_comes_before_the_column() -> None:
+    own = {"role": "system", "content": "Be long"}
+    row, _ = convert({"system": "Be brief", "chosen": [own, USER, YES], "rejected": [own, USER, NO]}, "conversation", 1)
+    assert row and row.prompt == [own, USER]
+
+
+def test_a_system_text_that_a_format_has_no_place_for_is_counted() -> None:
+    assert kinds({**PLAIN, "system": "Be brief"}, "prompt") == {"column system not read"}
+    assert kinds({**PLAIN, "system": " "}, "prompt") == set() == kinds({**PLAIN, "system": None}, "prompt")
+    assert detect_format([{**PLAIN, "system": ""}, PLAIN]) == "prompt"
+    assert detect_format([PLAIN, {**PLAIN, "system": "Be brief"}, PLAIN]) == "conversation"
+
+
+def test_roles_of_sharegpt_are_translated_and_others_refused() -> None:
+    def side(*turns: tuple[str, str]) -> list[dict[str, str]]:
+        return [{"from": role, "value": text} for role, text in turns]
+
+    start = side(("system", "s"), ("human", "Hi"), ("function_call", "{}"), ("observation", "3"))
+    row, problems = convert(
+        {"chosen": [*start, *side(("gpt", "Yes"))], "rejected": [*start, *side(("bot", "No"))]}, "conversation", 1
+    )
+    assert row and not problems
+    assert [message["role"] for message in row.prompt] == ["system", "user", "assistant", "tool"]  # type: ignore[index]
+    odd = {"chosen": side(("human", "Hi"), ("narrator", "a"), ("gpt", "b")), "rejected": [USER, NO]}
+    row, problems = convert(odd, "conversation", 1)
+    assert row is None and "from str 'narrator'" in problems[0].detail
+
+
+def test_what_a_tool_says_within_a_completion_is_counted() -> None:
+    call = [{"role": "assistant", "content": "", "tool_calls": [{"x": 1}]}, {"role": "tool", "content": "3"}]
+    row = {"prompt": [USER], "chosen": [*call, YES], "rejected": [NO]}
+    assert kinds(row, "conversation") == {"completion holds a tool's message"}
+    assert kinds({"chosen": [USER, *call, YES], "rejected": [USER, *call, NO]}, "conversation") == set()
 
 
 def test_the_format_is_told_by_most_of_the_first_rows() -> None:

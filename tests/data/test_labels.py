@@ -113,3 +113,9 @@ def test_real_votes_are_counted_as_their_authors_count_them(shared_data: Path) -
             chosen[1 if pair.chosen[0]["content"] == row["response1"] else 2] += 1  # type: ignore[index]
     assert len(odd["tie"]) == 105 and odd["not a string"] == [157, 158, 159, 161, 162, 164]
     assert chosen[1] + chosen[2] == 999 - 105 - 6 and chosen[1] == 422 - 4 and chosen[2] == 472 - 2
+
+
+def test_a_column_system_makes_a_conversation_of_a_ranked_row() -> None:
+    ((pair, problems),) = read_row(RANKED | {"system": "Be brief"}, "ranked", 1)
+    assert pair and not problems and pair.prompt == [{"role": "system", "content": "Be brief"}, USER]
+    assert pair.chosen == [{"role": "assistant", "content": " a"}]
