@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = [
     "errors", "objective.catalog", "config", "commandline", "types",
-    "data.example", "data.files", "data.sources", "data.kinds", "data.formats", "data.labels", "data.boundary",
+    "data.example", "data.files", "data.sources", "data.kinds", "data.fields", "data.formats", "data.labels", "data.boundary",
     "data.encode", "data.workers", "data.store", "data.tokenize", "data.mixture", "data.planner", "data.batch",
     "data.loader", "data.heuristics", "data.audit",
     "model.example", "model.adapters", "model.load", "model.shape", "model.sequence", "model.products",

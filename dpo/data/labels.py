@@ -17,7 +17,8 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from dpo.data.formats import convert, field_of, messages_of, number_of, question_of, shown, system_of
+from dpo.data.fields import field_of, messages_of, number_of, question_of, shown, system_of
+from dpo.data.formats import convert
 from dpo.data.kinds import MISSING, NOT_A_NUMBER, NOT_TEXT, TIE, Problem, Unusable
 from dpo.types import PreferenceRow
 
