@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = [
     "errors", "objective.catalog", "config", "commandline", "types",
-    "data.example", "data.files", "data.sources", "data.kinds", "data.fields", "data.formats", "data.labels", "data.boundary",
-    "data.encode", "data.workers", "data.store", "data.tokenize", "data.mixture", "data.planner", "data.batch",
+    "data.example", "data.files", "data.sources", "data.kinds", "data.fields", "data.formats", "data.labels",
+    "data.boundary", "data.encode", "data.workers", "data.store", "data.tokenize", "data.mixture", "data.planner", "data.batch",
     "data.loader", "data.heuristics", "data.audit",
     "model.example", "model.adapters", "model.load", "model.shape", "model.sequence", "model.products",
     "model.attention_sdpa", "model.attention_varlen", "model.attention_flex", "model.attention",
