@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from dpo.data.loader import Loader
 from dpo.data.planner import Layout, num_tokens
 from dpo.errors import UserError
-from dpo.estimate import GIB
+from dpo.estimate import GIB, micro_batch_tokens
 from dpo.model import load
 from dpo.model.forward import pair_logps
 from dpo.model.reference import Reference
@@ -43,7 +43,7 @@ from dpo.room import STATES, Room, first_step_bytes, wanted_tokens
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import gather, only_main
 from dpo.runtime.weights import num_parameters
-from dpo.setup import LOOKED_AT, Setup
+from dpo.setup import Setup
 from dpo.types import PackedBatch, PairLogps
 
 
@@ -88,10 +88,9 @@ def choose(
     return budget
 
 
-def costliest(loader: Loader) -> list[int]:
-    """Pair ids of this rank's micro-batch with the most tokens, then the most completion tokens, of the first steps."""
+def costliest(loader: Loader, steps: Iterable[int]) -> list[int]:
+    """Pair ids of this rank's micro-batch with the most tokens, then the most completion tokens, of some steps."""
     cost, completions = num_tokens(loader.dataset.lengths, loader.layout), loader.dataset.lengths[:, 1:].sum(axis=1)
-    steps = range(min(loader.epochs.steps_per_epoch, LOOKED_AT))
     candidates = [ids for step in steps for ids in loader.share_of(loader.epochs.batch(step))]
     return max(candidates, key=lambda ids: (int(cost[ids].sum()), int(completions[ids].sum())))
 
@@ -110,7 +109,7 @@ def attempt(setup: Setup, policy: Policy, reference: Reference | None, layout: L
         torch.OutOfMemoryError: If it does not fit.
     """
     loader, scorer = setup.loader(setup.train_pairs, layout), policy.scorer
-    batch = loader.build(costliest(loader), 0).to(setup.world.device)
+    batch = loader.build(costliest(loader, setup.heaviest_steps(layout)), 0).to(setup.world.device)
     known = None if reference is None else reference(batch)
     with _embedded(scorer.model) as tokens:
         total = _total(policy, batch, known)
@@ -174,6 +173,13 @@ def _fits(
     if setup.world.device.type == "cuda":
         torch.cuda.empty_cache()
     return not any(gather(lacking))
+
+
+def _largest(setup: Setup, layout: Layout, budget: int) -> int:
+    """Tokens of this rank's costliest micro-batch under a budget."""
+    loader = replace(setup, token_budget=budget).loader(setup.train_pairs, layout)
+    ids = costliest(loader, setup.heaviest_steps(layout))
+    return loader.row_tokens or int(micro_batch_tokens([[ids]], setup.train_pairs.lengths, layout).max())
 
 
 def _room(setup: Setup, policy: Policy, layout: Layout, owed: int) -> Room:
@@ -280,6 +286,7 @@ def _find(
         budget = choose(budget, room.longest, fits, recompute if may else None, say)
         if may and load.recomputes_activations(model):
             _compile(setup, policy, say)  # says that it no longer is
+        budget = max(room.longest, min(budget, max(gather(_largest(setup, layout, budget)))))  # more was not tried
     return {"tokens": budget, "recomputed": load.recomputes_activations(model)}
 
 

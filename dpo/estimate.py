@@ -200,21 +200,26 @@ def costs_of(*, body: int, head: int, attention_width: int) -> Costs:
     return Costs(completion=round(1e6 * head / max(1, body)), product=round(2e6 * attention_width / max(1, body)))
 
 
-def useful_flops(lengths: np.ndarray, *, body: int, head: int, attention_width: int) -> float:
+def useful_flops(
+    lengths: np.ndarray, *, body: int, head: int, attention_width: int, frozen: bool = False
+) -> float:
     """Operations that training on pairs needs, as perf/mfu counts them: 6 N_body (P+C+R) + 6 H V (C+R) + attention of
-    the shared layout. Prompts once; reference and recomputation not counted.
+    the shared layout; 4 in place of 6 where the weights are frozen and have no gradient of their own. Prompts once;
+    reference and recomputation not counted.
 
     Args:
         lengths: (n, 3) int64: P, C, R.
         body: Parameters that multiply every token.
         head: H x V.
         attention_width: Heads x head size, summed over layers.
+        frozen: Whether only adapters learn, whose own few operations are not counted.
     Returns:
         Multiplications and additions, forward and backward.
     """
     tokens, completions = int(lengths.sum()), int(lengths[:, 1:].sum())
     products = int(attention_products(lengths, "shared").sum())
-    return 6.0 * body * tokens + 6.0 * head * completions + 12.0 * attention_width * products
+    of_weight = 4.0 if frozen else 6.0
+    return of_weight * (body * tokens + head * completions) + 12.0 * attention_width * products
 
 
 def computed_flops(

@@ -52,7 +52,7 @@ def _try_costliest(setup: Setup, policy: Policy, reference: FrozenReference) -> 
     loader, epochs = setup.loader(setup.train_pairs, policy.layout), setup.epochs
     looked_at = min(epochs.steps_per_epoch, LOOKED_AT)
     count = sum(len(loader.share_of(epochs.batch(step))) for step in range(looked_at))
-    batch = loader.build(costliest(loader), 0)
+    batch = loader.build(costliest(loader, setup.heaviest_steps(policy.layout)), 0)
     on_device = batch.to(setup.world.device)
     loss, device = Objective(setup.config.loss), setup.world.device
     chosen_length = float(setup.train_pairs.lengths[:, 1].mean())

@@ -255,7 +255,7 @@ def _start_reference(setup: Setup, path: str, model: Any, dtype: torch.dtype, *,
 
 def _set_layout(setup: Setup, scorer: Scorer, policy: Policy) -> None:
     """Make a reference score batches as the policy does; another model is asked whether that is exact for it."""
-    scorer.across = policy.scorer.across
+    scorer.across, scorer.head.multiple = policy.scorer.across, policy.scorer.head.multiple
     if setup.config.reference.path is None:
         use_layout(scorer, policy.layout, policy.scorer.own_head, policy.scorer.attention)
         return

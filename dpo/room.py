@@ -12,7 +12,7 @@ from dpo.data.planner import Layout, num_tokens
 from dpo.estimate import reduction_buckets
 from dpo.model.head import CHUNK_ROWS
 from dpo.model.shape import Shape
-from dpo.setup import LOOKED_AT, UNTRIED_TOKENS, Setup
+from dpo.setup import UNTRIED_TOKENS, Setup
 
 LARGEST = 65536
 """Tokens beyond which a larger micro-batch gains nothing."""
@@ -130,10 +130,9 @@ def wanted_tokens(setup: Setup, layout: Layout, longest: int, stage: int) -> int
     """
     train, epochs, loader = setup.config.train, setup.epochs, setup.loader(setup.train_pairs, layout)
     tokens = num_tokens(setup.train_pairs.lengths, layout)
-    steps = range(min(epochs.steps_per_epoch, LOOKED_AT))
     of_step = max(
         sum(int(tokens[ids].sum()) for ids in micro_batches)
-        for step in steps
+        for step in setup.heaviest_steps(layout)
         for micro_batches in loader.plan_of(epochs.batch(step))
     )
     enough = UNTRIED_TOKENS if stage == 3 else ENOUGH_TOKENS

@@ -17,7 +17,7 @@ from dpo.config import Config, check_world_size
 from dpo.data.boundary import read_chat_template
 from dpo.data.loader import Loader, with_fixed_rows
 from dpo.data.mixture import Mixture, Pairs
-from dpo.data.planner import Costs, Epochs, Layout
+from dpo.data.planner import Costs, Epochs, Layout, num_tokens
 from dpo.errors import UserError
 from dpo.estimate import costs_of
 from dpo.model import adapters, load, products
@@ -30,7 +30,8 @@ from dpo.runtime.distributed import World, gather, together
 from dpo.types import PreferenceRow, TokenizedPair
 
 LOOKED_AT = 32
-"""First steps whose micro-batches decide the length of fixed rows, the trial of memory, and how much room it needs."""
+"""Heaviest steps whose micro-batches decide the length of fixed rows, the trial of memory, and how much room it needs;
+and first steps that show what is usual."""
 UNTRIED_TOKENS = 16384
 """Tokens a micro-batch on a GPU, where nothing has been tried."""
 TAIL_AT_MOST = 0.1
@@ -116,6 +117,11 @@ class Setup:
         limit = self.config.train.max_steps
         return steps if limit is None else min(steps, limit)
 
+    def heaviest_steps(self, layout: Layout) -> list[int]:
+        """The steps with the most tokens among all that one pass over the data, or more, makes."""
+        steps = max(self.total_steps, self.epochs.steps_per_epoch)
+        return self.epochs.heaviest(num_tokens(self.train_pairs.lengths, layout), steps, LOOKED_AT)
+
     def sample_pairs(self) -> list[TokenizedPair]:
         """Pairs whose prompts are answered: the first of every validation set in turn, of training where is none."""
         pairs, sets = self.validation_pairs, list(self.data.validation_sets().values())
@@ -165,10 +171,12 @@ class Setup:
         may = self.world.device.type == "cuda" and train.static_shapes == "auto"
         if not (must or may) or layout.startswith("padded"):
             return loader
-        first = min(self.epochs.steps_per_epoch, LOOKED_AT)
-        is_train = pairs is self.train_pairs
-        together = [self.epochs.batch(step) for step in range(first)] if is_train else [np.arange(len(pairs))]
-        fixed, tail = with_fixed_rows(loader, together)
+        whole = [np.arange(len(pairs))]
+        heaviest, usual = (whole, whole) if pairs is not self.train_pairs else (
+            [self.epochs.batch(step) for step in steps]
+            for steps in (self.heaviest_steps(layout), range(min(self.epochs.steps_per_epoch, LOOKED_AT)))
+        )  # fmt: skip
+        fixed, tail = with_fixed_rows(loader, heaviest, usual)
         return fixed if must or tail <= TAIL_AT_MOST else loader
 
 

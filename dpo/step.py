@@ -69,7 +69,9 @@ class Meter:
 
     def line(self, device: torch.device) -> dict[str, float | None]:
         """Means over all ranks' pairs, and speed; one all-reduce; the meter is empty afterwards."""
+        started = time.perf_counter()
         *_, pairs, forward_tokens, padding, router = (totals := distributed.sum_over_ranks(self.totals)).tolist()
+        self.seconds += time.perf_counter() - started  # the last update has run until now, where a GPU computes it
         values: dict[str, float | None] = dict(averages(totals[:8]))
         values |= {
             "grad_norm": self.grad_norm,
@@ -99,6 +101,8 @@ def meter_for(setup: Setup, policy: Policy) -> Meter:
     if peak is None:
         return Meter(totals, with_router=with_router)
     shape = shape_of(config, setup.dtype, trust_remote_code=setup.config.model.trust_remote_code)
+    if shape.has_fused_experts:  # how many of them compute a token is not among the sizes
+        return Meter(totals, with_router=with_router)
     return Meter(totals, shape=shape, peak_tflops=peak * setup.world.world_size, with_router=with_router)
 
 
@@ -191,7 +195,7 @@ def take_step(
     meter.tokens += work.num_tokens
     if (shape := meter.shape) is not None:
         lengths = setup.train_pairs.lengths[setup.epochs.batch(work.step)]
-        meter.flops += useful_flops(lengths, **shape.sizes)
+        meter.flops += useful_flops(lengths, **shape.sizes, frozen=setup.trains_adapters)
     meter.seconds += time.perf_counter() - started
     heartbeat.at(f"after step {work.step + 1}")
     return stop

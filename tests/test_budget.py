@@ -127,15 +127,22 @@ def test_no_more_tokens_are_wanted_than_are_asked_for_keep_a_gpu_busy_or_are_the
     setup = SimpleNamespace(
         config=config, train_pairs=pairs, epochs=epochs,
         loader=lambda pairs, layout: Loader(pairs, epochs, 0, ranks, layout, 16384),
+        heaviest_steps=lambda layout: [0],
     )  # fmt: skip
     assert wanted_tokens(setup, "shared", 100, stage) == wanted
+
+
+class Tried(list):
+    """Budgets that were tried, and how many tokens the micro-batch of the last trial had."""
+
+    row = 0
 
 
 def lacking_above(monkeypatch, tokens, recomputed_tokens, error=lambda: torch.OutOfMemoryError("CUDA out of memory")):
     """Out of memory, in the middle of a forward pass, above so many tokens."""
     monkeypatch.setattr(dpo.budget, "can_run_out", lambda device: True)
     monkeypatch.setattr(dpo.budget, "_free_memory", lambda device: 10**12)
-    original, tried = dpo.budget.attempt, []
+    original, tried = dpo.budget.attempt, Tried()
 
     def attempt(setup, policy, reference, layout):
         tried.append(setup.token_budget)
@@ -143,6 +150,7 @@ def lacking_above(monkeypatch, tokens, recomputed_tokens, error=lambda: torch.Ou
 
         def lack(module, inputs):
             limit = recomputed_tokens if layer.gradient_checkpointing else tokens
+            tried.row = inputs[0].shape[1]
             if inputs[0].shape[1] > limit:
                 raise error()
 
@@ -176,7 +184,7 @@ def test_a_run_without_enough_memory_takes_smaller_micro_batches_and_has_the_sam
     assert train_dpo.main(arguments(tmp_path / "small", tiny_policy, *flags)) == 0
     assert "out of memory with 1,600 tokens a micro-batch: trying 800" in capsys.readouterr().err
     written = json.loads((tmp_path / "small/run/micro_batches.json").read_text())
-    assert (written["tokens"], written["recomputed"]) == found and tried[-1] == found[0]
+    assert (tried[-1], written["recomputed"]) == found and 0 < written["tokens"] == tried.row <= found[0]
     assert (written["asked"], written["world_size"]) == (1600, 1)
     for a, b in zip(lines_of(tmp_path / "small"), lines_of(tmp_path / "plain"), strict=True):
         for name in ("loss", "grad_norm", "rewards/margins"):
@@ -192,9 +200,24 @@ def test_a_dry_run_finds_its_budget_as_the_run_would_and_writes_nothing(tiny_pol
     tried = lacking_above(monkeypatch, 450, 450)
     assert train_dpo.main(arguments(tmp_path, tiny_policy, *SEVERAL, "--dry_run")) == 0
     out, err = capsys.readouterr()
-    assert tried == [1600, 800, 400] and "micro-batches: at most 400 tokens\n" in err
-    assert int(re.search(r"costliest micro-batch\D+(\d+) tokens", out)[1]) <= 400
+    assert tried == [1600, 800, 400] and f"micro-batches: at most {tried.row} tokens\n" in err
+    assert int(re.search(r"costliest micro-batch\D+(\d+) tokens", out)[1]) == tried.row
     assert not (tmp_path / "run").exists()
+
+
+def test_the_heaviest_step_of_the_run_is_tried_though_it_comes_last(tiny_policy, tmp_path, monkeypatch):
+    """Rows sorted by length, in the order of the file: each of 40 steps is heavier than the one before."""
+    rows = [{"prompt": "a" * (i + 1), "chosen": "b" * (i + 1), "rejected": "c" * (i + 2)} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tried = lacking_above(monkeypatch, 10**9, 10**9)
+    flags = ["--data.train", str(tmp_path / "rows.jsonl"), "--data.shuffle", "false", "--train.global_batch_size", "1"]
+    more = [*SEVERAL, "--data.train_limit", "40", "--train.max_steps"]
+    found = []
+    for name, steps in (("all", "40"), ("dry", "1")):
+        argv = arguments(tmp_path / name, tiny_policy, *flags, *more, steps, "--dry_run")
+        assert train_dpo.main(argv) == 0
+        found.append(tried.row)
+    assert found[0] == found[1] >= 40 + 40 + 41
 
 
 def test_blocks_are_compiled_once_it_is_known_that_activations_are_kept(tiny_policy, tmp_path, monkeypatch, capsys):
@@ -221,9 +244,9 @@ def test_what_was_found_for_other_settings_is_looked_for_anew(flags, tiny_policy
 
 @pytest.mark.parametrize("said", ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when", "CUDA error: out of memory"])
 def test_lack_of_memory_under_other_names_is_one_too_and_other_errors_are_not(said, tiny_policy, tmp_path, monkeypatch):
-    lacking_above(monkeypatch, 450, 450, lambda: RuntimeError(said))
+    tried = lacking_above(monkeypatch, 450, 450, lambda: RuntimeError(said))
     assert train_dpo.main(arguments(tmp_path, tiny_policy, *SEVERAL, "--train.max_steps", "1")) == 0
-    assert json.loads((tmp_path / "run/micro_batches.json").read_text())["tokens"] == 400
+    assert tried == [1600, 800, 400]
     lacking_above(monkeypatch, 450, 450, lambda: RuntimeError("CUDA error: an illegal memory access"))
     with pytest.raises(RuntimeError, match="illegal memory access"):
         train_dpo.main(arguments(tmp_path / "other", tiny_policy, *SEVERAL))
@@ -266,7 +289,7 @@ def test_a_run_that_goes_on_recomputes_activations_again(tiny_policy, tmp_path, 
 def test_auto_starts_from_the_memory_of_the_rank_with_the_least_and_tries_nothing_under_zero_3(
     stage, tiny_policy, tmp_path, monkeypatch
 ):
-    """This rank's memory suggests more than the other's, 2,048 tokens."""
+    """This rank's memory suggests more than the other's, 2,048 tokens; the other's costliest micro-batch has 2,000."""
     tried = lacking_above(monkeypatch, 10**9, 10**9)
     own, suggested = dpo.budget.gather, []
 
@@ -274,7 +297,7 @@ def test_auto_starts_from_the_memory_of_the_rank_with_the_least_and_tries_nothin
         if isinstance(value, bool) or value == 0:  # the size of its GPU
             return own(value)
         suggested.append(value)
-        return [*own(value), 2048]
+        return [*own(value), 2048 if len(suggested) == 1 else 2000]
 
     monkeypatch.setattr(dpo.budget, "_free_memory", lambda device: 150_000_000)
     monkeypatch.setattr(dpo.budget, "gather", gathered)
@@ -282,10 +305,10 @@ def test_auto_starts_from_the_memory_of_the_rank_with_the_least_and_tries_nothin
     config.write_text(json.dumps({"zero_optimization": {"stage": stage, "reduce_bucket_size": 1000}}))
     flags = ["--config", str(config), "--log.samples", "0", "--train.tokens_per_micro_batch", "auto"]
     assert train_dpo.main(arguments(tmp_path, tiny_policy, *flags)) == 0
-    assert len(suggested) == 1 and suggested[0] > 2048
-    assert tried == ([2048] if stage == 2 else [])
+    assert suggested[0] > 2048 and tried == ([2048] if stage == 2 else [])
+    assert suggested[1:] == ([tried.row] if stage == 2 else []) and tried.row < 2000
     written = json.loads((tmp_path / "run/micro_batches.json").read_text())
-    assert (written["asked"], written["tokens"]) == ("auto", 2048)
+    assert (written["asked"], written["tokens"]) == ("auto", 2000 if stage == 2 else 2048)
 
 
 @pytest.mark.parametrize(
@@ -313,7 +336,7 @@ def test_activations_are_recomputed_where_any_rank_lacks_room_for_them_and_the_r
     flags = [*SEVERAL, "--config", f"ds_configs/{config}.json", "--model.gradient_checkpointing", wanted]
     assert train_dpo.main(arguments(tmp_path, tiny_policy, *flags, "--train.max_steps", "1")) == 0
     assert json.loads((tmp_path / "run/micro_batches.json").read_text())["recomputed"] is recomputed
-    assert ("at most 1,600 tokens, activations recomputed" in capsys.readouterr().err) is recomputed
+    assert bool(re.search(r"at most [\d,]+ tokens, activations recomputed", capsys.readouterr().err)) is recomputed
 
 
 def test_what_one_rank_lacks_is_lacking_on_all(tiny_policy, tmp_path, monkeypatch):
@@ -404,7 +427,7 @@ def test_the_sft_stage_is_tried_too_with_its_own_rows_and_has_the_same_lines(tin
     assert train_dpo.main(arguments(tmp_path / "small", tiny_policy, *flags)) == 0
     assert tried == [1600, 800, 400] * 2
     written = json.loads((tmp_path / "small/run/sft_micro_batches.json").read_text())
-    assert (written["tokens"], written["layout"]) == (400, "chosen")
+    assert 0 < written["tokens"] <= 400 and written["layout"] == "chosen"
     sft = [[x["sft_loss"] for x in read_lines(tmp_path / n / "run") if "sft_loss" in x] for n in ("plain", "small")]
     assert len(sft[0]) > 0 and sft[1] == pytest.approx(sft[0], rel=1e-4)
 

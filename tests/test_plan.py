@@ -216,6 +216,8 @@ def test_useful_operations_follow_the_formula_term_by_term() -> None:
     assert useful_flops(lengths, body=0, head=1, attention_width=0) == 6 * 8
     products = int(attention_products(lengths, "shared").sum())
     assert useful_flops(lengths, body=0, head=0, attention_width=1) == 12 * products
+    frozen = useful_flops(lengths, body=1, head=1, attention_width=1, frozen=True)
+    assert frozen == 4 * 12 + 4 * 8 + 12 * products
 
 
 def test_a_pair_of_hh_costs_gpt2_what_is_known() -> None:

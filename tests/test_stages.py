@@ -263,3 +263,17 @@ def test_a_special_token_beyond_the_embedding_is_no_obstacle_unless_the_data_has
     tokenizer.save_pretrained(start)
     assert train_dpo.main(arguments(tmp_path / "pad", start)) == 2
     assert f"model.tokenizer has {rows + 1} tokens, the policy {rows}" in capsys.readouterr().err
+
+
+def test_policy_and_reference_compute_logits_over_the_same_padded_vocabulary(tiny_policy, tmp_path, monkeypatch):
+    found, start = [], dpo.train.start_models
+
+    def started(*args):
+        policy, reference = start(*args)
+        found.append((policy.scorer.head.multiple, reference.scorer.head.multiple))
+        return policy, reference
+
+    monkeypatch.setattr(dpo.train, "start_models", started)
+    flags = ["--model.vocabulary_multiple", "64", "--log.samples", "0", "--train.max_steps", "1"]
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, *flags)) == 0
+    assert found == [(64, 64)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,9 +20,14 @@ import dpo.policy
 import dpo.step
 import dpo.train
 import train_dpo
+from dpo.data.batch import collate
 from dpo.estimate import peak_tflops
+from dpo.model.check import use_layout
+from dpo.model.forward import Scorer
 from dpo.runtime import distributed
 from dpo.runtime.tracking import read_lines
+from dpo.step import Meter
+from tests import tiny
 from tests.test_stages import arguments
 
 WAITS = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "is_nonzero", "equal", "item")
@@ -85,6 +92,30 @@ def test_the_counter_sees_what_waits():
     with Waits() as waits:
         x[torch.tensor([0, 1])], x.sum(), x.masked_fill(x > 1, 0), x.cumsum(0)
     assert waits.found == []
+
+
+def test_a_forward_pass_of_gpt2_with_a_pad_token_waits_for_nothing():
+    model = tiny.model("gpt2")
+    model.config.pad_token_id = model.base_model.config.pad_token_id = 3
+    scorer = Scorer(model)
+    use_layout(scorer, "shared", False, "sdpa")
+    batch = collate(tiny.pairs(4), "shared")
+    with Waits() as waits:
+        scorer(batch)
+    assert waits.found == []
+
+
+def test_speed_counts_the_last_update_which_a_gpu_is_still_busy_with(monkeypatch):
+    meter = Meter(torch.ones(11, dtype=torch.float64), pairs=10, tokens=10, seconds=1.0)
+    own = dpo.step.distributed.sum_over_ranks
+
+    def late(totals):
+        time.sleep(0.25)
+        return own(totals)
+
+    monkeypatch.setattr(dpo.step.distributed, "sum_over_ranks", late)
+    assert meter.line(torch.device("cpu"))["perf/pairs_per_second"] == pytest.approx(10 / 1.25, rel=0.03)
+    assert meter.seconds == 0
 
 
 CACHED = ["--reference.mode", "cached"]
@@ -317,8 +348,11 @@ def test_the_peak_is_told_by_the_devices_name_or_not_at_all(name, precision, pea
     assert peak_tflops(name, precision) == peak
 
 
-def test_mfu_is_the_operations_of_the_formula_over_time_and_the_peak_beside_it(tiny_policy, tmp_path, monkeypatch):
-    flags = ["--log.samples", "0", "--log.every", "2"]
+@pytest.mark.parametrize(("more", "of_weight"), [([], 6), (["--model.lora.r", "2"], 4)], ids=["whole", "lora"])
+def test_mfu_is_the_operations_of_the_formula_over_time_and_the_peak_beside_it(
+    more, of_weight, tiny_policy, tmp_path, monkeypatch
+):
+    flags = ["--log.samples", "0", "--log.every", "2", *more]
     assert train_dpo.main(arguments(tmp_path / "unknown", tiny_policy, *flags)) == 0
     assert not [k for line in read_lines(tmp_path / "unknown/run") for k in line if "mfu" in k or "peak_tflops" in k]
     lengths = []
@@ -332,10 +366,18 @@ def test_mfu_is_the_operations_of_the_formula_over_time_and_the_peak_beside_it(t
     for pairs, sizes in lengths:
         for p, c, r in pairs.tolist():
             products = sum(range(1, p + c + 1)) + sum(range(p + 1, p + r + 1))
-            total += 6 * sizes["body"] * (p + c + r) + 6 * sizes["head"] * (c + r)
+            total += of_weight * (sizes["body"] * (p + c + r) + sizes["head"] * (c + r))
             total += 12 * sizes["attention_width"] * products
     seconds = 16 / line["perf/pairs_per_second"]
     assert line["perf/mfu"] == pytest.approx(total / seconds / 2e12, rel=1e-9)
+
+
+def test_mixtures_of_experts_have_no_mfu(tiny_policy, tmp_path, monkeypatch):
+    monkeypatch.setattr(dpo.step, "peak_tflops", lambda name, precision: 2.0)
+    of = dpo.step.shape_of
+    monkeypatch.setattr(dpo.step, "shape_of", lambda *a, **k: replace(of(*a, **k), has_fused_experts=True))
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, "--log.samples", "0", "--train.max_steps", "1")) == 0
+    assert not [k for line in read_lines(tmp_path / "run") for k in line if "mfu" in k or "peak_tflops" in k]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

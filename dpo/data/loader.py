@@ -116,23 +116,27 @@ class Loader:
                 yield ready
 
 
-def with_fixed_rows(loader: Loader, scored_together: Sequence[Sequence[int] | np.ndarray]) -> tuple[Loader, float]:
+def with_fixed_rows(
+    loader: Loader, heaviest: Sequence[Sequence[int] | np.ndarray], usual: Sequence[Sequence[int] | np.ndarray]
+) -> tuple[Loader, float]:
     """A loader whose packed rows all have one length, so that kernels and compiled code see one shape.
 
-    The length is that of the longest micro-batch of some steps, or of the longest pair; it becomes the budget, so that
-    no later micro-batch is longer.
+    The length is that of the longest micro-batch of the heaviest steps, or of the longest pair; it becomes the budget,
+    so that no other micro-batch is longer.
 
     Args:
         loader: Of a packed layout.
-        scored_together: Pair ids of a few steps, the same on every rank.
+        heaviest, usual: Pair ids of a few steps, the same on every rank.
     Returns:
-        The loader, and the share of its tokens in these steps that are dummy tail.
+        The loader, and the share of its tokens in the usual steps that are dummy tail.
     """
     cost = num_tokens(loader.dataset.lengths, loader.layout)
-    ranks = [rank for ids in scored_together for rank in loader.plan_of(ids)]
-    sizes = [int(cost[ids].sum()) for rank in ranks for ids in rank]
-    row = max(*sizes, int(cost.max()))
-    return replace(loader, token_budget=row, row_tokens=row), 1 - sum(sizes) / (row * len(sizes))
+
+    def sizes(steps: Sequence[Sequence[int] | np.ndarray]) -> list[int]:
+        return [int(cost[ids].sum()) for together in steps for rank in loader.plan_of(together) for ids in rank]
+
+    row, of_usual = max(*sizes(heaviest), int(cost.max())), sizes(usual)
+    return replace(loader, token_budget=row, row_tokens=row), 1 - sum(of_usual) / (row * len(of_usual))
 
 
 def whole_pass(loader: Loader, pair_ids: Sequence[int]) -> list[PackedBatch]:

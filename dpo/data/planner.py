@@ -67,6 +67,22 @@ class Epochs:
         return self.order(epoch)[start : start + self.global_batch_size]
 
 
+    def heaviest(self, cost: np.ndarray, steps: int, count: int) -> list[int]:
+        """The costliest optimizer steps, in order.
+
+        Args:
+            cost: (pairs of the data set,) of every pair.
+            steps: How many steps there are; steps from 0 on are looked at.
+            count: How many to name, at most.
+        Returns:
+            Step numbers.
+        """
+        starts = np.arange(0, self.num_pairs, self.global_batch_size)
+        epochs = range(-(-steps // self.steps_per_epoch))
+        totals = np.concatenate([np.add.reduceat(cost[self.order(epoch)], starts) for epoch in epochs])[:steps]
+        return np.sort(np.argsort(-totals, kind="stable")[:count]).tolist()
+
+
 @lru_cache(maxsize=4)
 def _order(epochs: Epochs, epoch: int) -> np.ndarray:
     ids = np.arange(epochs.num_pairs)

@@ -44,6 +44,8 @@ class Scorer(nn.Module):
     def __init__(self, model: Any, chunk_rows: int = CHUNK_ROWS, *, with_certainty: bool = False) -> None:
         super().__init__()
         self.model = model
+        # It looks for pad tokens among the ids, which would wait for a GPU; what is padded here is known.
+        model.base_model.warn_if_padding_and_no_attention_mask = _say_nothing
         output, logit_map = model.get_output_embeddings(), logit_map_of(model.config)
         self.head = Head(output, chunk_rows, logit_map)
         self.certainty = Certainty(output, chunk_rows, logit_map) if with_certainty else None
@@ -159,11 +161,19 @@ class Scorer(nn.Module):
 
 
 def sums_by_sequence(of_tokens: Tensor, batch: PackedBatch) -> Tensor:
-    """(S,): a value per scored token (N,), summed over every sequence."""
+    """(S,): a value per scored token (N,), summed over every sequence.
+
+    In fp64: on a GPU the order of the sum is another each time, and what that changes is rounded away.
+    """
     if batch.num_sequences == 0:
         # Still a function of every weight: ZeRO-3 runs every module's hooks on every rank, in backward too.
         return of_tokens.sum()[None][:0]
-    return of_tokens.new_zeros(batch.num_sequences).index_add(0, batch.sequence_ids, of_tokens)
+    sums = of_tokens.new_zeros(batch.num_sequences, dtype=torch.float64)
+    return sums.index_add(0, batch.sequence_ids, of_tokens.double()).to(of_tokens.dtype)
+
+
+def _say_nothing(*_: Any) -> None:
+    pass
 
 
 def _without_frozen(scorer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

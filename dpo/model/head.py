@@ -81,11 +81,11 @@ def token_logps(
         chunk_rows: Rows per logits tile.
         logit_map: What the model does after the product.
     Returns:
-        (N,) fp32 (fp64 for fp64 inputs), nats; N = 0 gives an empty tensor that still depends on hidden and weight.
+        (N,) fp32 (fp64 for fp64 inputs), nats; N = 0 gives an empty tensor that still depends on the inputs.
     """
     if hidden.shape[0] <= chunk_rows:
         if len(hidden) == 0:
-            return _logps_of_nothing(hidden, weight)
+            return _logps_of_nothing(hidden, weight, bias)
         return _TileLogps.apply(hidden, weight, bias, logit_map, targets)
     tiles = [
         checkpoint(_TileLogps.apply, h, weight, bias, logit_map, t, use_reentrant=False)
@@ -94,9 +94,11 @@ def token_logps(
     return torch.cat(tiles)
 
 
-def _logps_of_nothing(hidden: Tensor, weight: Tensor) -> Tensor:
-    """(0,): no log-probs, yet a function of hidden and weight, so that an empty micro-batch reaches both."""
+def _logps_of_nothing(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(0,): no log-probs, yet a function of hidden, weight and bias, so that an empty micro-batch reaches them all."""
     nothing = (hidden @ weight.T[:, :1]).squeeze(1)
+    if bias is not None:
+        nothing = nothing + bias[:0]
     return nothing.to(torch.promote_types(hidden.dtype, torch.float32))
 
 

@@ -22,6 +22,8 @@ from torch import Tensor
 from dpo.model.logits import PRODUCT, logps_gradient_, product, softmax_of
 from dpo.types import LogitMap, PackedBatch
 
+SLICE = 16384
+"""Tokens of the vocabulary whose part of dW is computed at a time, so that no second dW stands beside it."""
 PairLosses = Callable[[Tensor, Tensor, slice], Tensor]
 """pair_losses(chosen (p,), rejected (p,), pairs) -> (p,) losses of some of the batch's pairs from their log-probs."""
 
@@ -81,7 +83,7 @@ class _LossInForward(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wants_weight, wants_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        sums = torch.zeros(batch.num_sequences, dtype=wide, device=hidden.device)
+        sums = torch.zeros(batch.num_sequences, dtype=torch.float64, device=hidden.device)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         d_hidden = torch.empty(hidden.shape, dtype=wide, device=hidden.device)
         d_weight = torch.zeros(weight.shape, dtype=wide, device=hidden.device) if wants_weight else None
@@ -92,8 +94,8 @@ class _LossInForward(torch.autograd.Function):
             weights = None if batch.token_weights is None else take(batch.token_weights)
             softmax = softmax_of(h, weight, bias, logit_map, targets)
             # Of this chunk's sequences alone the others' sums are still, or already, what they are.
-            sums.index_add_(0, sequences, softmax.logps if weights is None else softmax.logps * weights)
-            losses, g = _gradient(sums, chunk, batch.num_sequences // 2, pair_losses)
+            sums.index_add_(0, sequences, (softmax.logps if weights is None else softmax.logps * weights).double())
+            losses, g = _gradient(sums.to(wide), chunk, batch.num_sequences // 2, pair_losses)
             total += losses
             per_row = g[sequences] if weights is None else g[sequences] * weights
             # The loss scale comes in backward: in fp16 g * p would be nothing before, so that there the largest g is
@@ -109,12 +111,14 @@ class _LossInForward(torch.autograd.Function):
             middle = chunk.chosen.stop - chunk.chosen.start
             d_hidden[chunk.chosen], d_hidden[chunk.rejected] = rows[:middle], rows[middle:]
             if d_weight is not None:
-                d_weight += scaled(product(dz.T, h))
+                for tokens in range(0, len(weight), SLICE):
+                    d_weight[tokens : tokens + SLICE] += scaled(product(dz[:, tokens : tokens + SLICE].T, h))
             if d_bias is not None:
-                d_bias += scaled(dz.to(wide).sum(dim=0))
+                d_bias += scaled(dz.sum(dim=0, dtype=wide))
             del dz  # before the next chunk makes its tile
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtypes = hidden.dtype, weight.dtype
+        sums = sums.to(wide)
         ctx.mark_non_differentiable(sums)
         return total, sums
 
@@ -123,7 +127,8 @@ class _LossInForward(torch.autograd.Function):
         of_hidden, of_weight = ctx.dtypes
         dtypes = of_hidden, of_weight, of_weight
         saved = zip(ctx.saved_tensors, dtypes, strict=True)
-        return *(None if x is None else (x * grad).to(dtype) for x, dtype in saved), None, None, None, None
+        # In place: a graph is used once, and a second time autograd refuses.
+        return *(None if x is None else x.mul_(grad).to(dtype) for x, dtype in saved), None, None, None, None
 
 
 def _gradient(sums: Tensor, chunk: Chunk, num_pairs: int, pair_losses: PairLosses) -> tuple[Tensor, Tensor]:

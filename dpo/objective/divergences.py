@@ -16,7 +16,8 @@ from torch.nn.functional import logsigmoid
 from dpo.objective.catalog import Divergence
 
 LARGEST_EXPONENT = 80.0
-"""exp of more is infinite in fp32; as in TRL, where the alpha divergence saturates here."""
+"""exp of more is infinite in fp32: what holds an exponential saturates here, so that no difference of two infinities
+becomes NaN. TRL does so for the alpha divergence."""
 
 
 def score(logratios: Tensor, divergence: Divergence, alpha: float = 0.5) -> Tensor:
@@ -39,7 +40,7 @@ def score(logratios: Tensor, divergence: Divergence, alpha: float = 0.5) -> Tens
     if divergence == "reverse_kl" or (divergence == "alpha" and abs(alpha - 1) < 1e-6):
         return logratios
     if divergence == "forward_kl":
-        return 1 - (-logratios).exp()
+        return 1 - (-logratios).clamp(max=LARGEST_EXPONENT).exp()
     if divergence == "js":
         return math.log(2) + logsigmoid(logratios)
     if divergence == "alpha":

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from dpo.objective.divergences import LARGEST_EXPONENT
+
 
 def sigmoid(chosen: Tensor, rejected: Tensor, beta: float | Tensor, label_smoothing: float = 0.0) -> Tensor:
     """DPO; with label_smoothing (eps, the probability that a label is flipped, in [0, 0.5)) conservative DPO (cDPO).
@@ -170,7 +172,7 @@ def discopop(chosen: Tensor, rejected: Tensor, beta: float, tau: float = 0.05) -
     """
     margins = beta * (chosen - rejected)
     blend = (margins / tau).sigmoid()
-    return -(1 - blend) * logsigmoid(margins) + blend * (-margins).exp()
+    return -(1 - blend) * logsigmoid(margins) + blend * (-margins).clamp(max=LARGEST_EXPONENT).exp()
 
 
 def dpop(chosen: Tensor, rejected: Tensor, beta: float, penalty: float = 50.0) -> Tensor:

@@ -27,7 +27,8 @@ def loader_over(lengths, *, rank=0, world_size=1, batch=4, budget=20, layout="sh
 
 def fixed(loader: Loader) -> Loader:
     epochs = loader.epochs
-    return with_fixed_rows(loader, [epochs.batch(step) for step in range(epochs.steps_per_epoch)])[0]
+    steps = [epochs.batch(step) for step in range(epochs.steps_per_epoch)]
+    return with_fixed_rows(loader, steps, steps)[0]
 
 
 LENGTHS = st.lists(st.tuples(*[st.integers(1, 12)] * 3), min_size=1, max_size=9)
@@ -58,10 +59,11 @@ def test_all_rows_have_one_length_and_every_pair_is_scored_once(lengths, world_s
 
 def test_the_row_is_as_long_as_the_longest_micro_batch_or_pair_and_the_tail_is_told():
     lengths = [(2, 2, 2)] * 5  # 4 + 1 pairs a step: 24 and 6 tokens
-    loader, tail = with_fixed_rows(loader_over(lengths, budget=100), [range(4), range(4, 5)])
+    steps = [range(4), range(4, 5)]
+    loader, tail = with_fixed_rows(loader_over(lengths, budget=100), steps[:1], steps)
     assert (loader.row_tokens, loader.token_budget) == (24, 24)
     assert tail == pytest.approx(1 - 30 / 48)
-    longer, _ = with_fixed_rows(loader_over([*lengths, (20, 20, 20)], budget=10), [range(4)])
+    longer, _ = with_fixed_rows(loader_over([*lengths, (20, 20, 20)], budget=10), [range(4)], [range(4)])
     assert longer.row_tokens == 60
 
 

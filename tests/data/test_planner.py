@@ -147,3 +147,14 @@ def test_prefetched_steps_are_those_asked_for():
     assert list(loader.steps(7, 7)) == []
     for work in loader.steps(2, 4):
         assert [b.pair_ids for b in work.batches] == [b.pair_ids for b in loader[work.step].batches]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_the_heaviest_steps_are_those_with_the_most_over_all_epochs(shuffle):
+    cost = np.random.default_rng(1).integers(1, 1000, 23)
+    epochs = Epochs(23, 4, seed=3, shuffle=shuffle)
+    for steps in (1, 5, 6, 7, 15):
+        totals = [int(cost[epochs.batch(step)].sum()) for step in range(steps)]
+        found = epochs.heaviest(cost, steps, 3)
+        assert len(found) == min(3, steps) == len(set(found)) and found == sorted(found)
+        assert sorted((totals[step] for step in found), reverse=True) == sorted(totals, reverse=True)[:3]

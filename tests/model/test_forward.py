@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from dpo.data.planner import Layout
 from dpo.errors import UserError
 from dpo.model import logits, products
 from dpo.model.check import TOLERANCE, _difference, settle, use_layout
-from dpo.model.forward import Scorer, own_logits_logps, pair_logps
+from dpo.model.forward import Scorer, own_logits_logps, pair_logps, sums_by_sequence
 from dpo.model.head import token_logps
 from dpo.model.load import checkpoint_activations, fuse_gelu
 from dpo.types import LogitMap, TokenizedPair
@@ -209,6 +211,27 @@ def test_an_empty_batch_scores_nothing_and_reaches_every_parameter():
         assert logps.shape == (0,)
         logps.sum().backward()
         assert all(p.grad is not None and not p.grad.any() for p in scorer.model.transformer.h.parameters())
+
+
+def test_an_empty_batch_reaches_the_bias_of_the_head():
+    """Ranks that have pairs reduce its gradient, and one that has none must take part."""
+    model = tiny.model("llama")
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(tiny.VOCAB, dtype=torch.float64))
+    scorer = Scorer(model)
+    scorer(collate([], "shared")).sum().backward()
+    missing = [name for name, p in model.named_parameters() if p.grad is None or p.grad.any()]
+    assert missing == []
+
+
+def test_sums_of_log_probs_do_not_depend_on_the_order_in_which_tokens_come():
+    batch = collate([TokenizedPair(0, *(np.arange(1, n, dtype=np.int32) for n in (3, 4000, 4000)))], "packed")
+    logps = -3 * torch.rand(len(batch.target_ids), generator=torch.Generator().manual_seed(0))
+    orders = [torch.randperm(len(logps), generator=torch.Generator().manual_seed(i)) for i in range(20)]
+    found = {
+        tuple(sums_by_sequence(logps[order], replace(batch, sequence_ids=batch.sequence_ids[order])).tolist())
+        for order in orders
+    }
+    assert len(found) == 1 and next(iter(found)) == pytest.approx([float(x.sum()) for x in logps.chunk(2)], rel=1e-5)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

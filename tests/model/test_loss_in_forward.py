@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import logsigmoid
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import dpo.model.loss_in_forward
 from dpo.data.batch import collate
 from dpo.model import logits, products
 from dpo.model.check import use_layout
@@ -55,7 +56,8 @@ def plain(batch, hidden, weight, bias, logit_map=None):
 @pytest.mark.parametrize("rows", [18, 24, 1000])
 @pytest.mark.parametrize(("weights", "with_bias"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("logit_map", [LogitMap(), LogitMap(scale=0.25), LogitMap(2.0, 1.5)])
-def test_losses_sums_and_gradients_are_those_of_full_logits(rows, weights, with_bias, logit_map):
+def test_losses_sums_and_gradients_are_those_of_full_logits(rows, weights, with_bias, logit_map, monkeypatch):
+    monkeypatch.setattr(dpo.model.loss_in_forward, "SLICE", 7)  # the gradient of the head in several parts
     batch, hidden, weight, bias = problem(weights=weights)
     chunks = chunks_of(batch.completion_sizes, rows)
     assert len(chunks) == {18: 3, 24: 2, 1000: 1}[rows]
@@ -70,12 +72,10 @@ def test_losses_sums_and_gradients_are_those_of_full_logits(rows, weights, with_
 
 
 def test_a_head_that_does_not_learn_costs_no_product(monkeypatch):
-    import dpo.model.loss_in_forward as module
-
     batch, hidden, weight, _ = problem()
     calls = []
-    original = module.product
-    monkeypatch.setattr(module, "product", lambda a, b: calls.append(a.shape) or original(a, b))
+    original = dpo.model.loss_in_forward.product
+    monkeypatch.setattr(dpo.model.loss_in_forward, "product", lambda a, b: calls.append(a.shape) or original(a, b))
     chunks = chunks_of(batch.completion_sizes, 1000)
     total, _ = total_loss(hidden.requires_grad_(), weight, None, batch, chunks, per_pair)
     total.backward()

@@ -241,6 +241,17 @@ def test_a_divergence_is_0_and_of_slope_1_or_a_half_where_models_agree(divergenc
         assert score(far, divergence, 0.5).isfinite().all()
 
 
+@pytest.mark.parametrize("sides", [(-200.0, 0.0), (-200.0, -300.0)])
+@pytest.mark.parametrize("settings", [{"name": "discopop"}, {"f_divergence": "forward_kl"}, {"f_divergence": "alpha"}])
+def test_exponentials_saturate_where_they_would_be_infinite(sides, settings):
+    chosen, rejected = (torch.tensor([side], requires_grad=True) for side in sides)
+    zero = torch.zeros(1)
+    policy, reference = PairLogps(chosen, rejected, zero + 5, zero + 5), PairLogps(zero, zero, zero + 5, zero + 5)
+    loss = Objective(LossConfig(beta=1.0, **settings))(policy, reference, Context(MEAN_LENGTH, {})).losses.sum()
+    loss.backward()
+    assert loss.isfinite() and chosen.grad.isfinite() and rejected.grad.isfinite()
+
+
 def test_log_odds_are_accurate_for_certain_and_for_hopeless_completions():
     for logp in (-1e-9, -0.3, -0.6931, -0.7, -5.0, -90.0):
         value = torch.tensor([logp], dtype=torch.float64, requires_grad=True)
