@@ -88,7 +88,7 @@ def detected(run: Path, kind: Callable[[Path, random.Random], None], rng: random
     shutil.copytree(last, whole)
     kind(last, rng)
     try:
-        found, notes = checkpoint.newest(run, "auto", ALONE, stage=2, total_steps=STEPS)
+        found, notes = checkpoint.newest(run, "auto", ALONE, stage=2, precision="fp32", total_steps=STEPS)
         return found == before and notes[0].startswith(f"checkpoint {last} is not used: ")
     finally:
         shutil.rmtree(last)
@@ -105,7 +105,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         run = train(Path(scratch), options.seed)
         last = run / "checkpoints" / checkpoint.step_folder(STEPS)
-        assert checkpoint.newest(run, "auto", ALONE, stage=2, total_steps=STEPS) == (last, [])
+        assert checkpoint.newest(run, "auto", ALONE, stage=2, precision="fp32", total_steps=STEPS) == (last, [])
         for kind in KINDS:
             count = sum(detected(run, kind, rng) for _ in range(options.count))
             print(f"{kind.__name__.replace('_', ' ')}: {count} of {options.count} detected")

@@ -13,8 +13,9 @@ from dpo.estimate import checkpoint_bytes
 from dpo.model import adapters
 from dpo.model.load import save_folder
 from dpo.policy import Policy
-from dpo.runtime.checkpoint import publish, save
+from dpo.runtime.checkpoint import save
 from dpo.runtime.engine import DTYPES, zero_stage
+from dpo.runtime.folders import publish
 from dpo.runtime.weights import full_state, num_parameters
 from dpo.setup import Setup
 from dpo.types import TrainState
@@ -77,6 +78,6 @@ def save_checkpoint(
         half=setup.precision != "fp32", weights_only=train.save_weights_only,
     )  # fmt: skip
     save(
-        policy.engine, setup.run, state, setup.world, train.keep_checkpoints, more, weights=weights, kind=kind,
-        expected_bytes=expected,
+        policy.engine, setup.run, state, setup.world, train.keep_checkpoints, more, precision=setup.precision,
+        weights=weights, kind=kind, expected_bytes=expected,
     )  # fmt: skip

@@ -23,9 +23,11 @@ from dpo.model import adapters, load
 from dpo.report.card import model_card
 from dpo.runtime import checkpoint
 from dpo.runtime.distributed import World
+from dpo.runtime.folders import publish
 from dpo.runtime.run_directory import versions
 from dpo.runtime.tracking import read_lines
-from dpo.runtime.weights import checkpoint_weights, full_state
+from dpo.runtime.universal import trained_weights
+from dpo.runtime.weights import full_state
 from dpo.setup import model_and_tokenizer
 
 
@@ -76,7 +78,7 @@ def export_run(options: Options) -> Path:
         card = model_card(to_dict(config), read_lines(run), versions(), adapter=is_adapter)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
-    checkpoint.publish(target, write, World(0, 1, 0, torch.device("cpu")))
+    publish(target, write, World(0, 1, 0, torch.device("cpu")))
     return target
 
 
@@ -128,9 +130,9 @@ def _model(config: Config, source: Path, *, adapted: bool) -> Any:
         adapters.take_up(model, settings.policy)
     elif adapted:
         adapters.add(model, settings.lora, seed=config.train.seed, base=base, revision=revision)
-    state = checkpoint_weights(source)
+    weight_of = trained_weights(source)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad or not adapted:
-                parameter.copy_(state[f"model.{name}"])
+                parameter.copy_(weight_of(f"model.{name}"))
     return model

@@ -15,6 +15,7 @@ from dpo.errors import UserError
 from dpo.model import adapters, load
 from dpo.model.forward import Scorer
 from dpo.model.sequence import heads_complaint
+from dpo.model.shape import steady_length
 from dpo.runtime import engine as deepspeed_engine
 
 
@@ -140,6 +141,27 @@ def check_sequence(config: Config, model_config: Any) -> None:
 def _needs_bitsandbytes(what: str, instead: str, for_elsewhere: bool) -> None:
     if not for_elsewhere and find_spec("bitsandbytes") is None:
         raise UserError(f"{what}, which needs bitsandbytes; pip install bitsandbytes, or use {instead}")
+
+
+def max_length(config: Config, model_config: Any) -> int:
+    """data.max_length, resolved.
+
+    Raises:
+        UserError: If the model cannot read so much, or not alike in every batch.
+    """
+    context = load.context_length(model_config)
+    wanted = config.data.max_length
+    steady = steady_length(model_config)
+    if wanted is None:
+        return min(1024, context or 1024, steady or 1024)
+    if context is not None and wanted > context:
+        raise UserError(f"data.max_length is {wanted}, the model's context {context} tokens; use at most {context}")
+    if steady is not None and wanted > steady:
+        raise UserError(
+            f"data.max_length is {wanted}: beyond {steady} tokens this model's rotary embedding follows the longest"
+            f" sequence of a batch, so that a pair's score would follow its neighbours; use at most {steady}"
+        )
+    return wanted
 
 
 def check_reference_path(config: Config, tokenizer: Any, longest: int) -> None:

@@ -21,7 +21,7 @@ from dpo.data.planner import Costs, Epochs, Layout, num_tokens
 from dpo.errors import UserError
 from dpo.estimate import costs_of
 from dpo.model import adapters, load, products
-from dpo.model.shape import shape_of, steady_length
+from dpo.model.shape import shape_of
 from dpo.objective.tokens import weigher
 from dpo.run_data import RunData, prepare_data
 from dpo.runtime import engine as deepspeed_engine
@@ -213,22 +213,6 @@ def _costs(config: Config, model_config: Any, world_size: int) -> Costs:
     return costs_of(**shape.sizes)
 
 
-def _longest(config: Config, model_config: Any) -> int:
-    context = load.context_length(model_config)
-    wanted = config.data.max_length
-    steady = steady_length(model_config)
-    if wanted is None:
-        return min(1024, context or 1024, steady or 1024)
-    if context is not None and wanted > context:
-        raise UserError(f"data.max_length is {wanted}, the model's context {context} tokens; use at most {context}")
-    if steady is not None and wanted > steady:
-        raise UserError(
-            f"data.max_length is {wanted}: beyond {steady} tokens this model's rotary embedding follows the longest"
-            f" sequence of a batch, so that a pair's score would follow its neighbours; use at most {steady}"
-        )
-    return wanted
-
-
 def model_and_tokenizer(config: Config) -> tuple[Any, Any]:
     """The policy's config and its tokenizer, as a run reads them.
 
@@ -299,7 +283,7 @@ def prepare(config: Config, world: World, deepspeed_json: str | None, *, for_els
             for path in filter(None, (config.model.policy, config.reference.path)):
                 load.check_weights(path)  # of the adapter, where it is one
                 load.check_weights(adapters.base_of(path)[0])
-        longest = _longest(config, model_config)
+        longest = roles.max_length(config, model_config)
         roles.check_reference_path(config, tokenizer, longest)
         data = prepare_data(config, tokenizer, longest)
         made = Setup(

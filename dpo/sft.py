@@ -8,7 +8,6 @@ its newest checkpoint; one killed after never repeats it, and never takes later 
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime import heartbeat, preemption
 from dpo.runtime.checkpoint import checkpoints, load, newest
 from dpo.runtime.distributed import only_main, sum_over_ranks
+from dpo.runtime.folders import drop
 from dpo.runtime.schedule import due, learning_rate
 from dpo.runtime.tracking import Tracker, keep_lines
 from dpo.setup import Setup
@@ -63,13 +63,15 @@ def run_sft(setup: Setup, tracker: Tracker) -> None:
 def _drop_checkpoints(run: Path) -> None:
     """The stage is done: `reference/` stands for it."""
     for folder in checkpoints(run, "sft"):
-        shutil.rmtree(folder)
+        drop(folder)
 
 
 def _resume(setup: Setup, policy: Policy, total: int, tracker: Tracker) -> TrainState:
     """Bring the engine to the stage's newest checkpoint, and metrics.jsonl with it."""
     stage = deepspeed_engine.zero_stage(setup.engine_config)
-    folder, damaged = newest(setup.run, "auto", setup.world, stage=stage, total_steps=total, kind="sft")
+    folder, damaged = newest(
+        setup.run, "auto", setup.world, stage=stage, precision=setup.precision, total_steps=total, kind="sft"
+    )
     for note in damaged:
         tracker.say(note)
     state = TrainState()

@@ -24,6 +24,7 @@ from dpo.errors import UserError
 from dpo.evaluate import ValidationShare, evaluate
 from dpo.export import final_dtype, save_checkpoint, write_weights
 from dpo.finish import card_of, closing, keep_evaluation, take_samples
+from dpo.inputs import check_inputs
 from dpo.load_models import read_whole
 from dpo.model import adapters
 from dpo.model.load import fetch_weights
@@ -36,6 +37,7 @@ from dpo.report.page import Refresher
 from dpo.runtime import checkpoint, distributed, heartbeat, preemption, run_directory
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import World
+from dpo.runtime.folders import drop_leftovers
 from dpo.runtime.schedule import due, learning_rate
 from dpo.runtime.status import State, write_status
 from dpo.runtime.tracking import Recorder, Silent, Tracker, keep_lines, read_lines
@@ -95,10 +97,12 @@ def _run(command: Command, world: World) -> None:
         config.train.resume,
         world,
         stage=deepspeed_engine.zero_stage(setup.engine_config),
+        precision=setup.precision,
         total_steps=setup.total_steps,
     )
-    run_directory.open_run(config, world)
-    with _told(setup):
+    with run_directory.opened(config, world), _told(setup):
+        check_inputs(setup)
+        distributed.only_main(world, lambda: drop_leftovers(setup.run / "checkpoints"))
         tracker = _tracker(setup)
         for note in _greeting(command) + list(setup.notes) + damaged + audit_run(setup):
             tracker.say(note)
@@ -199,27 +203,25 @@ def _train_dpo(
     report, meter = Refresher(setup.run, tracker.say), meter_for(setup, policy)
     nonfinite = Nonfinite(setup, "step", tracker.say, state.skipped)
 
-    def evaluate_after(step: int) -> float | None:
+    def evaluate_after(step: int) -> None:
         if not validation:
-            return None
+            return
         heartbeat.at(f"in the evaluation after step {step}")
         metrics, pairs = evaluate(policy, known_reference, validation, loss, world)
         tracker.record({"step": step, "epoch": step / per_epoch} | metrics)
         tracker.say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if "logps" not in k))
         keep_evaluation(setup, step, pairs, report)
-        return metrics["eval_rewards/accuracies"]
 
-    def after(state: TrainState, seen: Collection[str] = ()) -> TrainState:
+    def after(state: TrainState, seen: Collection[str] = ()) -> None:
         """What is due after a step and not `seen` in its lines of metrics.jsonl yet; then its checkpoint."""
         step, train, log = state.step, config.train, config.log
         is_last = step == total
         if "eval_loss" not in seen and (is_last or due(step, train.eval_every, per_epoch)):
-            state = replace(state, accuracy=evaluate_after(step))
+            evaluate_after(step)
         if "samples/kl" not in seen and log.samples and (is_last or due(step, log.sample_every, per_epoch)):
             take_samples(setup, policy, reference, step, tracker)
         if not seen and (is_last or due(step, train.save_every, per_epoch)):
             _save(setup, policy, reference, replace(state, unlogged=meter.carried()))
-        return state
 
     meter.take_up(state.unlogged, world.is_main)
     if state.step == 0:
@@ -227,7 +229,7 @@ def _train_dpo(
         evaluate_after(0)
     else:
         seen = distributed.only_main(world, lambda: _names_at(setup.run, state.step))
-        state = after(state, {*seen, "step"})
+        after(state, {*seen, "step"})
     try:
         for work in loader.steps(state.step, total):
             lr = learning_rate(
@@ -244,7 +246,7 @@ def _train_dpo(
             if step % config.log.every == 0 or step == total:
                 _log(setup, tracker, state, meter.line(world.device) | {"learning_rate": lr} | nonfinite.metrics)
             preemption.stop_if(stop)
-            state = after(state)
+            after(state)
             heartbeat.at(f"waiting for the pairs of step {step + 1}", in_step=True)
     except preemption.Preempted:
         here = setup.run / "checkpoints" / checkpoint.step_folder(state.step)

@@ -280,7 +280,6 @@ class TrainState:
         num_tokens: Useful tokens seen so far.
         unlogged: What the next line of metrics.jsonl already holds, summed over all ranks.
         running: What the objective carries from step to step.
-        accuracy: Validation accuracy after this very step, if it was evaluated.
         skipped: Steps of this stage that were left out, see train.on_nonfinite.
     """
 
@@ -288,5 +287,4 @@ class TrainState:
     num_tokens: int = 0
     unlogged: tuple[float, ...] = ()
     running: float = 0.0
-    accuracy: float | None = None
     skipped: int = 0

@@ -79,6 +79,8 @@ here=${processes:-$SLURM_GPUS_ON_NODE}
 read -r first_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 port=$((15000 + SLURM_JOB_ID % 15000))   # jobs may share a node; below Linux's ephemeral ports
 [ $# -gt 0 ] || set -- --config ds_configs/zero2.json
+# A job that was put back goes on from its newest checkpoint: train.resume was for its first start.
+[ "${SLURM_RESTART_COUNT:-0}" = 0 ] || set -- "$@" --train.resume auto
 
 # Since 22.05 srun does not take over --cpus-per-task; our one task per node stands for all of sbatch's.
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
@@ -163,11 +165,22 @@ while :; do
 done
 
 state=$(sed -nE 's/.*"state": "([a-z]+)".*/\1/p' "$DPO_STATUS_FILE" 2>/dev/null) || true
+safe=$(sed -nE 's/.*"step": ([0-9]+).*/\1/p' "$DPO_STATUS_FILE" 2>/dev/null) || true
 rm -f "$DPO_STATUS_FILE"
+# The step that was safe on disk when the job was last put back.
+last_file=.dpo-requeued-$SLURM_JOB_ID
+last=$(cat "$last_file" 2>/dev/null) || true
 if [ -n "$preempted" ] && [[ "$state" = preempted || ( -n "$over" && "$state" = running ) ]]; then
+    if [ "$last" = "${safe:-0}" ]; then
+        rm -f "$last_file"
+        die "twice in a row time was up at step ${safe:-0}: give the job more (--time), or notice it earlier" \
+            "(--signal=B:USR1@900), or save more often (train.save_every)"
+    fi
+    echo "${safe:-0}" >"$last_file"
     if [ "$state" = preempted ]; then saved=checkpointed; else saved="not checkpointed in time"; fi
     echo "slurm/dpo.sh: $saved; job $SLURM_JOB_ID goes back into the queue"
     scontrol requeue "$SLURM_JOB_ID"
     sleep 60   # Slurm ends this script
 fi
+rm -f "$last_file"
 exit "$status"

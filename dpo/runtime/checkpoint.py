@@ -1,18 +1,14 @@
-"""Checkpoints that resume, and folders that appear whole.
+"""Checkpoints that resume.
 
     checkpoints/step-000200/     engine state of every rank, state.json, manifest.json; sft-000200 of the SFT stage
                                  (train.save_weights_only: weights/ in place of engine state)
-    reference/                   after SFT: the frozen start of DPO
-    final/                       the trained policy
 
-Whatever must be whole is written under a temporary name and renamed. A checkpoint damaged afterwards is told by its
-manifest, and the one before is taken.
+A checkpoint appears whole (folders.py). One damaged afterwards is told by its manifest, and the one before is taken.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 from collections.abc import Callable
@@ -21,18 +17,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import nn
 
 from dpo.errors import UserError
 from dpo.runtime.distributed import World, give_up, only_main, together
-from dpo.runtime.files import write_whole
+from dpo.runtime.files import read_records, write_whole
+from dpo.runtime.folders import drop, put_in_place
 from dpo.runtime.manifest import complaint, size_of, write_manifest
 from dpo.runtime.universal import check_convertible, conversion, differs, load_converted
 from dpo.runtime.weights import give_weights, without_code
 from dpo.types import TrainState
 
-GIB, WEIGHTS = 2**30, "weights"
+GIB, WEIGHTS, ACCURACY = 2**30, "weights", "eval_rewards/accuracies"
 Write = Callable[[Path], None]
 
 
@@ -43,7 +39,11 @@ def step_folder(step: int, kind: str = "step") -> str:
 
 def checkpoints(run: Path, kind: str = "step") -> list[Path]:
     """Checkpoints of a run, oldest first; they were whole when they got their name."""
-    return sorted(p for p in (run / "checkpoints").glob(f"{kind}-*") if p.is_dir())
+    return sorted((p for p in (run / "checkpoints").glob(f"{kind}-*") if p.is_dir()), key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.split("-")[1])
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
@@ -54,18 +54,12 @@ def _weights_only(folder: Path) -> bool:
     return (folder / WEIGHTS).is_dir()
 
 
-def _accuracy(folder: Path) -> float:
-    """Validation accuracy of a checkpoint; below every other where it has none or cannot be read."""
-    try:
-        found = _read_state(folder).get("accuracy")
-    except (OSError, ValueError):
-        found = None
-    return -1.0 if found is None else found
-
-
-def _worth_keeping(folders: list[Path], keep: int) -> set[Path]:
-    """The newest, and the one with the best validation accuracy, the later of equals."""
-    best = max(folders, key=lambda folder: (_accuracy(folder), folder.name))
+def _worth_keeping(run: Path, folders: list[Path], keep: int) -> set[Path]:
+    """The newest, and the one with the best validation accuracy that metrics.jsonl names, the later of equals."""
+    lines = read_records(run / "metrics.jsonl")[0]
+    accuracy = {line.get("step"): line.get(ACCURACY) for line in lines}
+    known = [folder for folder in folders if accuracy.get(_step_of(folder)) is not None]
+    best = max(known, key=lambda folder: (accuracy[_step_of(folder)], _step_of(folder)), default=folders[-1])
     return {*folders[-keep:], best}
 
 
@@ -112,6 +106,7 @@ def save(
     keep: int,
     more: Write | None = None,
     *,
+    precision: str,
     weights: Write | None = None,
     kind: str = "step",
     expected_bytes: int = 0,
@@ -125,6 +120,7 @@ def save(
         world: This rank.
         keep: Newest checkpoints to keep; of the older ones only the best by validation accuracy stays.
         more: Writes into the folder what else the run needs; called on every rank.
+        precision: Of the engine: fp16, bf16 or fp32.
         weights: Writes the weights as a folder, which then stand for the engine; called on every rank.
         kind: See `step_folder`.
         expected_bytes: What it will take on disk at least.
@@ -141,7 +137,9 @@ def save(
         _check_disk(parent, expected_bytes)
 
     only_main(world, begin)
-    fits = {"world_size": world.world_size, "zero_stage": engine.zero_optimization_stage()}
+    fits = {
+        "world_size": world.world_size, "zero_stage": engine.zero_optimization_stage(), "precision": precision,
+    }  # fmt: skip
     trouble: str | None = None
     try:
         _write(engine, unfinished, world, more, weights, json.dumps(asdict(state) | fits))
@@ -157,11 +155,10 @@ def save(
         )
 
     def finish() -> None:
-        shutil.rmtree(parent / name, ignore_errors=True)
-        os.replace(unfinished, parent / name)
+        put_in_place(unfinished, parent / name)
         folders = checkpoints(run, kind)
-        for old in set(folders) - _worth_keeping(folders, keep):
-            shutil.rmtree(old)
+        for old in set(folders) - _worth_keeping(run, folders, keep):
+            drop(old)
 
     only_main(world, finish)
     return parent / name
@@ -173,7 +170,7 @@ def _holds_frozen(engine: Any) -> bool:
 
 
 def newest(
-    run: Path, resume: str, world: World, *, stage: int, total_steps: int, kind: str = "step"
+    run: Path, resume: str, world: World, *, stage: int, precision: str, total_steps: int, kind: str = "step"
 ) -> tuple[Path | None, list[str]]:
     """The checkpoint to continue from, the same on every rank; collective.
 
@@ -181,7 +178,7 @@ def newest(
         run: The run directory.
         resume: train.resume.
         world: This rank.
-        stage: ZeRO stage of this start.
+        stage, precision: ZeRO stage and precision of this start.
         total_steps: Steps of this start.
         kind: See `step_folder`.
     Returns:
@@ -196,7 +193,7 @@ def newest(
     for folder in candidates:
         wrong = complaint(folder, world)
         if wrong is None:
-            only_main(world, partial(_check_fit, folder, world, stage, total_steps))
+            only_main(world, partial(_check_fit, folder, world, stage, precision, total_steps))
             values = only_main(world, partial(_read_state, folder))
             if only_main(world, partial(_weights_only, folder)):
                 notes.append(f"checkpoint {folder} holds the weights alone: AdamW's moments start anew")
@@ -225,15 +222,20 @@ def _candidates(run: Path, resume: str, kind: str) -> list[Path]:
     return [run / "checkpoints" / folder.name]
 
 
-def _check_fit(folder: Path, world: World, stage: int, total_steps: int) -> None:
+def _check_fit(folder: Path, world: World, stage: int, precision: str, total_steps: int) -> None:
     """Refuse a checkpoint that this start cannot take up.
 
     Raises:
-        UserError: If the ZeRO stage or the number of steps does not fit.
+        UserError: If the ZeRO stage, the precision or the number of steps does not fit.
     """
     values = _read_state(folder)
     if not _weights_only(folder):
         check_convertible(folder, values, world, stage)
+        if values.get("precision", precision) != precision:
+            raise UserError(
+                f"checkpoint {folder} was written in {values['precision']} and this start computes in {precision}: its"
+                f" optimizer and loss scale do not fit; go on where train.precision can be {values['precision']}"
+            )
     if values["step"] > total_steps:
         raise UserError(
             f"checkpoint {folder} is beyond the {total_steps} steps asked for; raise train.max_steps or"
@@ -258,7 +260,7 @@ def load(engine: Any, folder: Path, world: World, read: Callable[[Path], nn.Modu
     def drop_later() -> None:
         every = checkpoints(folder.parent.parent, folder.name.split("-")[0])
         for later in every[every.index(folder) + 1 :]:
-            shutil.rmtree(later)
+            drop(later)
 
     values, is_there = only_main(world, partial(_read_state, folder)), True
     if only_main(world, partial(_weights_only, folder)):
@@ -277,30 +279,3 @@ def load(engine: Any, folder: Path, world: World, read: Callable[[Path], nn.Modu
     only_main(world, drop_later)
     known = {field.name: values[field.name] for field in fields(TrainState) if field.name in values}
     return TrainState(**known | {"unlogged": tuple(values["unlogged"])})
-
-
-def publish(folder: Path, write: Callable[[Path], None], world: World) -> None:
-    """Make a folder appear whole or not at all: rank 0 fills a temporary one and renames it.
-
-    Args:
-        folder: Its final name; an older folder of that name is replaced.
-        write: Fills the folder it is given; called on rank 0 alone.
-        world: This rank.
-    Raises:
-        UserError: If it cannot be written; an older folder of that name stays.
-    """
-
-    def make() -> None:
-        unfinished = folder.with_name(f".partial-{folder.name}")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        try:
-            unfinished.mkdir(parents=True)
-            write(unfinished)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            what = " ".join(str(error).split())[:300]
-            raise UserError(f"{folder} cannot be written: {what}; make room and start again") from None
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(unfinished, folder)
-
-    only_main(world, make)

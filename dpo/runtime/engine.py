@@ -89,11 +89,11 @@ def build_config(
     if precision != "fp32":
         half[precision] = config.get(precision, {}) | {"enabled": True}
         half["data_types"] = {"grad_accum_dtype": "fp32"} | config.get("data_types", {})
-        if not zero_stage(config) and half["data_types"]["grad_accum_dtype"] != precision:
-            raise UserError(
-                f"{name}: zero_optimization.stage is 0 or missing, and {precision} gradients cannot be accumulated in"
-                f" {half['data_types']['grad_accum_dtype']} there; use 1, 2 or 3"
-            )
+        accumulated = half["data_types"]["grad_accum_dtype"]
+        if not zero_stage(config) and (precision == "fp16" or accumulated != precision):
+            what = "scaled as the loss was" if precision == "fp16" else f"accumulated in {accumulated}"
+            why = f"zero_optimization.stage is 0 or missing, and {precision} gradients cannot be {what} there"
+            raise UserError(f"{name}: {why}; use 1, 2 or 3")
     config |= half | {
         "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
         "gradient_clipping": optim.max_grad_norm,

@@ -19,7 +19,21 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """
     new = path.with_name(path.name + ".new")
     new.write_bytes(content.encode() if isinstance(content, str) else content)
+    flush(new)
     os.replace(new, path)
+
+
+def flush(path: Path) -> None:
+    """Have what was written to a file go to the disk now; a machine that loses power keeps it.
+
+    Raises:
+        OSError: If it cannot be; some disks say only here that they are full.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_records(path: Path) -> tuple[list[dict[str, Any]], bool]:

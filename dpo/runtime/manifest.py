@@ -14,7 +14,7 @@ from typing import Any
 import xxhash
 
 from dpo.runtime.distributed import World, gather, only_main
-from dpo.runtime.files import write_whole
+from dpo.runtime.files import flush, write_whole
 
 NAME = "manifest.json"
 CHUNK = 1 << 24
@@ -43,18 +43,18 @@ def _reader(name: str, place: int, world_size: int) -> int:
 
 
 def write_manifest(folder: Path, world: World) -> None:
-    """Describe every file of a folder; collective.
+    """Describe every file of a folder, all of it on the disk afterwards; collective.
 
     Args:
         folder: Complete, on a file system that all ranks see.
         world: This rank.
     """
     names = only_main(world, lambda: _files(folder))
-    mine = {
-        name: {"bytes": (folder / name).stat().st_size, "xxh3_128": _checksum(folder / name)}
-        for place, name in enumerate(names)
-        if _reader(name, place, world.world_size) == world.rank
-    }
+    mine = {}
+    for place, name in enumerate(names):
+        if _reader(name, place, world.world_size) == world.rank:
+            flush(folder / name)
+            mine[name] = {"bytes": (folder / name).stat().st_size, "xxh3_128": _checksum(folder / name)}
     files = {name: entry for share in gather(mine) for name, entry in share.items()}
     text = json.dumps({"files": files, "xxh3_128": _own_checksum(files)}, indent=1)
     only_main(world, lambda: write_whole(folder / NAME, text))

@@ -1,22 +1,28 @@
 """The run directory: whose it is, and whether it is finished.
 
     config.yaml      the resolved settings; a run started again must have the same ones
+    .lock            held by the process that trains there
     status.json      running, preempted, failed or finished
     finished.json    written last: the step
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import platform
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
 from dpo.config import Config, to_dict
 from dpo.errors import UserError
-from dpo.runtime.distributed import World, only_main
+from dpo.runtime.distributed import World, only_main, together
 from dpo.runtime.files import write_whole
 
 MAY_CHANGE = (
@@ -47,22 +53,52 @@ def check_run(config: Config, world: World) -> None:
     only_main(world, lambda: _check_run(config))
 
 
-def open_run(config: Config, world: World) -> None:
-    """Create the run directory, or take up the run that is there; collective.
+@contextmanager
+def opened(config: Config, world: World) -> Iterator[None]:
+    """Create the run directory, or take up the run that is there, and keep other processes out of it; collective.
 
     Raises:
-        UserError: If the directory cannot be written.
+        UserError: If the directory cannot be written, another process trains in it, or a rank does not see it.
     """
-    run = Path(config.train.output_dir)
+    run, held = Path(config.train.output_dir), ExitStack()
 
     def work() -> None:
         try:
             run.mkdir(parents=True, exist_ok=True)
+            _lock(held.enter_context(open(run / ".lock", "a+", encoding="utf-8")), run)
             write_whole(run / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
         except OSError as error:
             raise UserError(f"train.output_dir {run} cannot be written: {error.strerror}; name another") from None
 
-    only_main(world, work)
+    with held:
+        only_main(world, work)
+        together(partial(_check_seen, run, world))
+        yield
+
+
+def _lock(stream: IO[str], run: Path) -> None:
+    """Lock a file: whoever has it trains in the run, until the process ends, however it ends."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.seek(0)
+        who = stream.read().strip() or "another process"
+        raise UserError(f"train.output_dir {run} is in use by {who}; wait for its end, or name another") from None
+    except OSError:  # a file system without locks
+        return
+    stream.truncate(0)
+    stream.write(f"process {os.getpid()} on {platform.node()}\n")
+    stream.flush()
+
+
+def _check_seen(run: Path, world: World) -> None:
+    """Refuse a folder of one node's own disk: checkpoints are written by all ranks and read by others."""
+    os.listdir(run.parent if run.parent.is_dir() else ".")  # has a network file system look again
+    if not (run / "config.yaml").is_file():
+        raise UserError(
+            f"train.output_dir {run} is not there for rank {world.rank} on {platform.node()}; name a folder on a disk"
+            f" that all nodes share"
+        )
 
 
 def versions() -> dict[str, str]:
@@ -98,7 +134,7 @@ def _check_run(config: Config) -> None:
         raise UserError(f"{path} is not the settings of a run; name another train.output_dir") from None
     new = _flat(to_dict(config))
     changed = [key for key in sorted((old.keys() | new.keys()) - {*MAY_CHANGE}) if old.get(key) != new.get(key)]
-    if changed and _has_begun(run):
+    if changed and has_begun(run):
         listed = ", ".join(f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in changed)
         raise UserError(
             f"train.output_dir {run} holds another run: {listed}; name another folder, or give the old values to"
@@ -106,7 +142,7 @@ def _check_run(config: Config) -> None:
         )
 
 
-def _has_begun(run: Path) -> bool:
+def has_begun(run: Path) -> bool:
     """Whether there is anything in a run directory that other settings would spoil."""
     metrics = run / "metrics.jsonl"
     if any((run / "checkpoints").glob("*-*")) or (run / "reference").exists():

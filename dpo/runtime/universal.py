@@ -12,11 +12,12 @@ shared by all groups, so each gets its own afterwards.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,27 @@ class Shards:
     def __iter__(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """All of them."""
         return ((name, self.whole(name)) for name in self.shapes)
+
+
+def trained_weights(folder: Path) -> Callable[[str], Tensor]:
+    """Weights of a checkpoint, put together from the files of all its ranks one at a time; needs no engine.
+
+    Args:
+        folder: As `checkpoint.save` wrote it, with an engine's state.
+    Returns:
+        Name within the engine's module -> fp32 master weight on the CPU; frozen weights are not known to it.
+    Raises:
+        UserError: If the files are not those of such a checkpoint.
+    """
+    try:
+        values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if values["zero_stage"] == 0:
+            module = _read(folder / "mp_rank_00_model_states.pt")["module"]
+            return lambda name: module[name].float()
+        shards = Shards(folder, values["world_size"], values["zero_stage"])
+        return lambda name: shards.whole(name)[WEIGHT]
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"checkpoint {folder} cannot be read: {' '.join(str(error).split())[:200]}") from None
 
 
 def _check_disk(folder: Path, shapes: dict[str, torch.Size]) -> None:

@@ -1,4 +1,4 @@
-"""Weights across ranks and files: named, gathered, mixed, restored, put together from a checkpoint without an engine.
+"""Weights across ranks: named, gathered, mixed, restored.
 
 Files of DeepSpeed are read `without_code` here and wherever else they are.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import os
 import pickle
 from collections.abc import Iterator
@@ -107,28 +106,6 @@ def give_weights(engine: Any, model: nn.Module, source: nn.Module | None) -> Non
                 from_main(parameter)
     if hasattr(engine.optimizer, "refresh_fp32_params"):
         engine.optimizer.refresh_fp32_params()
-
-
-def checkpoint_weights(folder: Path) -> dict[str, Tensor]:
-    """Trained weights of a checkpoint, put together from the files of all its ranks; needs no engine.
-
-    Args:
-        folder: As `checkpoint.save` wrote it, under ZeRO 1, 2 or 3.
-    Returns:
-        Name within the engine's module -> fp32 master weight on the CPU; frozen weights are not there.
-    Raises:
-        UserError: If the files are not those of such a checkpoint.
-    """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    chatter = io.StringIO()
-    try:
-        with without_code(folder), contextlib.redirect_stdout(chatter), contextlib.redirect_stderr(chatter):
-            return get_fp32_state_dict_from_zero_checkpoint(
-                str(folder.parent), tag=folder.name, exclude_frozen_parameters=True
-            )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"checkpoint {folder} cannot be read: {' '.join(str(error).split())[:200]}") from None
 
 
 def fingerprint(model: nn.Module) -> str:

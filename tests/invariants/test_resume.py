@@ -102,7 +102,9 @@ def test_a_finished_run_says_so_and_a_raised_number_of_epochs_continues_it(argv,
     before = (run / "metrics.jsonl").read_bytes()
     assert "is finished" in train([*here, "--train.epochs", "1"], 1)
     assert (run / "metrics.jsonl").read_bytes() == before
+    (run / "checkpoints/partial-step-000003").mkdir()  # as of a process that was killed
     train([*here, "--train.epochs", "2"], 1)
+    assert not list((run / "checkpoints").glob("partial-*"))
     steps = [line["step"] for line in read_lines(run) if "loss" in line]
     assert steps == [3, 4, 6, 8]
     whole = tmp_path / "whole"

@@ -6,6 +6,9 @@ import copy
 import dataclasses
 import json
 import os
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +19,7 @@ import yaml
 
 from dpo.config import Config, DataConfig, ModelConfig, to_dict
 from dpo.errors import UserError
-from dpo.runtime import checkpoint, manifest, run_directory
+from dpo.runtime import checkpoint, folders, manifest, run_directory
 from dpo.runtime.distributed import World
 from dpo.runtime.manifest import write_manifest
 from dpo.runtime.run_directory import MAY_CHANGE
@@ -41,7 +44,15 @@ def begin(run: Path) -> None:
 
 
 def newest(run: Path, resume: str, stage: int = 2, total_steps: int = 100, world: World = ALONE) -> Path | None:
-    return checkpoint.newest(run, resume, world, stage=stage, total_steps=total_steps)[0]
+    return checkpoint.newest(run, resume, world, stage=stage, precision="bf16", total_steps=total_steps)[0]
+
+
+save = partial(checkpoint.save, precision="bf16")
+
+
+def open_run(config: Config) -> None:
+    with run_directory.opened(config, ALONE):
+        pass
 
 
 def refusal(config: Config) -> str:
@@ -69,12 +80,57 @@ def test_a_new_or_empty_folder_is_taken_and_checking_writes_nothing(run: Path) -
 
 def test_an_opened_run_is_known_the_second_time_and_holds_its_settings(run: Path) -> None:
     config = config_of(run)
-    run_directory.open_run(config, ALONE)
-    assert [file.name for file in run.iterdir()] == ["config.yaml"]
+    open_run(config)
+    assert sorted(file.name for file in run.iterdir()) == [".lock", "config.yaml"]
     run_directory.check_run(config, ALONE)
     longer = config_of(run, train__epochs=3)
-    run_directory.open_run(longer, ALONE)
+    open_run(longer)
     assert yaml.safe_load((run / "config.yaml").read_text()) == to_dict(longer)
+
+
+LOCKED = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+from dpo.runtime.run_directory import _lock
+stream = open(sys.argv[2] + "/.lock", "a+")
+_lock(stream, sys.argv[2])
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+
+
+def test_two_processes_never_train_in_one_run_and_a_killed_one_leaves_no_lock(run: Path) -> None:
+    config = config_of(run)
+    run.mkdir(parents=True)
+    argv = [sys.executable, "-c", LOCKED, str(Path(__file__).resolve().parents[2]), str(run)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        pid = other.stdout.readline().strip()
+        with pytest.raises(UserError, match=f"{run} is in use by process {pid} on .*; wait for its end, or name anoth"):
+            open_run(config)
+        assert not (run / "config.yaml").exists()
+        other.kill()
+    open_run(config)
+    with run_directory.opened(config, ALONE), pytest.raises(UserError, match=f"in use by process {os.getpid()} on"):
+        open_run(config)
+
+
+def test_a_file_system_without_locks_is_taken_as_it_is(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(*_: Any) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(run_directory.fcntl, "flock", without)
+    open_run(config_of(run))
+    assert (run / "config.yaml").exists()
+
+
+def test_a_folder_that_another_node_does_not_see_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1's own disk: what rank 0 does is not done there."""
+    monkeypatch.setattr(run_directory, "only_main", lambda world, function: None)
+    elsewhere = World(rank=1, world_size=2, local_rank=0, device=torch.device("cpu"))
+    message = f"{run} is not there for rank 1 on .*; name a folder on a disk that all nodes share"
+    with pytest.raises(UserError, match=message), run_directory.opened(config_of(run), elsewhere):
+        pass
 
 
 def test_other_files_are_refused(run: Path) -> None:
@@ -90,19 +146,19 @@ def test_a_file_in_the_way_is_refused(run: Path) -> None:
     run.write_text("mine")
     assert refusal(config_of(run)) == f"train.output_dir {run} is a file; name a folder"
     below = config_of(run / "x")
-    assert "cannot be written" in str(pytest.raises(UserError, run_directory.open_run, below, ALONE).value)
+    assert "cannot be written" in str(pytest.raises(UserError, open_run, below).value)
     assert run.read_text() == "mine"
 
 
 def test_a_run_that_never_took_a_step_may_start_with_other_settings(run: Path) -> None:
-    run_directory.open_run(config_of(run), ALONE)
+    open_run(config_of(run))
     run_directory.check_run(config_of(run, loss__beta=0.5), ALONE)
     begin(run)
     assert "loss.beta was 0.1, now 0.5" in refusal(config_of(run, loss__beta=0.5))
 
 
 def test_another_run_is_refused_and_every_changed_key_is_named(run: Path) -> None:
-    run_directory.open_run(config_of(run), ALONE)
+    open_run(config_of(run))
     begin(run)
     before = (run / "config.yaml").read_text()
     message = refusal(config_of(run, loss__beta=0.5, data__train="e", optim__betas=(0.9, 0.95), train__epochs=7))
@@ -114,7 +170,7 @@ def test_another_run_is_refused_and_every_changed_key_is_named(run: Path) -> Non
 
 
 def test_a_key_that_the_old_run_did_not_have_counts_as_changed_unless_it_is_unset(run: Path) -> None:
-    run_directory.open_run(config_of(run), ALONE)
+    open_run(config_of(run))
     begin(run)
     old = yaml.safe_load((run / "config.yaml").read_text())
     del old["optim"]["lr"], old["data"]["subset"]
@@ -128,7 +184,7 @@ OTHER_VALUES: dict[type, Any] = {int: 5, float: 0.25, str: "sdpa", bool: True, t
 @pytest.mark.parametrize("key", sorted({*MAY_CHANGE} - {"train.resume", "train.output_dir"}))
 def test_settings_that_move_no_step_may_change(run: Path, key: str) -> None:
     section, name = key.split(".")
-    run_directory.open_run(config_of(run), ALONE)
+    open_run(config_of(run))
     other = OTHER_VALUES[type(getattr(getattr(config_of(run), section), name))]
     changed = config_of(run, **{f"{section}__{name}": other})
     assert changed != config_of(run)
@@ -136,7 +192,7 @@ def test_settings_that_move_no_step_may_change(run: Path, key: str) -> None:
 
 
 def test_every_setting_that_may_not_change_is_refused(run: Path) -> None:
-    run_directory.open_run(config_of(run), ALONE)
+    open_run(config_of(run))
     begin(run)
     keys = run_directory._flat(to_dict(config_of(run))).keys() - {*MAY_CHANGE}
     assert {"loss.beta", "optim.lr", "train.seed", "train.global_batch_size", "train.precision"} <= keys
@@ -162,7 +218,7 @@ def test_the_settings_that_may_change_are_listed_in_the_guide() -> None:
 
 def test_resume_never_refuses_a_folder_with_a_run(run: Path) -> None:
     run_directory.check_run(config_of(run, train__resume="never"), ALONE)
-    run_directory.open_run(config_of(run), ALONE)
+    open_run(config_of(run))
     message = refusal(config_of(run, train__resume="never"))
     assert message == f"train.output_dir {run} holds a run and train.resume is never; name another folder"
     run_directory.check_run(config_of(run, train__resume=str(run / "checkpoints" / "step-000001")), ALONE)
@@ -215,7 +271,7 @@ def names(run: Path) -> list[str]:
 
 def test_the_newest_checkpoints_are_kept(run: Path) -> None:
     for step in (2, 4, 6, 12):
-        folder = checkpoint.save(FakeEngine(), run, TrainState(step, 10 * step), ALONE, keep=2)
+        folder = save(FakeEngine(), run, TrainState(step, 10 * step), ALONE, keep=2)
         assert folder == run / "checkpoints" / f"step-{step:06d}"
     assert names(run) == ["step-000006", "step-000012"]
     found = newest(run, "auto")
@@ -226,37 +282,37 @@ def test_the_newest_checkpoints_are_kept(run: Path) -> None:
 
 def test_going_back_to_an_earlier_checkpoint_drops_the_later_ones(run: Path) -> None:
     for step in (2, 4, 6):
-        checkpoint.save(FakeEngine(), run, TrainState(step, 10 * step), ALONE, keep=3)
+        save(FakeEngine(), run, TrainState(step, 10 * step), ALONE, keep=3)
     assert checkpoint.load(FakeEngine(), run / "checkpoints" / "step-000004", ALONE) == TrainState(4, 40)
     assert names(run) == ["step-000002", "step-000004"]
 
 
 def test_what_the_next_line_already_holds_is_kept(run: Path) -> None:
     state = TrainState(2, 1, (0.5, 1.25, 3.0))
-    assert checkpoint.load(FakeEngine(), checkpoint.save(FakeEngine(), run, state, ALONE, keep=1), ALONE) == state
+    assert checkpoint.load(FakeEngine(), save(FakeEngine(), run, state, ALONE, keep=1), ALONE) == state
 
 
 def test_a_checkpoint_without_engine_state_is_refused(run: Path) -> None:
-    folder = checkpoint.save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=1)
+    folder = save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=1)
     (folder / "weights").unlink()
     with pytest.raises(UserError, match="holds no engine state; delete the folder"):
         checkpoint.load(FakeEngine(), folder, ALONE)
 
 
 def test_a_checkpoint_of_another_run_is_refused(run: Path, tmp_path: Path) -> None:
-    other = checkpoint.save(FakeEngine(), tmp_path / "other", TrainState(2, 1), ALONE, keep=1)
+    other = save(FakeEngine(), tmp_path / "other", TrainState(2, 1), ALONE, keep=1)
     with pytest.raises(UserError, match="is no checkpoint of .*; give a folder such as"):
         newest(run, str(other))
 
 
 def test_a_checkpoint_beyond_the_end_is_refused(run: Path) -> None:
-    checkpoint.save(FakeEngine(), run, TrainState(4, 1), ALONE, keep=1)
+    save(FakeEngine(), run, TrainState(4, 1), ALONE, keep=1)
     with pytest.raises(UserError, match="is beyond the 3 steps asked for; raise train.max_steps"):
         newest(run, "auto", total_steps=3)
 
 
 def test_a_checkpoint_whose_optimizer_another_start_cannot_take_is_refused(run: Path) -> None:
-    folder = checkpoint.save(FakeEngine(), run, TrainState(4, 1), ALONE, keep=1)
+    folder = save(FakeEngine(), run, TrainState(4, 1), ALONE, keep=1)
     with pytest.raises(UserError, match="was written under ZeRO-2, this is ZeRO-0; give a --config of stage 1, 2 or 3"):
         newest(run, "auto", stage=0)
     assert newest(run, "auto", stage=3) == folder
@@ -267,9 +323,9 @@ def test_a_checkpoint_whose_optimizer_another_start_cannot_take_is_refused(run: 
 
 
 def test_a_checkpoint_written_again_replaces_the_old_one(run: Path) -> None:
-    checkpoint.save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=3)
+    save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=3)
     (run / "checkpoints" / "step-000002" / "stale").write_text("")
-    checkpoint.save(FakeEngine(), run, TrainState(2, 7), ALONE, keep=3)
+    save(FakeEngine(), run, TrainState(2, 7), ALONE, keep=3)
     assert names(run) == ["step-000002"]
     assert not (run / "checkpoints" / "step-000002" / "stale").exists()
     assert checkpoint.load(FakeEngine(), run / "checkpoints" / "step-000002", ALONE) == TrainState(2, 7)
@@ -284,14 +340,14 @@ def test_a_checkpoint_that_was_not_finished_is_never_taken(run: Path, monkeypatc
         move(old, new)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "replace", killed)
+        patch.setattr(os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
-            checkpoint.save(FakeEngine(), run, TrainState(4, 2), ALONE, keep=2)
+            save(FakeEngine(), run, TrainState(4, 2), ALONE, keep=2)
     assert newest(run, "auto") is None
-    checkpoint.save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=2)
+    save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=2)
     (run / "checkpoints" / "partial-step-000009").mkdir()
     assert newest(run, "auto") == run / "checkpoints" / "step-000002"
-    checkpoint.save(FakeEngine(), run, TrainState(4, 2), ALONE, keep=2)
+    save(FakeEngine(), run, TrainState(4, 2), ALONE, keep=2)
     assert newest(run, "auto") == run / "checkpoints" / "step-000004"
     assert "partial-step-000004" not in names(run)
 
@@ -302,16 +358,16 @@ def test_nothing_to_resume_is_no_error_but_a_named_checkpoint_must_be_there(run:
         newest(run, str(run / "none"))
 
 
-TRAIN_STATE = {"step": 2, "num_tokens": 1, "unlogged": [], "running": 0.0, "accuracy": None, "skipped": 0}
+TRAIN_STATE = {"step": 2, "num_tokens": 1, "unlogged": [], "running": 0.0, "skipped": 0}
 
 
 def test_a_checkpoint_of_other_ranks_is_taken_and_the_log_says_that_it_is_converted(run: Path) -> None:
-    folder = checkpoint.save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=2)
+    folder = save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=2)
     state = json.loads((folder / "state.json").read_text())
-    assert state == TRAIN_STATE | {"world_size": 1, "zero_stage": 2}
+    assert state == TRAIN_STATE | {"world_size": 1, "zero_stage": 2, "precision": "bf16"}
     (folder / "state.json").write_text(json.dumps(state | {"world_size": 3}))
     write_manifest(folder, ALONE)
-    found, notes = checkpoint.newest(run, "auto", ALONE, stage=2, total_steps=9)
+    found, notes = checkpoint.newest(run, "auto", ALONE, stage=2, precision="bf16", total_steps=9)
     assert found == folder
     assert notes == [f"checkpoint {folder} was written by 3 ranks under ZeRO-2; it is converted to 1 under ZeRO-2"]
 
@@ -357,9 +413,9 @@ DAMAGE = [cut, flip_a_bit, lose_a_file, lose_the_manifest, cut_the_manifest, edi
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_taken(run: Path, damage: Any) -> None:
-    before, last = (checkpoint.save(FakeEngine(), run, TrainState(step, 1), ALONE, keep=2) for step in (2, 4))
+    before, last = (save(FakeEngine(), run, TrainState(step, 1), ALONE, keep=2) for step in (2, 4))
     wrong = damage(last)
-    found, notes = checkpoint.newest(run, "auto", ALONE, stage=2, total_steps=9)
+    found, notes = checkpoint.newest(run, "auto", ALONE, stage=2, precision="bf16", total_steps=9)
     assert found == before and len(notes) == 1
     assert notes[0].startswith(f"checkpoint {last} is not used: {wrong}")
     damage(before)
@@ -368,39 +424,112 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_taken(run: Path,
 
 
 def test_the_checkpoint_with_the_best_accuracy_outlives_newer_ones(run: Path) -> None:
+    run.mkdir(parents=True)
     for step, accuracy in ((1, 0.6), (2, 0.9), (3, 0.9), (4, None), (5, 0.7), (6, 0.8)):
-        checkpoint.save(FakeEngine(), run, TrainState(step, 1, accuracy=accuracy), ALONE, keep=2)
+        with open(run / "metrics.jsonl", "a") as metrics:
+            metrics.write(json.dumps({"step": step, "loss": 0.5}) + "\n")
+            metrics.write(json.dumps({"step": step, "eval_rewards/accuracies": accuracy}) + "\n" if accuracy else "")
+        save(FakeEngine(), run, TrainState(step, 1), ALONE, keep=2)
     assert names(run) == ["step-000003", "step-000005", "step-000006"]
 
 
+def test_an_evaluation_that_came_after_its_checkpoint_counts_too(run: Path) -> None:
+    """As after a stop within the evaluation."""
+    for step in (1, 2, 3):
+        save(FakeEngine(), run, TrainState(step, 1), ALONE, keep=2)
+        if step == 2:
+            (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "eval_rewards/accuracies": 0.9}) + "\n")
+    assert names(run) == ["step-000001", "step-000002", "step-000003"]
+
+
+def test_a_million_steps_are_more_than_one_less(run: Path) -> None:
+    for step in (999_999, 1_000_000):
+        save(FakeEngine(), run, TrainState(step, 1), ALONE, keep=1)
+    assert names(run) == ["step-1000000"] and newest(run, "auto", total_steps=2_000_000) is not None
+
+
+def test_a_checkpoint_of_another_precision_is_refused(run: Path) -> None:
+    folder = checkpoint.save(FakeEngine(), run, TrainState(2, 1), ALONE, 1, precision="fp16")
+    with pytest.raises(UserError, match=f"{folder} was written in fp16 and this start computes in bf16"):
+        newest(run, "auto")
+    without = partial(checkpoint.save, precision="fp16", weights=lambda folder: folder.mkdir(parents=True))
+    alone = without(FakeEngine(), run, TrainState(4, 1), ALONE, 1)
+    assert newest(run, "auto") == alone
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(run: Path) -> None:
+    kept = save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=1)
+    for name in ("partial-step-000009", "universal-step-000002", "partial-universal-step-000002", "sft-000004"):
+        (kept.parent / name / "within").mkdir(parents=True)
+    folders.drop_leftovers(kept.parent)
+    assert names(run) == ["sft-000004", "step-000002"]
+
+
+def test_a_checkpoint_that_somebody_reads_is_dropped_without_an_end_of_the_run(run: Path, monkeypatch) -> None:
+    """On NFS a file that is open leaves another behind when it is deleted."""
+    save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=1)
+    monkeypatch.setattr(folders.shutil, "rmtree", lambda path, ignore_errors: None)
+    last = save(FakeEngine(), run, TrainState(4, 1), ALONE, keep=1)
+    assert checkpoint.checkpoints(run) == [last] and "partial-old-step-000002" in names(run)
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    sync, move = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(os.readlink(f"/proc/self/fd/{fd}")), sync(fd)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append(f"{old} -> {new}"), move(old, new)))
+    folder = save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=1)
+    unfinished = folder.with_name(f"partial-{folder.name}")
+    named = done.index(f"{unfinished} -> {folder}")
+    assert {str(unfinished / file.name) for file in folder.iterdir() if file.name == "weights"} <= {*done[:named]}
+    assert {f"{unfinished}/manifest.json.new", f"{unfinished}/state.json", str(unfinished)} <= {*done[:named]}
+    assert str(folder.parent) in done[named:]
+    done.clear()
+    folders.publish(run / "final", lambda target: (target / "model").write_text("x"), ALONE)
+    named = done.index(f"{run}/.partial-final -> {run}/final")
+    assert f"{run}/.partial-final/model" in done[:named] and str(run) in done[named:]
+
+
+def test_a_disk_that_says_only_at_the_end_that_it_is_full_leaves_the_last_checkpoint(run: Path, monkeypatch) -> None:
+    last = save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=1)
+
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(manifest, "flush", full)
+    with pytest.raises(UserError, match="cannot be written by rank 0 on .*No space left on device"):
+        save(FakeEngine(), run, TrainState(4, 1), ALONE, keep=1)
+    assert newest(run, "auto") == last
+
+
 def test_checkpoints_of_the_sft_stage_are_apart_from_those_of_dpo(run: Path) -> None:
-    checkpoint.save(FakeEngine(), run, TrainState(8, 1), ALONE, keep=1, kind="sft")
+    save(FakeEngine(), run, TrainState(8, 1), ALONE, keep=1, kind="sft")
     assert newest(run, "auto") is None
-    checkpoint.save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=1)
-    found, _ = checkpoint.newest(run, "auto", ALONE, stage=2, total_steps=9, kind="sft")
+    save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=1)
+    found, _ = checkpoint.newest(run, "auto", ALONE, stage=2, precision="bf16", total_steps=9, kind="sft")
     assert found == run / "checkpoints" / "sft-000008"
     assert newest(run, "auto") == run / "checkpoints" / "step-000002"
 
 
 def test_too_little_disk_is_seen_before_anything_is_written(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    last = checkpoint.save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=1)
+    last = save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=1)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=5 * 2**30))
     with pytest.raises(UserError, match=f"takes 6.000 GiB and .* has 5.000 GiB left; {last} is whole; make room"):
-        checkpoint.save(FakeEngine(), run, TrainState(4, 1), ALONE, keep=1, expected_bytes=6 * 2**30)
+        save(FakeEngine(), run, TrainState(4, 1), ALONE, keep=1, expected_bytes=6 * 2**30)
     assert names(run) == ["step-000002"] and newest(run, "auto") == last
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
     with pytest.raises(UserError, match="make room"):  # the last one's size counts where it is the larger
-        checkpoint.save(FakeEngine(), run, TrainState(4, 1), ALONE, keep=1)
+        save(FakeEngine(), run, TrainState(4, 1), ALONE, keep=1)
 
 
 def test_a_disk_that_is_full_during_the_write_leaves_the_last_checkpoint(run: Path) -> None:
-    last = checkpoint.save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=1)
+    last = save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=1)
 
     def full(folder: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match="cannot be written by rank 0 on .*No space left on device; the checkpoints be"):
-        checkpoint.save(FakeEngine(), run, TrainState(4, 1), ALONE, 1, full)
+        save(FakeEngine(), run, TrainState(4, 1), ALONE, 1, full)
     assert newest(run, "auto") == last
 
 
@@ -409,32 +538,32 @@ def test_a_disk_that_is_full_during_the_write_leaves_the_last_checkpoint(run: Pa
 
 def test_a_published_folder_replaces_the_old_one(run: Path) -> None:
     final = run / "final"
-    checkpoint.publish(final, lambda folder: (folder / "old").touch(), ALONE)
-    checkpoint.publish(final, lambda folder: (folder / "new").touch(), ALONE)
+    folders.publish(final, lambda folder: (folder / "old").touch(), ALONE)
+    folders.publish(final, lambda folder: (folder / "new").touch(), ALONE)
     assert [file.name for file in final.iterdir()] == ["new"]
     assert [folder.name for folder in run.iterdir()] == ["final"]
 
 
 def test_an_error_while_publishing_leaves_the_old_folder(run: Path) -> None:
     final = run / "final"
-    checkpoint.publish(final, lambda folder: (folder / "old").touch(), ALONE)
+    folders.publish(final, lambda folder: (folder / "old").touch(), ALONE)
 
     def full(folder: Path) -> None:
         (folder / "half").touch()
         raise OSError("No space left on device")
 
     with pytest.raises(UserError, match="final cannot be written: No space left on device; make room and start again"):
-        checkpoint.publish(final, full, ALONE)
+        folders.publish(final, full, ALONE)
     assert [folder.name for folder in run.iterdir()] == ["final"], "the failed attempt keeps its room"
     assert [file.name for file in final.iterdir()] == ["old"]
-    checkpoint.publish(final, lambda folder: (folder / "new").touch(), ALONE)
+    folders.publish(final, lambda folder: (folder / "new").touch(), ALONE)
     assert [file.name for file in final.iterdir()] == ["new"], "leftovers of the failed attempt were published"
 
 
 def test_a_reader_sees_the_old_text_or_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "status.json"
     checkpoint.write_whole(file, "old")
-    monkeypatch.setattr(checkpoint.os, "replace", lambda *_: (_ for _ in ()).throw(OSError()))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError()))
     with pytest.raises(OSError):
         checkpoint.write_whole(file, "new")
     assert file.read_text() == "old"

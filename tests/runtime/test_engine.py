@@ -113,6 +113,9 @@ def test_stage_0_is_refused_where_deepspeed_would_refuse_it_at_the_start() -> No
     message = refusal({}, "bf16")
     assert message.startswith("zero_optimization.stage is 0 or missing, and bf16 gradients")
     assert "use 1, 2 or 3" in message
+    assert "fp16 gradients cannot be scaled as the loss was" in refusal(
+        {"data_types": {"grad_accum_dtype": "fp16"}}, "fp16"
+    )
     distributed.start()
     engine.start_training(nn.Linear(2, 2), built({}, "fp32"), OptimConfig())
     config = built({"data_types": {"grad_accum_dtype": "bf16"}}, "bf16")

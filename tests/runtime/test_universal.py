@@ -77,7 +77,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], t
         trained = started(stage, precision)
         step(trained, 1), step(trained, 2)
         run = tmp_path_factory.mktemp("run")
-        folder = checkpoint.save(trained, run, TrainState(2, 20), WORLD, keep=1)
+        folder = checkpoint.save(trained, run, TrainState(2, 20), WORLD, keep=1, precision="bf16")
         before = held(trained)
         loss = step(trained, 3)
         found[stage, precision] = folder, before, held(trained) | {"loss": torch.tensor(loss)}
@@ -93,7 +93,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], t
 def test_another_zero_stage_takes_up_weights_moments_and_steps_and_goes_on_the_same(written, old, new, precision):
     folder, before, after = written[old, precision]
     trained = started(new, precision)
-    (_, notes) = checkpoint.newest(folder.parent.parent, "auto", WORLD, stage=new, total_steps=9)
+    (_, notes) = checkpoint.newest(
+        folder.parent.parent, "auto", WORLD, stage=new, precision="bf16", total_steps=9
+    )
     change = f"by 1 ranks under ZeRO-{old}; it is converted to 1 under ZeRO-{new}"
     assert notes == [f"checkpoint {folder} was written {change}"]
     assert checkpoint.load(trained, folder, WORLD) == TrainState(2, 20)
@@ -106,6 +108,29 @@ def test_another_zero_stage_takes_up_weights_moments_and_steps_and_goes_on_the_s
     for name in now:
         torch.testing.assert_close(now[name], after[name], rtol=1e-6, atol=1e-7)
     engine.stop(trained)
+
+
+@pytest.mark.parametrize("which", [(1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "bf16")], ids=str)
+def test_the_trained_weights_of_every_stage_are_read_without_an_engine(written, which):
+    folder, before, _ = written[which]
+    weight_of = universal.trained_weights(folder)
+    names = [name for name in before if " " not in name]
+    assert len(names) == 5 and all(torch.equal(weight_of(name), before[name]) for name in names)
+
+
+def test_the_trained_weights_of_a_run_without_zero_are_read_without_an_engine(tmp_path):
+    trained = started(0)
+    step(trained, 1)
+    folder = checkpoint.save(trained, tmp_path, TrainState(1, 1), WORLD, keep=1, precision="fp32")
+    weight_of = universal.trained_weights(folder)
+    for name, parameter in trained.module.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(weight_of(name), parameter)
+    engine.stop(trained)
+    for file in folder.glob("*.pt"):
+        file.unlink()
+    with pytest.raises(UserError, match=f"checkpoint {folder} cannot be read: .*No such file"):
+        universal.trained_weights(folder)
 
 
 class Evil:
@@ -128,7 +153,7 @@ def test_a_checkpoint_with_code_in_a_pickle_is_refused_and_the_code_does_not_run
     torch.save(content | {"extra": Evil(trace)}, file)
     trained = started(1 if way == "converted" else 2)
     with pytest.raises(UserError, match=f"checkpoint {folder} holds more than tensors and is not loaded, it could run"):
-        weights.checkpoint_weights(folder) if way == "exported" else checkpoint.load(trained, folder, WORLD)
+        universal.trained_weights(folder) if way == "exported" else checkpoint.load(trained, folder, WORLD)
     assert not trace.exists()
     torch.load(file, weights_only=False)
     assert trace.exists(), "the pickle is harmless: this test shows nothing"
@@ -168,7 +193,9 @@ def test_a_checkpoint_of_the_sft_stage_is_converted_as_well(written, tmp_path):
     folder = tmp_path / "checkpoints/sft-000002"
     shutil.copytree(written[3, "fp32"][0], folder)
     trained = started(2)
-    found, notes = checkpoint.newest(tmp_path, "auto", WORLD, stage=2, total_steps=2, kind="sft")
+    found, notes = checkpoint.newest(
+        tmp_path, "auto", WORLD, stage=2, precision="bf16", total_steps=2, kind="sft"
+    )
     assert found == folder and len(notes) == 1
     assert checkpoint.load(trained, folder, WORLD) == TrainState(2, 20)
     now, before = held(trained), written[3, "fp32"][1]

@@ -200,6 +200,25 @@ def test_a_signal_that_reaches_the_shell_of_a_node_alone_reaches_torchrun_and_th
     assert cpu_cluster.finish(job) == "COMPLETED"
 
 
+def test_a_job_goes_back_into_the_queue_from_its_newest_checkpoint_but_not_twice_from_the_same(cpu_cluster, stand_in):
+    """Its steps as status.json says, put back after the first and the second round; train.resume is for the first."""
+    arguments = ["--train.resume", "runs/x/checkpoints/step-000200"]
+    job = cpu_cluster.submit("slurm/dpo.sh", *arguments, cwd=stand_in, FAKE_RANK="1", FAKE_STEP="1")
+    given = []
+    for step in (200, 300, 300):
+        _wait_for_files(stand_in, "shell", seconds=60)
+        (stand_in / "status").write_text(json.dumps({"state": "preempted", "step": step, "reason": "x"}))
+        given.append(_arguments_of_torchrun(stand_in)[-4:])
+        (stand_in / "shell").unlink()
+        cpu_cluster.call("scancel", "--batch", "--signal=USR1", job)
+    assert cpu_cluster.finish(job) == "FAILED" and cpu_cluster.exit_code(job) == "2:0"
+    output = (stand_in / f"dpo-{job}.out").read_text()
+    assert output.count("goes back into the queue") == 2
+    assert "twice in a row time was up at step 300: give the job more (--time)" in output
+    assert given[0][-2:] == arguments and [words[-2:] for words in given[1:]] == [["--train.resume", "auto"]] * 2
+    assert not list(stand_in.glob(".dpo-*"))
+
+
 def _wait_for_files(folder: Path, *names: str, seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not all((folder / name).exists() for name in names):

@@ -1,0 +1,88 @@
+"""A continued run is on the data and the weights that it was begun on, or says what has changed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import dpo.inputs
+import train_dpo
+from dpo.commandline import parse
+from dpo.inputs import _weights
+from dpo.runtime.tracking import read_lines
+from tests import tiny
+from tests.test_stages import arguments
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    write(path, "abcdefgh")
+    return path
+
+
+def write(path: Path, prompts: str) -> None:
+    made = ({"prompt": f"Say {p}:", "chosen": f" {p}", "rejected": " no"} for p in prompts)
+    path.write_text("".join(json.dumps(row) + "\n" for row in made))
+
+
+def started(folder: Path, policy: Path, rows: Path, steps: int, *flags: str) -> int:
+    data = ["--data.train", str(rows), "--data.validation", str(rows), "--train.global_batch_size", "4"]
+    more = [*data, "--train.max_steps", str(steps), "--log.samples", "0", *flags]
+    return train_dpo.main(arguments(folder, policy, *more))
+
+
+def test_a_run_on_the_same_inputs_goes_on_whatever_else_happened_to_the_file(tiny_policy, tmp_path, rows):
+    assert started(tmp_path, tiny_policy, rows, 1) == 0
+    before = (tmp_path / "run/inputs.json").read_text()
+    rows.write_text(rows.read_text().replace(": ", ":  "))  # another file, the same rows
+    assert started(tmp_path, tiny_policy, rows, 2) == 0
+    assert (tmp_path / "run/inputs.json").read_text() == before and read_lines(tmp_path / "run")[-1]["step"] == 2
+
+
+def test_a_run_whose_rows_have_changed_is_refused_by_name_until_told_otherwise(tiny_policy, tmp_path, rows, capsys):
+    assert started(tmp_path, tiny_policy, rows, 1) == 0
+    lines = (tmp_path / "run/metrics.jsonl").read_text()
+    write(rows, "zbcdefgh")
+    assert started(tmp_path, tiny_policy, rows, 2) == 2
+    said = capsys.readouterr().err
+    assert "was begun on other inputs: training pairs and validation pairs changed since; name another" in said
+    assert (tmp_path / "run/metrics.jsonl").read_text() == lines
+    (tmp_path / "run/inputs.json").unlink()
+    assert started(tmp_path, tiny_policy, rows, 2) == 0
+
+
+def test_a_run_whose_policy_has_changed_is_refused_by_name(tmp_path, shared_data, rows, capsys, tiny_policy):
+    policy = tiny.saved(tmp_path / "policy", "llama", tiny_policy, vocab_size=600)
+    assert started(tmp_path, policy, rows, 1) == 0
+    (weights,) = policy.glob("*.safetensors")
+    os.utime(weights, (1, 1))
+    assert started(tmp_path, policy, rows, 2) == 2
+    assert f"was begun on other inputs: model.policy {policy} changed since" in capsys.readouterr().err
+
+
+def test_a_run_that_took_no_step_may_begin_on_other_rows(tiny_policy, tmp_path, rows, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("dpo.train.start_models", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            started(tmp_path, tiny_policy, rows, 1)
+    write(rows, "ab")
+    assert started(tmp_path, tiny_policy, rows, 1, "--train.global_batch_size", "2") == 0
+
+
+def test_a_hub_model_is_known_by_its_commit_and_a_built_in_one_by_its_name(monkeypatch):
+    asked = []
+
+    def config(path, *, revision, trust_remote_code):
+        asked.append((path, revision))
+        return SimpleNamespace(_commit_hash="abc")
+
+    monkeypatch.setattr(dpo.inputs.load, "load_config", config)
+    settings = parse(["--model.policy", "gpt2", "--model.revision", "main", "--data.train", "d"]).config
+    assert _weights(settings, "gpt2", is_policy=True) == ["abc"] and asked == [("gpt2", "main")]
+    assert _weights(settings, "builtin:tiny", is_policy=True) == [] and len(asked) == 1
+    assert _weights(settings, None, is_policy=False) is None
