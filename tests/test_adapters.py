@@ -28,6 +28,7 @@ from dpo.runtime.tracking import read_lines
 from dpo.types import TokenizedPair
 from tests import tiny
 from tests.data.tiny_tokenizers import plain_rows, tokenizer_of, written
+from tests.invariants.jobs import without_drawings
 
 LORA = ["--model.lora.r", "4"]
 
@@ -86,6 +87,7 @@ def lora(tiny_policy, tmp_path_factory) -> Any:
     """A LoRA run: its folder and what was seen of it."""
     folder = tmp_path_factory.mktemp("lora")
     with pytest.MonkeyPatch.context() as patch:
+        without_drawings(patch.setattr)
         seen = seen_run(arguments(folder, tiny_policy, *LORA), patch)
     return folder, seen
 

@@ -35,19 +35,21 @@ ARGV = [
 Results = dict[str, dict[str, Any]]
 
 
+def forked(module: str, job: Job, where: Path, _threads: int) -> dict[str, Any]:
+    """What a process of the benchmark gives, without the time to import."""
+    where.mkdir()
+    (where / "job.json").write_text(replace(job, folder=str(where)).to_json())
+    done = ranks.run([f"benchmarks/{module}.py", str(where / "job.json"), str(where / "result.json")])
+    assert done.codes == [0], done.output
+    return json.loads((where / "result.json").read_text())
+
+
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path, Results]:
     """Exit code, folder with tables and raw numbers, and what every process gave, of a quick run of all systems."""
     folder, results = tmp_path_factory.mktemp("benchmarks"), {}
     shutil.copy(DOCS, folder / "tables.md")
     run_process = throughput.run_process
-
-    def forked(module: str, job: Job, where: Path, _threads: int) -> dict[str, Any]:
-        where.mkdir()
-        (where / "job.json").write_text(replace(job, folder=str(where)).to_json())
-        done = ranks.run([f"benchmarks/{module}.py", str(where / "job.json"), str(where / "result.json")])
-        assert done.codes == [0], done.output
-        return json.loads((where / "result.json").read_text())
 
     def remember(module: str, job: Job, where: Path, threads: int, seconds: float = 0) -> dict[str, Any]:
         way = run_process if module == "trl_side" else forked  # TRL reads its environment when it is imported
@@ -85,11 +87,11 @@ def test_all_systems_have_the_same_losses_and_fill_the_tables(quick):
 
 def test_a_wrong_loss_is_an_error_and_leaves_the_tables_alone(quick, tmp_path, monkeypatch, capsys):
     _, _, results = quick
-    run_process, replay = throughput.run_process, _replayed(results)
+    replay = _replayed(results)
 
     def wrong(module: str, job: Job, where: Path, threads: int, seconds: float = 0) -> dict[str, Any]:
         if module == "plain_loop":
-            return run_process(module, replace(job, beta=2 * job.beta), where, threads)
+            return forked(module, replace(job, beta=2 * job.beta), where, threads)
         return replay(module, job, where, threads)
 
     monkeypatch.setattr(throughput, "run_process", wrong)

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from dpo.errors import UserError
 from dpo.export import write_weights
 from dpo.runtime import checkpoint, distributed, manifest
 from dpo.runtime.distributed import World
+from tests import ranks
 from tests.test_stages import arguments
 
 ALONE = World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
@@ -137,7 +137,7 @@ def test_one_of_several_ranks_says_what_it_met_and_leaves_where_one_alone_raises
 
 
 def test_a_full_disk_is_one_line_and_no_traceback_on_two_ranks(small_disk, tiny_policy, tmp_path):
-    """Rank 0's, at its second line of metrics; the launcher ends the other."""
+    """Rank 0's, at its second line of metrics; the other notices that it is gone."""
     script = tmp_path / "fills.py"
     script.write_text(
         "import sys, dpo.train, train_dpo\n"
@@ -153,11 +153,7 @@ def test_a_full_disk_is_one_line_and_no_traceback_on_two_ranks(small_disk, tiny_
         "sys.exit(train_dpo.main(sys.argv[1:]))\n"
     )
     argv = arguments(tmp_path, tiny_policy, "--log.samples", "0", "--train.output_dir", str(small_disk / "run"))
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), *argv],
-        env=os.environ | {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert done.stderr.count("/run: No space left on device; the checkpoints are whole; make room and start again") == 1
-    assert "OSError" not in done.stderr, done.stderr[-3000:]
+    done = ranks.run([str(script), *argv], ranks=2)
+    assert done.codes[0] == 1 and done.codes[1] != 0
+    assert done.output.count("/run: No space left on device; the checkpoints are whole; make room and start again") == 1
+    assert "OSError" not in done.output, done.output[-3000:]

@@ -16,6 +16,7 @@ import train_dpo
 from dpo.model import load
 from tests import tiny
 from tests.data.tiny_tokenizers import CHATML, chat, plain_rows, tokenizer_of, written
+from tests.invariants.jobs import without_drawings
 
 SAMPLES = 3
 # Small weights stay whole under ZeRO-3 unless these are 0, and then nothing would have to be gathered.
@@ -69,12 +70,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "fp16": ("llama", {}, ["--train.export_dtype", "fp16"]),
     }
     made = {}
-    for name, (family, changes, flags) in starts.items():
-        folder = tmp_path_factory.mktemp(name)
-        (folder / "zero3.json").write_text(json.dumps({"zero_optimization": SHARDED}))
-        flags = [str(folder / flag) if flag.endswith(".json") else flag for flag in flags]
-        start = start_folder(folder / "start", family, **changes)
-        made[name] = trained(start, folder / "run", written(folder, conversations), *flags)
+    with pytest.MonkeyPatch.context() as patch:
+        without_drawings(patch.setattr)
+        for name, (family, changes, flags) in starts.items():
+            folder = tmp_path_factory.mktemp(name)
+            (folder / "zero3.json").write_text(json.dumps({"zero_optimization": SHARDED}))
+            flags = [str(folder / flag) if flag.endswith(".json") else flag for flag in flags]
+            start = start_folder(folder / "start", family, **changes)
+            made[name] = trained(start, folder / "run", written(folder, conversations), *flags)
     return made
 
 

@@ -13,6 +13,7 @@ import pytest
 from benchmarks import frontier
 from benchmarks.frontier import Point, optimum
 from benchmarks.frontier_report import best_within, reached
+from tests.invariants.jobs import without_drawings
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -45,7 +46,9 @@ def quick(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("frontier")
     shutil.copy(DOCS / "frontier.md", folder)
     argv = ["--quick", "--methods", "DPO", "--work", str(folder / "work"), "--docs", str(folder)]
-    assert frontier.main(argv) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        without_drawings(patch.setattr)
+        assert frontier.main(argv) == 0
     return folder
 
 

@@ -16,7 +16,7 @@ from dpo.data import example
 from dpo.run_data import prepare_data
 from dpo.runtime.tracking import read_lines
 from dpo.setup import model_and_tokenizer
-from tests.invariants.jobs import train_all
+from tests.invariants.jobs import train_all, without_drawings
 from tests.test_commandline import message_of
 
 WORLD = "builtin:world"
@@ -49,7 +49,9 @@ def trained(run: Path, *arguments: Any) -> list[dict[str, Any]]:
 def whole(tmp_path_factory) -> Path:
     """A run on a mixture with two validation sets, of which one has fewer pairs."""
     run = tmp_path_factory.mktemp("mixed") / "run"
-    trained(run)
+    with pytest.MonkeyPatch.context() as patch:
+        without_drawings(patch.setattr)
+        trained(run)
     return run
 
 

@@ -1,7 +1,8 @@
 """Train, and die by SIGKILL or be asked to stop at a stated moment; started by tests/ranks.py.
 
-    tests/invariants/run_killed.py {after_sft|in_step:N|in_evaluation:N|in_save:N}[:SIGNAL] [arguments of train_dpo.py]
+    tests/invariants/run_killed.py MOMENT[:SIGNAL] [arguments of train_dpo.py]
 
+MOMENT: never, after_sft, in_step:N, in_evaluation:N, in_save:N or in_final.
 With SIGNAL the last rank alone gets it, at that moment; else every rank dies.
 """
 

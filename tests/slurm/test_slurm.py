@@ -236,42 +236,49 @@ def _wait_for_step(run: Path, step: int, seconds: float = JOB_SECONDS) -> None:
     pytest.fail(f"{run} does not reach step {step}")
 
 
+def _wait_for_checkpoint(run: Path, step: int, seconds: float = 60) -> int:
+    """Until there is one of at least `step`; its step."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found = [int(folder.name.split("-")[1]) for folder in (run / "checkpoints").glob("step-*")]
+        if found and max(found) >= step:
+            return max(found)
+        time.sleep(0.1)
+    pytest.fail(f"{run} has no checkpoint of step {step}")
+
+
 def _status(run: Path) -> str:
     return json.loads((run / "status.json").read_text())["state"]
 
 
-def test_a_job_that_is_cancelled_and_one_that_runs_out_of_time_train_as_two_ranks_that_nothing_disturbs(
+def test_a_job_that_runs_out_of_time_and_is_cancelled_trains_as_two_ranks_that_nothing_disturbs(
     cpu_cluster, clone, rows, path_with_torchrun, tmp_path
 ):
-    """A job on two nodes is cancelled; another, submitted from elsewhere, continues it, is told that its time is up,
-    and ends when requeued."""
+    """Submitted from elsewhere, on two nodes, it is told that its time is up, goes on when requeued, and is cancelled;
+    two ranks without Slurm continue it to the end."""
     run, whole = tmp_path / "run", tmp_path / "whole"
     longer = ["--train.max_steps", "120", "--train.epochs", "99", "--train.save_every", "500"]
     environment = _environment(tmp_path / "cache", path_with_torchrun)
     arguments = [*_train_arguments(rows, run), *longer]
 
-    job = cpu_cluster.submit("--nodes=2", "slurm/dpo.sh", *arguments, cwd=clone, **environment)
+    script = [f"--chdir={clone}", str(clone / "slurm/dpo.sh")]
+    job = cpu_cluster.submit("--nodes=2", *script, *arguments, cwd=tmp_path, **environment)
     _wait_for_step(run, 3)
+    cpu_cluster.call("scancel", "--batch", "--signal=USR1", job)
+    reached = _wait_for_checkpoint(run, 3)
+    _wait_for_step(run, reached + 3)
     cpu_cluster.call("scancel", job)
     assert cpu_cluster.finish(job, 60) == "CANCELLED"
     output = (clone / f"dpo-{job}.out").read_text()
-    assert _status(run) == "preempted", output
-    assert f"nodes 2, processes on this one 1, rendezvous node1:{15000 + int(job) % 15000}" in output
-    reached = json.loads((run / "status.json").read_text())["step"]
-    assert [f.name for f in (run / "checkpoints").glob("*-*")] == [f"step-{reached:06d}"] and 3 <= reached < 120
-
-    script = [f"--chdir={clone}", str(clone / "slurm/dpo.sh")]
-    job = cpu_cluster.submit("--nodes=2", *script, *arguments, cwd=tmp_path, **environment)
-    _wait_for_step(run, reached + 3)
-    cpu_cluster.call("scancel", "--batch", "--signal=USR1", job)
-    state = cpu_cluster.finish(job, JOB_SECONDS)
-    output = (clone / f"dpo-{job}.out").read_text()
-    assert state == "COMPLETED", output
     assert f"checkpointed; job {job} goes back into the queue" in output
     assert output.count("slurm/dpo.sh: job") == 2 and "SIGUSR1 received; start again to continue" in output
-    assert _status(run) == "finished" and not (clone / f".dpo-status-{job}.json").exists()
-    done = ranks.run(["train_dpo.py", *_train_arguments(rows, whole), *longer], ranks=2)
-    assert done.codes == [0, 0], done.output
+    assert f"nodes 2, processes on this one 1, rendezvous node1:{15000 + int(job) % 15000}" in output
+    assert _status(run) == "preempted" and not (clone / f".dpo-status-{job}.json").exists(), output
+    assert reached + 3 <= _wait_for_checkpoint(run, reached + 3) < 120
+
+    for folder in (run, whole):
+        done = ranks.run(["train_dpo.py", *_train_arguments(rows, folder), *longer], ranks=2)
+        assert done.codes == [0, 0], done.output
     assert (run / "final/model.safetensors").read_bytes() == (whole / "final/model.safetensors").read_bytes()
     lines = _training_lines(run)
     assert [line["step"] for line in lines] == list(range(1, 121))
