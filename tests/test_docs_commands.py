@@ -23,6 +23,7 @@ import train_dpo
 from benchmarks import workload
 from dpo.__main__ import VERBS, main
 from dpo.commandline import parse
+from dpo.runtime.status import read_status
 from tests import tiny
 from tests.data.tiny_tokenizers import tokenizer_of
 from tests.test_readme import TINY
@@ -101,6 +102,8 @@ RUN = [
 def settings(arguments: Sequence[str]) -> list[str]:
     """The arguments of a training command with tiny sizes and the test's own rows laid over them."""
     over = TINY | {"--log.samples": "1"} | DATA
+    if "--train.epochs" in arguments:  # it makes a run longer
+        over = {key: value for key, value in over.items() if key not in ("--train.epochs", "--train.max_steps")}
     return [*arguments, *(word for pair in over.items() for word in pair)]
 
 
@@ -143,12 +146,26 @@ def have(run: str) -> None:
 def test_what_follows_train_dpo_trains_or_plans(arguments, inside, capsys):
     command = parse(settings(arguments))
     run = Path(command.config.train.output_dir)
-    before = run.exists()
+    if "--train.epochs" in arguments:
+        have(str(run))
+    before, steps = times(run), status(run)
     assert train_dpo.main(settings(arguments)) == 0
     if command.dry_run or command.prepare_only:
-        assert run.exists() == before and capsys.readouterr().out
+        assert times(run) == before and "optimizer steps" in capsys.readouterr().out
     else:
         assert (run / "finished.json").is_file() and any((run / "final").glob("*.safetensors"))
+        assert status(run) > steps or before, "nothing was trained"
+        assert status(run) > steps or "--train.epochs" not in arguments, "the run was not made longer"
+
+
+def times(run: Path) -> dict[Path, int]:
+    """When each file of a run was written."""
+    return {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+
+
+def status(run: Path) -> int:
+    """Steps that a run has on disk."""
+    return read_status(run).get("step", 0)
 
 
 @pytest.mark.parametrize("command", sorted({c for _, c in ALL if split(c)[1] is not None}), ids=str)

@@ -21,6 +21,7 @@ from benchmarks.soak import numbers, weights
 from dpo.runtime import engine
 from dpo.runtime.tracking import read_lines
 from dpo.setup import Setup
+from tests import ranks
 
 SKIP = ("--train.on_nonfinite", "skip")
 BAD = 5
@@ -248,3 +249,45 @@ def test_an_fp16_overflow_is_logged_and_the_lowest_scale_stops_the_run(
     assert not (folder / "nonfinite.jsonl").exists()
     norms = [line["grad_norm"] is None for line in read_lines(folder) if "loss" in line]
     assert norms == ([False, True, False, False] if outcome == "overflow" else [False])
+
+
+POISONED = """
+import os, sys
+from types import SimpleNamespace
+from tests.test_nonfinite import poison
+if os.environ["RANK"] == "1":
+    poison(SimpleNamespace(setattr=setattr), sys.argv[1], 4, 5, 6, 7)  # whichever of the second step's pairs it has
+import train_dpo
+sys.exit(train_dpo.main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture
+def poisoned(tmp_path) -> str:
+    script = tmp_path / "poisoned.py"
+    script.write_text(POISONED)
+    return str(script)
+
+
+@pytest.mark.parametrize("config", ["zero2", "zero3"])
+def test_what_one_rank_meets_stops_all_before_any_steps_and_is_said_once(config, argv, poisoned, tmp_path):
+    more = ["--config", f"ds_configs/{config}.json", "--train.save_every", "1", "--train.output_dir"]
+    done = ranks.run([poisoned, "loss", *argv, *more, str(tmp_path / "run")], ranks=2)
+    assert done.codes == [2, 2] and done.output.count("step 2: the loss is not finite for rows ") == 1, done.output
+    assert [folder.name for folder in (tmp_path / "run/checkpoints").glob("step-*")] == ["step-000001"]
+    dumped = [json.loads(line) for line in (tmp_path / "run/nonfinite.jsonl").read_text().splitlines()]
+    assert 0 < len(dumped) < 4 and all(line["step"] == 2 for line in dumped)
+
+
+@pytest.mark.parametrize(("config", "what"), [("zero2", "gradient"), ("zero3", "loss")])
+def test_a_step_that_one_rank_leaves_out_all_leave_out(config, what, argv, poisoned, tmp_path, monkeypatch):
+    more = [*SKIP, "--config", f"ds_configs/{config}.json", "--train.output_dir"]
+    done = ranks.run([poisoned, what, *argv, *more, str(tmp_path / "two")], ranks=2)
+    assert done.codes == [0, 0], done.output
+    poison(monkeypatch, what, 4, 5, 6, 7)
+    run(tmp_path / "one", argv, *SKIP)
+    two, one = ([line for line in read_lines(tmp_path / name) if "loss" in line] for name in ("two", "one"))
+    assert [line["skipped_steps"] for line in two] == [0, 1, 1, 1]
+    for a, b in zip(two, one, strict=True):
+        assert (a["loss"] is None) is (b["loss"] is None) is (a["step"] == 2)
+        assert a["step"] == 2 or a["loss"] == pytest.approx(b["loss"], abs=1e-5)

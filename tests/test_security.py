@@ -209,6 +209,7 @@ def test_hub_revisions_are_handed_on(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     "r1")}
 
 
+@pytest.mark.draws
 def test_no_secret_of_the_environment_is_in_any_file_or_line_of_a_run(
     tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,7 @@ import gc
 import json
 import shutil
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,13 +22,18 @@ import dpo.setup
 import dpo.sft
 import dpo.train
 import train_dpo
+from benchmarks.soak import numbers, weights
 from dpo.commandline import parse
 from dpo.data.planner import Costs
+from dpo.errors import UserError
 from dpo.model import products
 from dpo.model.shape import steady_length
+from dpo.roles import reference_dtype
 from dpo.runtime import checkpoint
 from dpo.runtime.tracking import read_lines
 from dpo.sample import _last_tokens
+from dpo.setup import resolve_precision
+from tests import ranks
 
 
 def arguments(folder: Path, policy: object, *more: str) -> list[str]:
@@ -277,3 +283,81 @@ def test_policy_and_reference_compute_logits_over_the_same_padded_vocabulary(tin
     flags = ["--model.vocabulary_multiple", "64", "--log.samples", "0", "--train.max_steps", "1"]
     assert train_dpo.main(arguments(tmp_path, tiny_policy, *flags)) == 0
     assert found == [(64, 64)]
+
+
+@pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16"), (False, "fp16")])
+def test_a_gpu_computes_in_bf16_if_it_has_it_and_else_in_fp16(has_bf16, expected, monkeypatch):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    assert resolve_precision("auto", gpu) == expected and resolve_precision("auto", cpu) == "fp32"
+    assert resolve_precision("fp16", gpu) == "fp16" and resolve_precision("bf16", cpu) == "bf16"
+    with pytest.raises(UserError, match="train.precision is fp16 on a CPU"):
+        resolve_precision("fp16", cpu)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "sharded", "mode", "expected"),
+    [
+        ("auto", "cuda", False, "online", torch.float16), ("auto", "cuda", True, "online", torch.bfloat16),
+        ("auto", "cuda", False, "cached", torch.bfloat16), ("auto", "cuda", False, "adapter", torch.bfloat16),
+        ("auto", "cpu", False, "online", torch.bfloat16), ("policy", "cuda", False, "online", torch.bfloat16),
+        ("fp32", "cuda", False, "cached", torch.float32),
+    ],
+)
+def test_the_reference_is_in_fp16_on_a_gpu_unless_something_stands_against_it(wanted, device, sharded, mode, expected):
+    found, _ = reference_dtype(wanted, torch.bfloat16, torch.device(device), sharded=sharded, mode=mode)
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "of_token", "of_chosen", "stops"),
+    [
+        ("fp16", 0.04, 0.0, False), ("fp16", 0.06, 0.0, True),  # the same for both sides: the loss hardly moves
+        ("fp16", 0.0, 0.8, False), ("fp16", 0.0, 1.4, True),  # 0.05 x beta of the loss, next to nothing a token
+        ("fp32", 0.0, 1e-2, True), ("fp32", 0.0, 0.0, False),
+    ],
+)
+def test_a_start_far_from_the_reference_is_stopped(
+    dtype, of_token, of_chosen, stops, tiny_policy, tmp_path, monkeypatch, capsys
+):
+    start = dpo.train.start_models
+
+    def apart(*args):
+        policy, reference = start(*args)
+
+        def shifted(batch):
+            logps = own(batch)
+            chosen, rejected = (x + of_token * n for x, n in ((logps.chosen, logps.chosen_lengths),
+                                                              (logps.rejected, logps.rejected_lengths)))  # fmt: skip
+            return replace(logps, chosen=chosen + of_chosen, rejected=rejected)
+
+        own, reference.train = reference.train, shifted
+        return policy, reference
+
+    monkeypatch.setattr(dpo.train, "start_models", apart)
+    rows = tmp_path / "rows.jsonl"
+    row = {"prompt": "Say it:", "chosen": "a" * 50, "rejected": "b" * 50}
+    rows.write_text("".join(json.dumps(row | {"prompt": f"Say {i}:"}) + "\n" for i in range(8)))
+    flags = ["--reference.dtype", dtype, "--data.train", str(rows), "--log.samples", "0", "--train.max_steps", "1"]
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, *flags)) == (2 if stops else 0)
+    said = capsys.readouterr().err
+    assert ("the start is not honest: loss" in said) is stops and "policy and reference differ by" in said
+
+
+def test_a_run_goes_back_to_the_checkpoint_that_is_named_and_ends_as_it_did(tiny_policy, tmp_path):
+    flags = ["--train.epochs", "2", "--train.max_steps", "4", "--train.save_every", "1", "--log.samples", "0"]
+    more, run = ["--train.keep_checkpoints", "9", "--optim.lr", "1e-3"], tmp_path / "run"
+    argv = arguments(tmp_path, tiny_policy, *flags, *more)
+    assert train_dpo.main(argv) == 0
+    before = numbers(run), weights(run)
+    (run / "finished.json").unlink()
+    assert train_dpo.main([*argv, "--train.resume", str(run / "checkpoints/step-000002")]) == 0
+    assert (numbers(run), weights(run)) == before
+    assert [line["step"] for line in before[0] if "loss" in line] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("flag", ["--dry_run", "--prepare_only"])
+def test_two_ranks_plan_together_say_it_once_and_write_nothing(flag, tiny_policy, tmp_path):
+    done = ranks.run(["train_dpo.py", *arguments(tmp_path, tiny_policy, flag)], ranks=2, timeout=120)
+    assert done.codes == [0, 0], done.output
+    assert done.output.count("optimizer steps") == 1 and not (tmp_path / "run").exists()

@@ -62,4 +62,6 @@ if __name__ == "__main__":
         dpo.train.evaluate = at_call(int(number), dpo.train.evaluate, strike)
     elif moment == "in_save":
         checkpoint.write_whole = at_call(int(number), checkpoint.write_whole, strike)
+    elif moment == "in_final":
+        dpo.train.write_weights = at_call(1, dpo.train.write_weights, strike)
     sys.exit(train_dpo.main(sys.argv[2:]))

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+import dpo.model.forward
 import dpo.policy
 from dpo.config import Config, DataConfig, LogConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from dpo.data.loader import whole_pass
@@ -84,6 +85,13 @@ def run(case: dict[str, Any], world: World, pairs: tiny.Pairs) -> dict[str, Any]
     policy.scorer.model.base_model.register_forward_pre_hook(
         lambda _, __, inputs: tokens.append(inputs["input_ids"].numel()), with_kwargs=True
     )
+    in_forward, total_loss = [0], dpo.model.forward.total_loss
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        in_forward[0] += 1
+        return total_loss(*args, **kwargs)
+
+    dpo.model.forward.total_loss = counted
     loss, loader = Objective(setup.config.loss), setup.loader(setup.train_pairs, policy.layout)
     check_start(setup, policy, reference, loss, loader[0], said)  # type: ignore[arg-type]
     meter, lines = Meter(torch.zeros(11, dtype=torch.float64)), []
@@ -92,9 +100,11 @@ def run(case: dict[str, Any], world: World, pairs: tiny.Pairs) -> dict[str, Any]
         assert len(work.batches) == case["micro_batches"]
         take_step(setup, policy, reference, loss, work, LR, meter, nonfinite)
         lines.append(meter.line(world.device))
+    dpo.model.forward.total_loss = total_loss
     share = ValidationShare(whole_pass(loader, range(len(pairs))), float(pairs.lengths[:, 1].mean()))
     found, per_pair = evaluate(policy, reference.validation, {"": share}, loss, world)
     seen = {"lines": lines, "evaluation": found, "said": said.lines, "has_reference": reference.scorer is not None}
+    seen["in_forward"] = in_forward[0]
     if case.get("keep_weights"):
         weights = torch.cat([p.detach().reshape(-1) for p in policy.scorer.model.parameters()])
         seen |= {"weights": weights.tolist(), "tokens": tokens, "pairs": len(per_pair)}

@@ -51,7 +51,8 @@ def uninterrupted(argv, tmp_path_factory) -> dict[int, Path]:
 
 @pytest.mark.parametrize(
     ("moment", "ranks"),
-    [("in_step:4", 1), ("after_sft", 1), ("in_step:7", 1), ("in_step:10", 2), ("in_save:5", 1)],
+    [("in_step:4", 1), ("after_sft", 1), ("in_step:7", 1), ("in_step:10", 2), ("in_save:5", 1), ("in_evaluation:2", 2),
+     ("in_final", 2)],
 )
 def test_a_killed_run_ends_in_the_same_metrics_and_the_same_weights(argv, uninterrupted, tmp_path, moment, ranks):
     run = tmp_path / "run"

@@ -121,6 +121,10 @@ def test_the_variants_really_differ(runs, name):
     if "--train.micro_batch_size" in flags:
         size = int(flags[flags.index("--train.micro_batch_size") + 1])
         assert max(len(ids) for s in seen for step in s["pairs"] for ids in step) == size
+    filled = sum(bool(ids) for s in seen for step in s["pairs"] for ids in step)
+    assert sum(s["in_forward"] for s in seen) == (filled if "in_forward" in name else 0)
+    lengths = {length for s in seen for _, length in s["policy_rows"]}
+    assert len(lengths) == 1 or "static" not in name
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -50,6 +50,8 @@ VARIANTS: dict[str, dict[str, tuple[int, list[str]]]] = {
     },
     "sft": {
         "sft": (1, ["--config", "ds_configs/zero2.json", *SFT]),
+        "sft_two_ranks": (2, ["--config", "ds_configs/zero2.json", *SFT, "--train.micro_batch_size", "2"]),
+        "sft_two_ranks_zero3": (2, ["--config", "SHARDED/zero3.json", *SFT]),
         "sft_cut_two_ranks": (2, ["--config", "ds_configs/zero2.json", *SFT, *CUT]),
         "sft_cut_two_ranks_zero3": (2, ["--config", "SHARDED/zero3.json", *SFT, *CUT]),
     },

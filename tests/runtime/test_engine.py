@@ -109,6 +109,17 @@ def test_half_precision_accumulates_gradients_in_fp32_unless_the_json_says_other
     assert built({"data_types": {"grad_accum_dtype": "bf16"}}, "bf16")["data_types"] == {"grad_accum_dtype": "bf16"}
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_adamw_has_the_constants_of_the_recipe(stage: int) -> None:
+    distributed.start()
+    wanted = OptimConfig(betas=(0.7, 0.95), eps=1e-3, weight_decay=0.25, lr=0.5)
+    trained = engine.start_training(nn.Linear(2, 2), built({"zero_optimization": {"stage": stage}}, "fp32"), wanted)
+    inner = getattr(trained.optimizer, "optimizer", trained.optimizer)
+    assert {(group["betas"], group["eps"]) for group in inner.param_groups} == {((0.7, 0.95), 1e-3)}
+    assert sorted(group["weight_decay"] for group in inner.param_groups) == [0.0, 0.25]
+    engine.stop(trained)
+
+
 def test_stage_0_is_refused_where_deepspeed_would_refuse_it_at_the_start() -> None:
     message = refusal({}, "bf16")
     assert message.startswith("zero_optimization.stage is 0 or missing, and bf16 gradients")
