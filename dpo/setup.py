@@ -22,6 +22,7 @@ from dpo.errors import UserError
 from dpo.estimate import costs_of
 from dpo.model import adapters, load, products
 from dpo.model.shape import shape_of
+from dpo.objective.catalog import beta_note
 from dpo.objective.tokens import weigher
 from dpo.run_data import RunData, prepare_data
 from dpo.runtime import engine as deepspeed_engine
@@ -202,6 +203,11 @@ def _precision_notes(precision: str, device: torch.device) -> list[str]:
     return ["train.precision is bf16 and this CPU has no instructions for it: many times slower than fp32"]
 
 
+def _loss_notes(config: Config) -> list[str]:
+    note = beta_note(config.loss.names, config.loss.beta)
+    return [] if note is None else [note]
+
+
 def _costs(config: Config, model_config: Any, world_size: int) -> Costs:
     """What a pair costs under the model; tokens alone where nothing is spread or the model cannot be counted."""
     if world_size == 1:
@@ -290,7 +296,7 @@ def prepare(config: Config, world: World, deepspeed_json: str | None, *, for_els
             config=config, world=world, engine_config=engine_config, precision=precision, tokenizer=tokenizer,
             data=data, train_pairs=data.train_pairs(), validation_pairs=data.validation_pairs(),
             start_dtype=load.starting_dtype(model_config),
-            notes=(*data.notes, *_precision_notes(precision, world.device)),
+            notes=(*data.notes, *_precision_notes(precision, world.device), *_loss_notes(config)),
             costs=_costs(config, model_config, world.world_size),
         )
         roles.check_ids(tokenizer, model_config.get_text_config().vocab_size, made.train_pairs, made.validation_pairs)

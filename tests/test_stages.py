@@ -361,3 +361,8 @@ def test_two_ranks_plan_together_say_it_once_and_write_nothing(flag, tiny_policy
     done = ranks.run(["train_dpo.py", *arguments(tmp_path, tiny_policy, flag)], ranks=2, timeout=120)
     assert done.codes == [0, 0], done.output
     assert done.output.count("optimizer steps") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_run_remarks_upon_a_beta_that_is_far_from_usual(tiny_policy, tmp_path, capsys):
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, "--loss.name", "simpo", "--prepare_only")) == 0
+    assert "loss.beta is 0.1 with loss.name simpo" in capsys.readouterr().out

@@ -116,3 +116,12 @@ def complaint(names: Sequence[LossName], given: dict[str, Any]) -> str | None:
     if given.get("reference_free") and "f_divergence" in given:
         return "loss.f_divergence is set with loss.reference_free; a divergence needs a reference, drop one of them"
     return None
+
+
+def beta_note(names: tuple[LossName, ...], beta: float) -> str | None:
+    """What to say of a beta far below those that are published for losses over means of tokens; None: nothing."""
+    usual = {"simpo": "2 to 10", "sigmoid_norm": "about 5"}
+    low = [name for name in names if name in usual and beta < 1]
+    if not low:
+        return None
+    return f"loss.beta is {beta:g} with loss.name {low[0]}, which takes means over tokens: {usual[low[0]]} is usual"

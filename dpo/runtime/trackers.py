@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -117,10 +118,13 @@ def wandb_like(module_name: str) -> Callable[[Path, dict[str, Any], Sequence[Lin
         module = importlib.import_module(module_name)
         identity, told = _told(run, module_name, lines)
         if module_name == "wandb":
-            own = {"id": identity, "name": run.name, "dir": str(run)}
+            # What its own variables say it reads by itself, unless it is told otherwise.
+            ours = {"WANDB_PROJECT": ("project", "dpo"), "WANDB_NAME": ("name", run.name)}
+            own = dict(argument for variable, argument in ours.items() if variable not in os.environ)
+            own |= {"id": identity, "dir": str(run)}
         else:
-            own = {"name": f"{run.name}-{identity}"}  # trackio knows runs by their name
-        module.init(project="dpo", resume="allow", config=_attached(run, config), **own)
+            own = {"project": "dpo", "name": f"{run.name}-{identity}"}  # trackio knows runs by their name
+        module.init(resume="allow", config=_attached(run, config), **own)
         known: set[str] = set()
 
         def write(line: Line) -> None:

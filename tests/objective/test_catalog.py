@@ -8,7 +8,7 @@ import pytest
 
 from docs.loss_table import PAGE, page
 from dpo.config import Config, DataConfig, LossConfig, ModelConfig, ReferenceConfig
-from dpo.objective.catalog import LOSSES, LossName
+from dpo.objective.catalog import LOSSES, LossName, beta_note
 from dpo.objective.objective import TERMS, Objective
 
 
@@ -106,3 +106,16 @@ def test_a_loss_without_a_reference_takes_either_mode(name, mode):
         reference=ReferenceConfig(mode=mode),
     )
     assert config.needs_reference is (name == "sigmoid") is Objective(config.loss).needs_reference
+
+
+@pytest.mark.parametrize(
+    ("names", "beta", "said"),
+    [
+        (("simpo",), 0.1, "loss.beta is 0.1 with loss.name simpo, which takes means over tokens: 2 to 10 is usual"),
+        (("sft", "sigmoid_norm"), 0.5, "with loss.name sigmoid_norm, which takes means over tokens: about 5 is usual"),
+        (("simpo",), 2.0, None), (("sigmoid",), 0.1, None),
+    ],
+)
+def test_a_beta_far_below_what_is_usual_for_means_over_tokens_is_remarked_upon(names, beta, said):
+    found = beta_note(names, beta)
+    assert (found is None) is (said is None) and (said or "") in (found or "")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from dpo.runtime.trackers import named
+from dpo.runtime.trackers import BACKENDS, named
 from dpo.runtime.tracking import Recorder, keep_lines, read_lines
 
 CONFIG = {"loss": {"beta": 0.1}, "model": {"policy": "<script>alert(1)</script>"}}
@@ -182,3 +182,23 @@ def records_of(file: Path) -> list[Any]:
             records.append(proto.Record.FromString(held))
             held = b""
     return records
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [({}, ("dpo", "run")), ({"WANDB_PROJECT": "mine"}, (None, "run")), ({"WANDB_NAME": "first"}, ("dpo", None))],
+)
+def test_project_and_name_of_weights_and_biases_are_its_own_variables_where_they_are_set(
+    variables, expected, tmp_path, monkeypatch
+):
+    given: dict[str, Any] = {}
+    stand_in = types.SimpleNamespace(init=lambda **arguments: given.update(arguments), log=None, finish=None)
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    for name in ("WANDB_PROJECT", "WANDB_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    run = tmp_path / "run"
+    run.mkdir()
+    BACKENDS["wandb"](run, {}, [])
+    assert (given.get("project"), given.get("name")) == expected
