@@ -42,7 +42,7 @@ NAMES = (
     r"argument|unknown key"
 )
 REMEDY = (
-    r"\b(use|mend|remove|name|give|write|keep|download|leave|drop|install|make|rename|did you mean|lists all|are in|"
+    r"\b(use|fix|remove|name|give|write|keep|download|leave|drop|install|make|rename|did you mean|lists all|are in|"
     r"set|raise|start|accepted|are given as|expected|it has|there is one|should hold|quote|shorten|save|convert)\b"
 )
 

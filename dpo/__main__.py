@@ -6,7 +6,7 @@
     python -m dpo sample RUN [--prompt TEXT ...] [--judge heuristic]
     python -m dpo report RUN [RUN ...] [--output FILE]
 
-Exit code 2 and one line for whatever the user can mend, as train_dpo.py.
+Exit code 2 and one line for whatever the user can fix, as train_dpo.py.
 """
 
 from __future__ import annotations

@@ -153,14 +153,14 @@ def _read_recipe(path: str) -> Any:
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: bad UTF-8, 2024-13-45
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else str(error).split(";")[0]
-        raise UserError(f"--recipe {path}: not valid YAML: {_one_line(where)}; mend it") from None
+        raise UserError(f"--recipe {path}: not valid YAML: {_one_line(where)}; fix it") from None
 
 
 def _check_recipe(path: str) -> None:
     """Refuse what is no recipe: not YAML, not sections, not our keys."""
     content = _read_recipe(path)
     if not isinstance(content, dict | None):
-        raise UserError(f"--recipe {path}: expected sections such as 'train:', got {type(content).__name__}; mend it")
+        raise UserError(f"--recipe {path}: expected sections such as 'train:', got {type(content).__name__}; fix it")
     _check_names(path, content or {}, get_type_hints(Config))
 
 
@@ -170,7 +170,7 @@ def _check_names(path: str, content: dict[Any, Any], known: dict[str, Any], pref
         name, hint = f"{prefix}{key}", known.get(str(key))
         if is_dataclass(hint):
             if not isinstance(value, dict):
-                raise UserError(f"--recipe {path}: section {name} must hold keys, got {value!r}; mend or remove it")
+                raise UserError(f"--recipe {path}: section {name} must hold keys, got {value!r}; fix or remove it")
             _check_names(path, value, get_type_hints(hint), f"{name}.")
         elif hint is None:
             wrong = f"{name}.{next(iter(value))}" if isinstance(value, dict) and value else name
@@ -210,7 +210,7 @@ def _explain(parser: ArgumentParser, error: Exception) -> str:
     text = str(error)
     if text.startswith("Problems parsing config"):  # its own reader of YAML is a little stricter than ours
         reason = _one_line(text.partition(":")[2])
-        return f"--recipe {parser.default_config_files[0]}: not valid YAML: {reason}; mend it"
+        return f"--recipe {parser.default_config_files[0]}: not valid YAML: {reason}; fix it"
     if unknown := re.search(r"unrecognized arguments: (--)?(\S*)", text):
         name = unknown.group(2).split("=")[0]
         settings = _keys() if any("." in a.dest for a in parser._actions) else []

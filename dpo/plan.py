@@ -71,7 +71,7 @@ def _try_costliest(setup: Setup, policy: Policy, reference: FrozenReference) -> 
         stage=deepspeed_engine.zero_stage(setup.engine_config),
         world_size=setup.world.world_size,
         half=setup.precision != "fp32",
-        reference_bytes=0 if setup.reference_mode != "online" else 2 if setup.precision != "fp32" else 4,
+        reference_bytes=reference.dtype.itemsize if setup.reference_mode == "online" else 0,
         trained=num_parameters(policy.scorer, trained=True),
     )
     return [

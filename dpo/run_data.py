@@ -57,7 +57,7 @@ class RunData:
         return sets
 
     def parts(self) -> tuple[tuple[int, int], ...]:
-        """Pairs of every training source and how many of them an epoch takes, for `planner.Epochs`."""
+        """Pairs of every training source and how many of them an epoch takes, for `epochs.Epochs`."""
         return tuple(zip((len(one.pairs) for one in self.train), self.quotas, strict=True)) if self.quotas else ()
 
 

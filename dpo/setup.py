@@ -15,9 +15,10 @@ import torch
 from dpo import roles
 from dpo.config import Config, check_world_size
 from dpo.data.boundary import read_chat_template
+from dpo.data.epochs import Epochs
 from dpo.data.loader import Loader, with_fixed_rows
 from dpo.data.mixture import Mixture, Pairs
-from dpo.data.planner import Costs, Epochs, Layout, num_tokens
+from dpo.data.planner import Costs, Layout, num_tokens
 from dpo.errors import UserError
 from dpo.estimate import costs_of
 from dpo.model import adapters, load, products

@@ -24,8 +24,9 @@ import dpo.train
 import train_dpo
 from dpo.budget import choose
 from dpo.commandline import parse
+from dpo.data.epochs import Epochs
 from dpo.data.loader import Loader
-from dpo.data.planner import Epochs, Layout
+from dpo.data.planner import Layout
 from dpo.errors import UserError
 from dpo.model import load
 from dpo.model.shape import Shape

@@ -355,7 +355,7 @@ def test_a_message_is_one_printable_line_of_bounded_length_that_ends_with_the_fi
         ("loss: {beta: 0x" + "9" * 3000 + "}", "loss.beta is a number of 12000 bits; use a smaller one"),
         ("#" * 2**18 + "\n", "a file of 262,145 bytes is no recipe"),
         ("nothing: {}", "unknown key nothing; "),
-        ("data: {train: 2024-13-45}", "not valid YAML: month must be in 1..12; mend it"),
+        ("data: {train: 2024-13-45}", "not valid YAML: month must be in 1..12; fix it"),
         ("model: {policy: \"a\\uD800\"}", "not valid YAML: while parsing a quoted scalar"),
     ],
 )

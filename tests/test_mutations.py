@@ -1,4 +1,4 @@
-"""Odd input of every kind, through the functions that train_dpo.py calls: it works, or one line says what to mend."""
+"""Odd input of every kind, through the functions that train_dpo.py calls: it works, or one line says what to fix."""
 
 from __future__ import annotations
 
@@ -127,12 +127,12 @@ def test_a_bad_file_leaves_nothing_that_a_corrected_one_would_meet(policy: Path,
 
 def test_the_check_itself_sees_tracebacks_and_leftovers(policy: Path, tmp_path: Path) -> None:
     case = one_file("d.jsonl", DATA)
-    line = "train_dpo.py: d.jsonl row 1: not valid JSON; mend it\n"
+    line = "train_dpo.py: d.jsonl row 1: not valid JSON; fix it\n"
     assert complaint(case, 2, "", line, tmp_path) is None
     assert complaint(case, 2, "", line + "more\n", tmp_path) is not None
     assert complaint(case, 2, "", line.replace("row", "\x1b[31mrow"), tmp_path) is not None
-    assert complaint(case, 2, "", "train_dpo.py: something is wrong; mend it\n", tmp_path) is not None
-    assert complaint(case, 2, "", line.replace("; mend it", ""), tmp_path) is not None
+    assert complaint(case, 2, "", "train_dpo.py: something is wrong; fix it\n", tmp_path) is not None
+    assert complaint(case, 2, "", line.replace("; fix it", ""), tmp_path) is not None
     assert complaint(case, 1, "", line, tmp_path) is not None
     (tmp_path / "run").mkdir()
     assert complaint(case, 2, "", line, tmp_path) is not None

@@ -17,8 +17,9 @@ import transformers
 import train_dpo
 from dpo.__main__ import main
 from dpo.config import LossConfig
+from dpo.data.epochs import Epochs
 from dpo.data.loader import Loader
-from dpo.data.planner import Costs, Epochs, Layout, attention_products, plan_batch
+from dpo.data.planner import Costs, Layout, attention_products, plan_batch
 from dpo.estimate import (
     GIB,
     GPUS,

@@ -16,8 +16,8 @@ import dpo.policy
 import dpo.train
 import train_dpo
 from dpo import reference_cache
+from dpo.data.epochs import Epochs
 from dpo.data.loader import Loader
-from dpo.data.planner import Epochs
 from dpo.errors import UserError
 from dpo.model import products
 from dpo.model.check import use_layout

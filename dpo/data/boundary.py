@@ -125,7 +125,7 @@ class TextEncoder:
             )  # fmt: skip
             str(rendered).encode("utf-8")  # half a surrogate pair, in a role or a call, cannot be given to a tokenizer
         except Exception as error:  # a template may raise whatever it likes
-            reason = f"{' '.join(str(error).split()) or type(error).__name__}; mend it"
+            reason = f"{' '.join(str(error).split()) or type(error).__name__}; fix it"
             raise UserError(f"the chat template (model.chat_template) refuses a conversation: {reason}") from error
         return str(rendered)
 

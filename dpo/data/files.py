@@ -151,7 +151,7 @@ def _parse_lines(file: Path, lines: Iterable[bytes]) -> Iterator[Any]:
         except UnicodeDecodeError as error:
             raise UserError(f"{file} row {number}: not UTF-8 text: {error}; save it as UTF-8") from error
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{file} row {number}: not valid JSON: {first_line(error)}; mend it") from error
+            raise UserError(f"{file} row {number}: not valid JSON: {first_line(error)}; fix it") from error
         yield _checked(file, number, row)
 
 
@@ -161,14 +161,14 @@ def _parse_list(file: Path, content: bytes) -> Iterator[Any]:
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text: {error}; save it as UTF-8") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not valid JSON: {first_line(error)}; mend it") from error
+        raise UserError(f"{file}: not valid JSON: {first_line(error)}; fix it") from error
     for number, row in enumerate(rows, start=1):
         yield _checked(file, number, row)
 
 
 def _checked(file: Path, number: int, row: Any) -> Mapping[str, Any]:
     if not isinstance(row, dict):
-        got = f"got {type(row).__name__}; mend it"
+        got = f"got {type(row).__name__}; fix it"
         raise UserError(f"{file} row {number}: must be a JSON object with a key per column, {got}")
     return row
 

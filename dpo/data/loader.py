@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dpo.data.batch import collate
+from dpo.data.epochs import Epochs
 from dpo.data.mixture import Pairs
-from dpo.data.planner import Costs, Epochs, Layout, Plan, num_tokens, plan_batch
+from dpo.data.planner import Costs, Layout, Plan, num_tokens, plan_batch
 from dpo.types import PackedBatch, TokenizedPair
 
 

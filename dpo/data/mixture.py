@@ -2,7 +2,7 @@
 
 A weight is a share: a source with weight w gives w / (sum of weights) of the pairs of an epoch, in whole pairs, and an
 epoch has as many pairs as all sources together. So a source may be seen less than once an epoch, or more than once.
-Without weights every pair is seen once an epoch. Which pairs come when is `planner.Epochs`' business.
+Without weights every pair is seen once an epoch. Which pairs come when is `epochs.Epochs`' business.
 """
 
 from __future__ import annotations

@@ -1,19 +1,17 @@
-"""Lengths -> who scores what: which pairs make a step, and which rank scores them in which micro-batch.
+"""Lengths -> who scores what: which rank scores which pairs of a step, in which micro-batch.
 
-Everything here is a pure function of (seed, step) and of the pairs' lengths, so all ranks agree without talking. The
-pairs of a step are the semantics of a run; how they are spread over ranks and micro-batches is scheduling and never
-changes the gradient. All ranks get the same number of micro-batches, a short rank empty ones, because ZeRO-3 gathers
+Everything here is a pure function of the pairs' lengths, so all ranks agree without talking. The pairs of a step
+(epochs.py) are the semantics of a run; how they are spread over ranks and micro-batches is scheduling and never changes
+the gradient. All ranks get the same number of micro-batches, a short rank empty ones, because ZeRO-3 gathers
 weights in every forward pass of every rank.
 """
 
 from __future__ import annotations
 
 import heapq
-import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -23,89 +21,6 @@ Layout = Literal["shared", "packed", "padded", "chosen", "padded_chosen"]
 
 Plan = list[list[list[int]]]
 """plan[rank][micro_step]: pair ids."""
-
-
-@dataclass(frozen=True, slots=True)
-class Epochs:
-    """The order in which pairs are seen.
-
-    Attributes:
-        num_pairs: Pairs of an epoch, and of the data set, >= 1.
-        global_batch_size: Pairs per step; the last step of an epoch takes what is left.
-        seed: With the epoch's number decides its permutation.
-        shuffle: False keeps the file's order.
-        parts: Of a weighted mixture: pairs of every source, and how many of them an epoch takes. Pass after pass over a
-            source, each in an order drawn from (seed, pass, source), is cut into these, so that no pair is seen a
-            second time before all others of its source were. Empty where an epoch takes every pair once.
-    """
-
-    num_pairs: int
-    global_batch_size: int
-    seed: int
-    shuffle: bool = True
-    parts: tuple[tuple[int, int], ...] = ()
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass over the data."""
-        return math.ceil(self.num_pairs / self.global_batch_size)
-
-    def order(self, epoch: int) -> np.ndarray:
-        """(num_pairs,) int64: the pair ids of an epoch, counted from 0, in order."""
-        return _order(self, epoch)
-
-    def batch(self, step: int) -> np.ndarray:
-        """Pair ids of one optimizer step.
-
-        Args:
-            step: Optimizer step, counted from 0 over the whole run.
-        Returns:
-            (at most global_batch_size,) int64.
-        """
-        epoch, index = divmod(step, self.steps_per_epoch)
-        start = index * self.global_batch_size
-        return self.order(epoch)[start : start + self.global_batch_size]
-
-
-    def heaviest(self, cost: np.ndarray, steps: int, count: int) -> list[int]:
-        """The costliest optimizer steps, in order.
-
-        Args:
-            cost: (pairs of the data set,) of every pair.
-            steps: How many steps there are; steps from 0 on are looked at.
-            count: How many to name, at most.
-        Returns:
-            Step numbers.
-        """
-        starts = np.arange(0, self.num_pairs, self.global_batch_size)
-        epochs = range(-(-steps // self.steps_per_epoch))
-        totals = np.concatenate([np.add.reduceat(cost[self.order(epoch)], starts) for epoch in epochs])[:steps]
-        return np.sort(np.argsort(-totals, kind="stable")[:count]).tolist()
-
-
-@lru_cache(maxsize=4)
-def _order(epochs: Epochs, epoch: int) -> np.ndarray:
-    ids = np.arange(epochs.num_pairs)
-    if epochs.parts:
-        starts = np.concatenate([[0], np.cumsum([size for size, _ in epochs.parts])])
-        taken = [_taken(epochs, source, epoch) for source in range(len(epochs.parts))]
-        ids = np.concatenate([start + own for start, own in zip(starts, taken, strict=False)])
-    if epochs.shuffle:
-        ids = ids[np.random.default_rng((epochs.seed, epoch)).permutation(epochs.num_pairs)]
-    ids.flags.writeable = False  # it is handed out again
-    return ids
-
-
-def _taken(epochs: Epochs, source: int, epoch: int) -> np.ndarray:
-    """(quota,) int64: what an epoch takes of the endless row of passes over a source."""
-    size, quota = epochs.parts[source]
-    first, last = epoch * quota // size, -((epoch + 1) * quota // -size)
-    # The last number keeps these draws apart from those of whole epochs.
-    passes = [
-        np.random.default_rng((epochs.seed, number, source, 1)).permutation(size) if epochs.shuffle else np.arange(size)
-        for number in range(first, last)
-    ]
-    return np.concatenate(passes)[epoch * quota - first * size :][:quota]
 
 
 def num_tokens(lengths: np.ndarray, layout: Layout) -> np.ndarray:
@@ -257,20 +172,34 @@ def _best_swap(
 def _into_micro_batches(
     share: list[int], tokens: Sequence[int], layout: Layout, budget: int, max_pairs: int | None
 ) -> list[_Bin]:
-    """Best-fit-decreasing of one rank's pairs under the budget; a pair longer than the budget stands alone.
-
-    For padded layouts, next-fit over pairs sorted by length, so that equals are padded together.
-    """
+    """One rank's pairs under the budget; a pair longer than it stands alone. The longest first."""
     share = sorted(share, key=lambda i: (-tokens[i], i))
+    pack = _next_fit if layout.startswith("padded") else _best_fit
+    return pack(share, tokens, layout, budget, max_pairs)
+
+
+def _next_fit(
+    share: list[int], tokens: Sequence[int], layout: Layout, budget: int, max_pairs: int | None
+) -> list[_Bin]:
+    """Pairs in order, so that equals are padded together."""
+    bins: list[_Bin] = []
+    for i in share:
+        is_full = not bins or bins[-1].tokens_with(tokens[i], layout) > budget or len(bins[-1].pair_ids) == max_pairs
+        if is_full:
+            bins.append(_Bin([]))
+        bins[-1].add(i, tokens[i], layout)
+    return bins
+
+
+def _best_fit(
+    share: list[int], tokens: Sequence[int], layout: Layout, budget: int, max_pairs: int | None
+) -> list[_Bin]:
+    """Each pair into the fullest bin that still takes it."""
     bins: list[_Bin] = []
     room: list[tuple[int, int]] = []  # tokens left in a bin that takes more pairs, its number; sorted
     for i in share:
-        if layout.startswith("padded"):
-            fits = bool(bins) and bins[-1].tokens_with(tokens[i], layout) <= budget
-            place = len(bins) - 1 if fits and len(bins[-1].pair_ids) != max_pairs else len(bins)
-        else:
-            at = bisect_left(room, (tokens[i], 0))
-            place = room.pop(at)[1] if at < len(room) else len(bins)
+        at = bisect_left(room, (tokens[i], 0))
+        place = room.pop(at)[1] if at < len(room) else len(bins)
         if place == len(bins):
             bins.append(_Bin([]))
         chosen = bins[place]

@@ -165,7 +165,7 @@ def _tokenize(job: Job, folder: Path, source: str, stop_at_bad: bool) -> DataRep
                     values += getattr(part, name)
         if not columns["lengths"]:
             kinds = ", ".join(f"{kind} {found.count:,}" for kind, found in report.kinds.items())
-            raise UserError(f"{source}: no usable row is left of {report.rows_read:,}: {kinds}; mend the rows")
+            raise UserError(f"{source}: no usable row is left of {report.rows_read:,}: {kinds}; fix the rows")
         for name, dtype in COLUMNS.items():
             np.save(draft / f"{name}.npy", np.array(columns[name], dtype=dtype))
     except BaseException:
@@ -188,7 +188,7 @@ def _count(report: DataReport, part: Part) -> None:
 
 
 def _refusal(source: str, first_bad: str) -> str:
-    return f"{source} {first_bad}; mend it, or drop such rows with --data.on_bad_row skip"
+    return f"{source} {first_bad}; fix it, or drop such rows with --data.on_bad_row skip"
 
 
 def _check_settings(form: str, on_bad_row: str, workers: int | None) -> None:

@@ -45,7 +45,7 @@ def _explain(what: str, path: str, error: Exception) -> UserError:
             f" give --model.trust_remote_code true"
         )
     if Path(path).exists():
-        return UserError(f"{what} {path}: cannot be loaded: {text[:300]}; mend the folder, or name another")
+        return UserError(f"{what} {path}: cannot be loaded: {text[:300]}; fix the folder, or name another")
     if "local" in path or path.startswith((".", "/", "~")):
         return UserError(f"{what} {path}: no such folder")
     return UserError(

@@ -63,7 +63,7 @@ def read_json(path: str | None) -> dict[str, Any]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=without_doubles)
     except (OSError, ValueError, RecursionError) as error:  # bad UTF-8, bad JSON and endless numbers are ValueErrors
-        raise UserError(f"--config {path}: not valid JSON: {error}; mend it") from None
+        raise UserError(f"--config {path}: not valid JSON: {error}; fix it") from None
     if not isinstance(content, dict):
         kind, example = type(content).__name__, '{"zero_optimization": {"stage": 2}}'
         raise UserError(f"--config {path}: expected a JSON object, got {kind}; write one such as {example}")

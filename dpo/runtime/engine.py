@@ -51,10 +51,10 @@ def _check_sections(config: dict[str, Any], name: str) -> None:
         first = error.errors()[0]
         key = ".".join(map(str, (_SECTIONS.get(error.title, error.title), *first["loc"])))
         got = json.dumps(first["input"], default=str)
-        raise UserError(f"{name}: {key} is {got}: {first['msg']}; mend or remove it") from None
+        raise UserError(f"{name}: {key} is {got}: {first['msg']}; fix or remove it") from None
     except (DeepSpeedConfigError, ValueError, TypeError, AttributeError, KeyError, AssertionError) as error:
         # It looks into a section before it checks it: whatever its values are not, these are what comes out.
-        raise UserError(f"{name}: DeepSpeed refuses it: {' '.join(str(error).split())}; mend or remove it") from None
+        raise UserError(f"{name}: DeepSpeed refuses it: {' '.join(str(error).split())}; fix or remove it") from None
 
 
 def build_config(

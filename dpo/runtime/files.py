@@ -60,6 +60,6 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], bool]:
                 return records, True
             record = None
         if not isinstance(record, dict):
-            raise UserError(f"{path}: line {number} is no JSON object; mend or delete it")
+            raise UserError(f"{path}: line {number} is no JSON object; fix or delete it")
         records.append(record)
     return records, False

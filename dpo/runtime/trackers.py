@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from dpo.runtime.files import write_whole
+from dpo.runtime.files import read_records, write_whole
 
 Line = dict[str, Any]
 Backend = tuple[Callable[[Line], None], Callable[[], None]]
@@ -78,6 +78,10 @@ def tensorboard(run: Path, config: dict[str, Any], lines: Sequence[Line]) -> Bac
 
     def write(line: Line) -> None:
         axis, step, numbers = named(line)
+        if axis not in writers:  # the purge takes what a step that is half told has already
+            told = (named(earlier) for earlier in read_records(run / "metrics.jsonl")[0])
+            for values in [values for *place, values in told if place == [axis, step]][::-1]:
+                numbers = values | numbers
         writer = writer_of(axis, step)
         for name, value in numbers.items():
             writer.add_scalar(name, value, step)

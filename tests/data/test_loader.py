@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpo.data.epochs import Epochs
 from dpo.data.loader import Loader, whole_pass, with_fixed_rows
-from dpo.data.planner import Epochs
 from dpo.model.check import use_layout
 from dpo.model.forward import Scorer
 from dpo.types import TokenizedPair

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpo.data.epochs import Epochs
 from dpo.data.mixture import Mixture, quotas, share_lines
-from dpo.data.planner import Epochs
 from dpo.data.tokenize import TokenizedPairs, prepare_pairs
 from tests.data.tiny_tokenizers import plain_rows, tokenizer_of
 

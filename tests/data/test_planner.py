@@ -12,8 +12,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from dpo.data.epochs import Epochs
 from dpo.data.loader import Loader, whole_pass
-from dpo.data.planner import Costs, Epochs, num_tokens, plan_batch
+from dpo.data.planner import Costs, num_tokens, plan_batch
 from tests import tiny
 
 LAYOUTS = ("shared", "packed", "padded", "chosen", "padded_chosen")

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from dpo.data.batch import collate
+from dpo.data.epochs import Epochs
 from dpo.data.loader import Loader, whole_pass
-from dpo.data.planner import Epochs
 from dpo.objective.tokens import length_desensitised, sampled, weigher
 from tests import tiny
 

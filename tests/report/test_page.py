@@ -197,7 +197,7 @@ def test_several_runs_are_compared_in_one_page(tmp_path: Path, monkeypatch: Any,
         (["report"], "runs"),
         (["report", "nowhere"], "nowhere is no run directory: it has neither config.yaml nor metrics.jsonl"),
         (["report", "run", "--output", "no/such/x.html"], "no/such/x.html cannot be written: No such file"),
-        (["report", "spoilt"], "spoilt/metrics.jsonl: line 1 is no JSON object; mend or delete it"),
+        (["report", "spoilt"], "spoilt/metrics.jsonl: line 1 is no JSON object; fix or delete it"),
         (["report", "run", "--outptu", "x"], "unknown key outptu; did you mean output?"),
     ],
 )

@@ -161,7 +161,7 @@ def test_a_key_or_value_that_deepspeed_would_pass_over_or_die_of_is_named(given:
 
 def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2, "stage": 3}}')
-    with pytest.raises(UserError, match="'stage' is given twice; mend it"):
+    with pytest.raises(UserError, match="'stage' is given twice; fix it"):
         read_json(str(tmp_path / "ds.json"))
 
 

@@ -90,6 +90,20 @@ def test_tensorboard_shows_every_step_once_although_the_run_was_killed_twice(tmp
     assert all(line.startswith("    ") for line in (config + audit).splitlines() if line)
 
 
+def test_tensorboard_keeps_what_a_step_had_before_the_evaluation_in_which_the_run_was_stopped(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="an extra")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    run.mkdir()
+    attempt(run, "tensorboard", [{"step": 3, "loss": 0.75}, {"step": 4, "loss": 0.5}], None)
+    attempt(run, "tensorboard", [{"step": 4, "eval_loss": 0.25}, {"step": 5, "loss": 0.125}], 4)
+    events = EventAccumulator(str(run / "tensorboard/dpo"))
+    events.Reload()
+    found = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert found == {"loss": [(3, 0.75), (4, 0.5), (5, 0.125)], "eval_loss": [(4, 0.25)]}
+
+
 class FakeModule(types.ModuleType):
     """The functions that Weights & Biases and trackio share; remembers who called them how."""
 
