@@ -21,7 +21,7 @@ from dpo.runtime.distributed import only_main
 from dpo.runtime.files import write_whole
 from dpo.setup import Setup
 
-WEIGHTS = (".safetensors", ".bin")
+WEIGHTS, SAMPLES = (".safetensors", ".bin"), 16
 
 
 def check_inputs(setup: Setup) -> None:
@@ -72,7 +72,7 @@ def _tokens(pairs: Pairs) -> str:
 
 
 def _weights(config: Config, path: str | None, *, is_policy: bool) -> Any:
-    """Which weights a path stands for: of a folder sizes and times of its files, of a hub id its commit."""
+    """Which weights a path stands for: of a folder its files, of a hub id its commit."""
     if path is None:
         return None
     found: list[Any] = []
@@ -80,8 +80,19 @@ def _weights(config: Config, path: str | None, *, is_policy: bool) -> Any:
     for place in dict.fromkeys((path, base)):
         if Path(place).is_dir():
             files = sorted(file for file in Path(place).iterdir() if file.suffix in WEIGHTS)
-            found.append([[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files])
+            found.append([[file.name, _sample(file)] for file in files])
     if not Path(base).is_dir() and not base.startswith("builtin:"):
         trust = config.model.trust_remote_code
         found.append(getattr(load.load_config(base, revision=revision, trust_remote_code=trust), "_commit_hash", None))
     return found
+
+
+def _sample(file: Path) -> str:
+    """Hash of a file's size and of SAMPLES pieces of it, which training changes all; a copy has the same."""
+    size = file.stat().st_size
+    digest = xxhash.xxh3_128(str(size).encode())
+    with open(file, "rb") as stream:
+        for place in range(SAMPLES):
+            stream.seek(size * place // SAMPLES)
+            digest.update(stream.read(1 << 16))
+    return digest.hexdigest()

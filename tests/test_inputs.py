@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import dpo.inputs
 import train_dpo
@@ -61,7 +62,10 @@ def test_a_run_whose_policy_has_changed_is_refused_by_name(tmp_path, shared_data
     assert started(tmp_path, policy, rows, 1) == 0
     (weights,) = policy.glob("*.safetensors")
     os.utime(weights, (1, 1))
-    assert started(tmp_path, policy, rows, 2) == 2
+    assert started(tmp_path, policy, rows, 2) == 0
+    content = load_file(weights)
+    save_file({name: tensor + 1e-3 for name, tensor in content.items()}, weights, {"format": "pt"})
+    assert started(tmp_path, policy, rows, 3, "--train.epochs", "2") == 2
     assert f"was begun on other inputs: model.policy {policy} changed since" in capsys.readouterr().err
 
 
