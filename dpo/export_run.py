@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -41,8 +41,8 @@ class Options:
     """Folder to write; default: RUN/export, or RUN/merged, with the checkpoint's name behind it if one is given."""
     merge: bool = False
     """Add the adapter of a LoRA run to the weights beneath it: one plain model."""
-    checkpoint: int | None = None
-    """Optimizer step of the checkpoint to take; default: final/."""
+    checkpoint: int | Literal["best"] | None = None
+    """Optimizer step of the checkpoint to take, or best: by validation accuracy. Default: final/."""
 
 
 def export_run(options: Options) -> Path:
@@ -82,8 +82,13 @@ def export_run(options: Options) -> Path:
     return target
 
 
-def _source(run: Path, step: int | None) -> Path:
+def _source(run: Path, step: int | Literal["best"] | None) -> Path:
     """The folder that holds the weights: final/, or a checkpoint."""
+    if step == "best":
+        best = checkpoint.best_of(run, checkpoint.checkpoints(run))
+        if best is None:
+            raise UserError(f"--checkpoint best: no step of {run} was both evaluated and saved; name one by its number")
+        return best
     if step is not None:
         folder = run / "checkpoints" / checkpoint.step_folder(step)
         there = [c.name for c in checkpoint.checkpoints(run)]

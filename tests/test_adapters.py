@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +257,18 @@ def test_the_last_checkpoint_exports_what_final_holds_and_an_earlier_one_somethi
         found = load_file(tmp_path / str(step) / "adapter_model.safetensors")
         assert found.keys() == final.keys()
         assert all(torch.equal(found[name], final[name]) for name in final) is equal
+
+
+def test_the_best_checkpoint_is_that_with_the_best_accuracy(lora, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(lora[0] / "run", run)
+    assert export(str(run), "--checkpoint", "best") == 2
+    assert f"--checkpoint best: no step of {run} was both evaluated and saved" in capsys.readouterr().err
+    with open(run / "metrics.jsonl", "a") as metrics:
+        for step, accuracy in ((0, 0.9), (2, 0.7), (4, 0.6)):
+            metrics.write(json.dumps({"step": step, "eval_rewards/accuracies": accuracy}) + "\n")
+    assert export(str(run), "--checkpoint", "best") == 0
+    assert capsys.readouterr().out.split() == [str(run / "export-step-000002")]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])  # GPT-2 ties its head and keeps its matrices transposed

@@ -54,13 +54,18 @@ def _weights_only(folder: Path) -> bool:
     return (folder / WEIGHTS).is_dir()
 
 
-def _worth_keeping(run: Path, folders: list[Path], keep: int) -> set[Path]:
-    """The newest, and the one with the best validation accuracy that metrics.jsonl names, the later of equals."""
+def best_of(run: Path, folders: list[Path]) -> Path | None:
+    """The checkpoint with the best validation accuracy in metrics.jsonl, the later of equals; None if none has one."""
     lines = read_records(run / "metrics.jsonl")[0]
-    accuracy = {line.get("step"): line.get(ACCURACY) for line in lines}
-    known = [folder for folder in folders if accuracy.get(_step_of(folder)) is not None]
-    best = max(known, key=lambda folder: (accuracy[_step_of(folder)], _step_of(folder)), default=folders[-1])
-    return {*folders[-keep:], best}
+    accuracy = {line.get("step"): line.get(ACCURACY) for line in lines if line.get(ACCURACY) is not None}
+    known = [folder for folder in folders if _step_of(folder) in accuracy]
+    return max(known, key=lambda folder: (accuracy[_step_of(folder)], _step_of(folder)), default=None)
+
+
+def _worth_keeping(run: Path, folders: list[Path], keep: int) -> set[Path]:
+    """The newest, and the best."""
+    best = best_of(run, folders)
+    return {*folders[-keep:]} | ({best} if best else set())
 
 
 def _check_disk(parent: Path, expected_bytes: int) -> None:
