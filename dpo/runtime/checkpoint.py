@@ -3,7 +3,7 @@
     checkpoints/step-000200/     engine state of every rank, state.json, manifest.json; sft-000200 of the SFT stage
                                  (train.save_weights_only: weights/ in place of engine state)
 
-A checkpoint appears whole (folders.py). One damaged afterwards is told by its manifest, and the one before is taken.
+A checkpoint appears whole (folders.py). One damaged later is detected by its manifest, and the one before it is used.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Is every rank alive, and does it get on?
+"""Is every rank alive, and is it making progress?
 
 Each rank leaves a note about itself in the launcher's key-value store, from a thread that neither a long phase nor a
-collective stops. Rank 0 reads the notes of all, the others that of rank 0: some N small writes by a job of N ranks in a
-quarter of the time-out. Three things end the job, with one line that names the ranks:
+collective stops, every 30 s (a quarter of the time-out where that is less). Rank 0 reads the notes of all, the others
+that of rank 0. Three things end the job, with one line that names the ranks:
 
     dead     a process of this host is gone; looked at every second
     silent   a note has not changed for train.hang_timeout: the rank is frozen or cut off, whatever its phase

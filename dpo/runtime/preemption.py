@@ -1,10 +1,10 @@
 """Signals -> "stop at the next step".
 
-SIGTERM, SIGINT and SIGUSR1 only raise a flag. Ranks look at it together, at every step and between the micro-batches of
-evaluations, samples and caches, so all of them stop at the same place: the run is checkpointed and ends with exit code
-75. A launcher passes a signal on to processes that got it already, so what follows within ECHO_SECONDS is the same
-signal; a later one ends the process at once. But for SIGTERM after SIGUSR1: a scheduler announces the end by one and
-sends the other when it has come, and what is being written then may still become whole.
+SIGTERM, SIGINT and SIGUSR1 only raise a flag. Ranks look at it together, at every step, between the micro-batches of
+evaluations and caches, and around samples, so all of them stop at the same place: the run is checkpointed and ends with
+exit code 75. A launcher passes a signal on to processes that got it already, so what follows within ECHO_SECONDS is the
+same signal; a later one ends the process at once. SIGTERM after SIGUSR1 is the exception: a scheduler announces the end
+by one and sends the other when it has come, and what is being written then may still be completed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The run directory: whose it is, and whether it is finished.
 
-    config.yaml      the resolved settings; a run started again must have the same ones
+    config.yaml      the resolved settings; a run started again must have the same ones, but for MAY_CHANGE
     .lock            held by the process that trains there
     status.json      running, preempted, failed or finished
     finished.json    written last: the step
