@@ -220,7 +220,7 @@ def fit_budget(
         layout: Of the micro-batches.
         name: Of the file; None has nothing read or written.
     Returns:
-        The setup with its token_budget, where memory can run out; else as it was.
+        The setup with its budgets, where memory can run out; else as it was.
     Raises:
         UserError: If not even the longest pair fits.
     """
@@ -230,7 +230,7 @@ def fit_budget(
         return setup
     key = _key(setup, layout)
     found = None if path is None else only_main(world, lambda: _read(path))
-    if found is None or {k: found.get(k) for k in key} != key:
+    if found is None or "evaluation" not in found or {k: found.get(k) for k in key} != key:
         found = key | _find(setup, policy, reference, say, layout)
         if path is not None:
             content = json.dumps(found)
@@ -243,7 +243,7 @@ def fit_budget(
     say(f"micro-batches: at most {found['tokens']:,} tokens{again}{where}")
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)  # perf/peak_memory_gib is that of training
-    return replace(setup, token_budget=int(found["tokens"]))
+    return replace(setup, token_budget=int(found["tokens"]), evaluation_budget=int(found["evaluation"]))
 
 
 def _key(setup: Setup, layout: Layout) -> dict[str, Any]:
@@ -280,14 +280,15 @@ def _find(
         load.checkpoint_activations(model)
         may = False
     _compile(setup, policy, say)
-    budget = first()
+    searched = budget = first()
     if room.is_tried:
         fits = partial(_fits, setup, policy, reference, layout, owed=owed)
-        budget = choose(budget, room.longest, fits, recompute if may else None, say)
+        searched = choose(budget, room.longest, fits, recompute if may else None, say)
         if may and load.recomputes_activations(model):
             _compile(setup, policy, say)  # says that it no longer is
-        budget = max(room.longest, min(budget, max(gather(_largest(setup, layout, budget)))))  # more was not tried
-    return {"tokens": budget, "recomputed": load.recomputes_activations(model)}
+        # More was not tried; without gradients, whose activations are what takes memory, it need not be.
+        budget = max(room.longest, min(searched, max(gather(_largest(setup, layout, searched)))))
+    return {"tokens": budget, "evaluation": searched, "recomputed": load.recomputes_activations(model)}
 
 
 def _compile(setup: Setup, policy: Policy, say: Callable[[str], None]) -> None:

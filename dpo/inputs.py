@@ -13,7 +13,6 @@ from typing import Any
 import xxhash
 
 from dpo.config import Config
-from dpo.data.mixture import Mixture, Pairs
 from dpo.errors import UserError
 from dpo.model import adapters, load
 from dpo.runtime import run_directory
@@ -21,7 +20,7 @@ from dpo.runtime.distributed import only_main
 from dpo.runtime.files import write_whole
 from dpo.setup import Setup
 
-WEIGHTS, SAMPLES = (".safetensors", ".bin"), 16
+SAMPLES = 16
 
 
 def check_inputs(setup: Setup) -> None:
@@ -38,8 +37,8 @@ def check_inputs(setup: Setup) -> None:
 def _check(setup: Setup) -> None:
     path, config = setup.run / "inputs.json", setup.config
     now = {
-        "training pairs": _tokens(setup.train_pairs),
-        "validation pairs": None if setup.validation_pairs is None else _tokens(setup.validation_pairs),
+        "training pairs": [one.report.digest for one in setup.data.train],
+        "validation pairs": [one.report.digest for one in setup.data.validation],
         f"model.policy {config.model.policy}": _weights(config, config.model.policy, is_policy=True),
         f"reference.path {config.reference.path}": _weights(config, config.reference.path, is_policy=False),
     }
@@ -62,28 +61,17 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _tokens(pairs: Pairs) -> str:
-    """Hash of every token id, and of how the pairs are cut."""
-    digest = xxhash.xxh3_128()
-    for part in pairs.parts if isinstance(pairs, Mixture) else [pairs]:
-        digest.update(part.lengths.tobytes())
-        digest.update(part.tokens.data)
-    return digest.hexdigest()
-
-
 def _weights(config: Config, path: str | None, *, is_policy: bool) -> Any:
-    """Which weights a path stands for: of a folder its files, of a hub id its commit."""
+    """The weights that a path or hub id stands for: files and samples of them, of an adapter and its base both."""
     if path is None:
         return None
-    found: list[Any] = []
     base, revision = adapters.base_of(path, config.revision_of(path, is_policy=is_policy))
-    for place in dict.fromkeys((path, base)):
-        if Path(place).is_dir():
-            files = sorted(file for file in Path(place).iterdir() if file.suffix in WEIGHTS)
-            found.append([[file.name, _sample(file)] for file in files])
-    if not Path(base).is_dir() and not base.startswith("builtin:"):
-        trust = config.model.trust_remote_code
-        found.append(getattr(load.load_config(base, revision=revision, trust_remote_code=trust), "_commit_hash", None))
+    found: dict[str, str] = {}
+    for place, at in {path: None, base: revision}.items():
+        folder = load.fetch_weights(place, revision=at)
+        if folder is not None:
+            files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*model*.bin"))
+            found |= {f"{place} {file.name}": _sample(file) for file in files}
     return found
 
 

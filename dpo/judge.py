@@ -121,6 +121,12 @@ def _openai_judge(model: str) -> Judge:
         raise UserError(f"--judge openai:{model} needs the client: pip install openai") from None
     client = OpenAI(max_retries=4, timeout=120)
 
+    refusals: list[Exception] = []
+
+    def does_not_judge(error: Exception) -> UserError:
+        text = " ".join(str(error).split())[:200]
+        return UserError(f"--judge openai:{model}: {client.base_url} does not judge: {text}")
+
     def complete(messages: Any) -> Any:
         try:
             return client.chat.completions.create(model=model, messages=messages, temperature=0)
@@ -136,11 +142,11 @@ def _openai_judge(model: str) -> Judge:
         messages: Any = [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": content}]
         try:
             reply = complete(messages)
-        except BadRequestError:
+        except BadRequestError as error:
+            refusals.append(error)
             return None  # of this case alone: too long, or filtered
         except OpenAIError as error:
-            text = " ".join(str(error).split())[:200]
-            raise UserError(f"--judge openai:{model}: {client.base_url} does not judge: {text}") from None
+            raise does_not_judge(error) from None
         named = re.findall(r"\[\[(A|B|TIE)\]\]", reply.choices[0].message.content or "")
         return {"A": 0.0, "B": 1.0, "TIE": 0.5}[named[-1]] if named else None
 
@@ -150,8 +156,12 @@ def _openai_judge(model: str) -> Judge:
         return None if straight is None or swapped is None else (straight + 1 - swapped) / 2
 
     def judge(cases: Sequence[Case]) -> list[Verdict]:
+        refusals.clear()
         with ThreadPoolExecutor(WORKERS) as pool:
-            return list(pool.map(verdict, cases))
+            verdicts = list(pool.map(verdict, cases))
+        if refusals and all(one is None for one in verdicts):
+            raise does_not_judge(refusals[0])
+        return verdicts
 
     return judge
 

@@ -26,7 +26,7 @@ from dpo.data.mixture import Pairs
 from dpo.errors import UserError
 from dpo.model.check import TOLERANCE, counted_tokens
 from dpo.model.forward import pair_logps
-from dpo.runtime import preemption
+from dpo.runtime import heartbeat, preemption
 from dpo.runtime.distributed import World, only_main, sum_over_ranks
 from dpo.runtime.files import write_whole
 from dpo.types import PackedBatch
@@ -138,6 +138,7 @@ def cached_scores(
     done = only_main(world, lambda: [_chunk_file(folder, c).exists() for c in range(len(chunks))])
     for number, (ids, is_done) in enumerate(zip(chunks, done, strict=True)):
         if not is_done:
+            heartbeat.at(f"scoring pairs {ids.start} to {ids.stop - 1} for the reference cache")
             scores = _score_pairs(score, loader, list(ids), world).numpy()
             only_main(world, partial(_write_chunk, _chunk_file(folder, number), scores))
             say(f"reference scores: {ids.stop:,} of {count:,} pairs")

@@ -164,6 +164,17 @@ def max_length(config: Config, model_config: Any) -> int:
     return wanted
 
 
+def check_backends(config: Config) -> None:
+    """Refuse a tracker that is not installed.
+
+    Raises:
+        UserError: Naming the first.
+    """
+    for name in config.log.backends:
+        if find_spec(name) is None:
+            raise UserError(f"log.backends names {name}, which is not installed; pip install {name}")
+
+
 def check_reference_path(config: Config, tokenizer: Any, longest: int) -> None:
     """Refuse another model as reference that cannot read the policy's token ids.
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,8 @@ class Setup:
         start_dtype: Dtype of the policy's stored weights.
         notes: Lines for the log: what was decided, and why.
         costs: By which the ranks get equal work.
-        token_budget: Tokens per micro-batch that fit; None before that is known.
+        token_budget: Tokens per micro-batch of training that fit; None before that is known.
+        evaluation_budget: The same where there is no gradient.
     """
 
     config: Config
@@ -70,6 +71,7 @@ class Setup:
     notes: tuple[str, ...]
     costs: Costs = Costs()
     token_budget: int | None = None
+    evaluation_budget: int | None = None
 
     @property
     def run(self) -> Path:
@@ -122,7 +124,7 @@ class Setup:
     def heaviest_steps(self, layout: Layout) -> list[int]:
         """The steps with the most tokens among all that one pass over the data, or more, makes."""
         steps = max(self.total_steps, self.epochs.steps_per_epoch)
-        return self.epochs.heaviest(num_tokens(self.train_pairs.lengths, layout), steps, LOOKED_AT)
+        return list(_heaviest_steps(self.train_pairs, self.epochs, layout, steps))
 
     def sample_pairs(self) -> list[TokenizedPair]:
         """Pairs whose prompts are answered: the first of every validation set in turn, of training where is none."""
@@ -156,7 +158,8 @@ class Setup:
     def loader(self, pairs: Pairs, layout: Layout) -> Loader:
         """This rank's micro-batches over a data set, in the order of the run's epochs."""
         train = self.config.train
-        budget = self.token_budget or train.tokens_per_micro_batch
+        found = self.token_budget if pairs is self.train_pairs else self.evaluation_budget
+        budget = found or train.tokens_per_micro_batch
         if budget == "auto":
             budget = UNTRIED_TOKENS if self.world.device.type == "cuda" else 4096
         of_row = train.sequence_parallel_size  # ranks of a group get the same rows and hold a cut of each
@@ -173,13 +176,17 @@ class Setup:
         may = self.world.device.type == "cuda" and train.static_shapes == "auto"
         if not (must or may) or layout.startswith("padded"):
             return loader
-        whole = [np.arange(len(pairs))]
-        heaviest, usual = (whole, whole) if pairs is not self.train_pairs else (
-            [self.epochs.batch(step) for step in steps]
-            for steps in (self.heaviest_steps(layout), range(min(self.epochs.steps_per_epoch, LOOKED_AT)))
-        )  # fmt: skip
+        heaviest = usual = [np.arange(len(pairs))]
+        if pairs is self.train_pairs:
+            heaviest = [self.epochs.batch(step) for step in self.heaviest_steps(layout)]
+            usual = [self.epochs.batch(step) for step in range(min(self.epochs.steps_per_epoch, LOOKED_AT))]
         fixed, tail = with_fixed_rows(loader, heaviest, usual)
         return fixed if must or tail <= TAIL_AT_MOST else loader
+
+
+@lru_cache(maxsize=4)
+def _heaviest_steps(pairs: Pairs, epochs: Epochs, layout: Layout, steps: int) -> tuple[int, ...]:
+    return tuple(epochs.heaviest(num_tokens(pairs.lengths, layout), steps, LOOKED_AT))
 
 
 def resolve_precision(wanted: str, device: torch.device) -> str:
@@ -202,11 +209,6 @@ def _precision_notes(precision: str, device: torch.device) -> list[str]:
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return []
     return ["train.precision is bf16 and this CPU has no instructions for it: many times slower than fp32"]
-
-
-def _loss_notes(config: Config) -> list[str]:
-    note = beta_note(config.loss.names, config.loss.beta)
-    return [] if note is None else [note]
 
 
 def _costs(config: Config, model_config: Any, world_size: int) -> Costs:
@@ -261,7 +263,7 @@ def prepare(config: Config, world: World, deepspeed_json: str | None, *, for_els
 
     def work() -> Setup:
         check_world_size(config, world.world_size)
-        _check_backends(config)
+        roles.check_backends(config)
         wanted = config.train.precision
         precision = wanted if for_elsewhere and wanted != "auto" else resolve_precision(wanted, world.device)
         engine_config = deepspeed_engine.build_config(
@@ -297,7 +299,10 @@ def prepare(config: Config, world: World, deepspeed_json: str | None, *, for_els
             config=config, world=world, engine_config=engine_config, precision=precision, tokenizer=tokenizer,
             data=data, train_pairs=data.train_pairs(), validation_pairs=data.validation_pairs(),
             start_dtype=load.starting_dtype(model_config),
-            notes=(*data.notes, *_precision_notes(precision, world.device), *_loss_notes(config)),
+            notes=(
+                *data.notes, *_precision_notes(precision, world.device),
+                *filter(None, [beta_note(config.loss.names, config.loss.beta)]),
+            ),
             costs=_costs(config, model_config, world.world_size),
         )
         roles.check_ids(tokenizer, model_config.get_text_config().vocab_size, made.train_pairs, made.validation_pairs)
@@ -307,9 +312,3 @@ def prepare(config: Config, world: World, deepspeed_json: str | None, *, for_els
     if len(set(gather((setup.train_pairs.key, setup.precision, setup.costs)))) > 1:
         raise UserError("the ranks do not see the same data, model or kind of device: use a shared folder, equal nodes")
     return setup
-
-
-def _check_backends(config: Config) -> None:
-    for name in config.log.backends:
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"log.backends names {name}, which is not installed; pip install {name}")

@@ -27,6 +27,7 @@ from dpo.runtime.checkpoint import checkpoints, load, newest
 from dpo.runtime.distributed import only_main, sum_over_ranks
 from dpo.runtime.folders import drop
 from dpo.runtime.schedule import due, learning_rate
+from dpo.runtime.status import write_status
 from dpo.runtime.tracking import Tracker, keep_lines
 from dpo.setup import Setup
 from dpo.types import TrainState
@@ -123,6 +124,8 @@ def _train(
             unlogged = tuple(sum_over_ranks(sums.clone()).tolist())
             here = TrainState(done, tokens_seen, unlogged, skipped=nonfinite.count)
             save_checkpoint(setup, policy, here, kind="sft")
+            if world.is_main:
+                write_status(setup.run, "running", place=heartbeat.place())
         preemption.stop_if(stop)
         heartbeat.at(f"waiting for the rows of SFT step {done + 1}", in_step=True)
     heartbeat.at("writing the result of SFT")

@@ -126,7 +126,7 @@ def _told(setup: Setup) -> Iterator[None]:
     def tell(state: State, reason: str = "") -> None:
         if setup.world.is_main:
             with suppress(OSError):  # a disk that is full has the last word nowhere but on the console
-                write_status(setup.run, state, reason=" ".join(reason.split())[:1000])
+                write_status(setup.run, state, reason=" ".join(reason.split())[:1000], place=heartbeat.place())
 
     tell("running")
     try:
@@ -272,7 +272,7 @@ def _save(setup: Setup, policy: Policy, reference: FrozenReference, state: Train
     moves = setup.config.reference.sync_steps is not None
     save_checkpoint(setup, policy, state, more=partial(save_reference, reference, setup.world) if moves else None)
     if setup.world.is_main:
-        write_status(setup.run, "running", state.step)
+        write_status(setup.run, "running", state.step, place=heartbeat.place())
 
 
 def _names_at(run: Path, step: int) -> set[str]:

@@ -165,18 +165,18 @@ while :; do
 done
 
 state=$(sed -nE 's/.*"state": "([a-z]+)".*/\1/p' "$DPO_STATUS_FILE" 2>/dev/null) || true
-safe=$(sed -nE 's/.*"step": ([0-9]+).*/\1/p' "$DPO_STATUS_FILE" 2>/dev/null) || true
+reached=$(sed -nE 's/.*"step": ([0-9]+), "place": "([^"]*)".*/step \1, \2/p' "$DPO_STATUS_FILE" 2>/dev/null) || true
 rm -f "$DPO_STATUS_FILE"
-# The step that was safe on disk when the job was last put back.
+# How far training had come when the job was last put back.
 last_file=.dpo-requeued-$SLURM_JOB_ID
 last=$(cat "$last_file" 2>/dev/null) || true
 if [ -n "$preempted" ] && [[ "$state" = preempted || ( -n "$over" && "$state" = running ) ]]; then
-    if [ "$last" = "${safe:-0}" ]; then
+    if [ -n "$last" ] && [ "$last" = "$reached" ]; then
         rm -f "$last_file"
-        die "twice in a row time was up at step ${safe:-0}: give the job more (--time), or notice it earlier" \
-            "(--signal=B:USR1@900), or save more often (train.save_every)"
+        die "twice in a row time was up at the same place ($reached): give the job more (--time), or notice it" \
+            "earlier (--signal=B:USR1@900), or save more often (train.save_every)"
     fi
-    echo "${safe:-0}" >"$last_file"
+    echo "$reached" >"$last_file"
     if [ "$state" = preempted ]; then saved=checkpointed; else saved="not checkpointed in time"; fi
     echo "slurm/dpo.sh: $saved; job $SLURM_JOB_ID goes back into the queue"
     scontrol requeue "$SLURM_JOB_ID"

@@ -186,7 +186,7 @@ def test_a_run_without_enough_memory_takes_smaller_micro_batches_and_has_the_sam
     assert "out of memory with 1,600 tokens a micro-batch: trying 800" in capsys.readouterr().err
     written = json.loads((tmp_path / "small/run/micro_batches.json").read_text())
     assert (tried[-1], written["recomputed"]) == found and 0 < written["tokens"] == tried.row <= found[0]
-    assert (written["asked"], written["world_size"]) == (1600, 1)
+    assert (written["asked"], written["world_size"], written["evaluation"]) == (1600, 1, found[0])
     for a, b in zip(lines_of(tmp_path / "small"), lines_of(tmp_path / "plain"), strict=True):
         for name in ("loss", "grad_norm", "rewards/margins"):
             assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
@@ -464,3 +464,16 @@ def test_the_trial_holds_the_tiles_of_losses_that_need_whole_distributions(
     monkeypatch.setattr(dpo.budget, "attempt", attempt)
     assert train_dpo.main(arguments(tmp_path, tiny_policy, *SEVERAL, "--model.loss_in_forward", "true", *flags)) == 0
     assert small == [1600, 800]
+
+
+def test_an_evaluation_may_take_more_tokens_than_a_step_was_tried_with(tiny_policy, tmp_path, monkeypatch):
+    tried, seen, evaluate = lacking_above(monkeypatch, 10**9, 10**9), [], dpo.train.evaluate
+
+    def watched(policy, reference, sets, *rest):
+        seen.append(max(batch.input_ids.numel() for share in sets.values() for batch in share.batches))
+        return evaluate(policy, reference, sets, *rest)
+
+    monkeypatch.setattr(dpo.train, "evaluate", watched)
+    flags = [*SEVERAL, "--train.global_batch_size", "1", "--train.max_steps", "1"]
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, *flags)) == 0
+    assert tried == [1600] and tried.row < min(seen) <= 1600

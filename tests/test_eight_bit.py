@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import dpo.train
 import train_dpo
 from benchmarks.soak import numbers, weights
+from dpo.export_run import Options, export_run
 from dpo.runtime.tracking import read_lines
 from tests.test_stages import arguments
 
@@ -67,6 +69,9 @@ def test_a_run_that_was_killed_goes_on_with_the_moments_it_had(stage, tiny_polic
         run(tmp_path / "killed", tiny_policy, *flags)
     resumed = run(tmp_path / "killed", tiny_policy, *flags)
     assert numbers(resumed) == numbers(whole) and weights(resumed) == weights(whole)
+    exported = export_run(Options(str(resumed), checkpoint=4)) / "model.safetensors"
+    final = load_file(resumed / "final/model.safetensors")
+    assert all(torch.equal(tensor, final[name]) for name, tensor in load_file(exported).items())
 
 
 def test_a_step_on_the_cpu_beside_a_gpu_is_refused(tiny_policy, tmp_path, capsys):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -78,15 +77,21 @@ def test_a_run_that_took_no_step_may_begin_on_other_rows(tiny_policy, tmp_path, 
     assert started(tmp_path, tiny_policy, rows, 1, "--train.global_batch_size", "2") == 0
 
 
-def test_a_hub_model_is_known_by_its_commit_and_a_built_in_one_by_its_name(monkeypatch):
+def test_weights_of_the_hub_are_known_by_what_is_in_them(tmp_path, monkeypatch):
     asked = []
 
-    def config(path, *, revision, trust_remote_code):
+    def fetched(path, *, revision):
         asked.append((path, revision))
-        return SimpleNamespace(_commit_hash="abc")
+        return None if path.startswith("builtin") else tmp_path
 
-    monkeypatch.setattr(dpo.inputs.load, "load_config", config)
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    monkeypatch.setattr(dpo.inputs.load, "fetch_weights", fetched)
     settings = parse(["--model.policy", "gpt2", "--model.revision", "main", "--data.train", "d"]).config
-    assert _weights(settings, "gpt2", is_policy=True) == ["abc"] and asked == [("gpt2", "main")]
-    assert _weights(settings, "builtin:tiny", is_policy=True) == [] and len(asked) == 1
+    before = _weights(settings, "gpt2", is_policy=True)
+    assert list(before) == ["gpt2 model.safetensors"] and asked[-1] == ("gpt2", "main")
+    (tmp_path / "README.md").write_text("a new commit")
+    assert _weights(settings, "gpt2", is_policy=True) == before
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    assert _weights(settings, "gpt2", is_policy=True) != before
+    assert _weights(settings, "builtin:tiny", is_policy=True) == {}
     assert _weights(settings, None, is_policy=False) is None

@@ -182,6 +182,12 @@ def test_a_case_that_an_endpoint_refuses_has_no_say_and_the_others_do(endpoint: 
     assert make_judge("openai:m", CPU)(CASES) == [0.5, 0.5, None, 0.5]
 
 
+def test_an_endpoint_that_refuses_every_case_says_why(endpoint: Any) -> None:
+    endpoint(lambda request: (400, "no such parameter"))
+    with pytest.raises(UserError, match="does not judge: .*no such parameter"):
+        make_judge("openai:m", CPU)(CASES)
+
+
 def test_a_model_that_takes_no_temperature_judges_at_its_own(endpoint: Any) -> None:
     def picky(request: dict[str, Any]) -> tuple[int, str]:
         return (400, "'temperature' does not support 0") if "temperature" in request else (200, "[[TIE]]")

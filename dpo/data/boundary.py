@@ -115,8 +115,9 @@ class TextEncoder:
         """Render a conversation with the template's options; with `answer_next` up to where the model answers."""
         if not (self.chat_template or getattr(self.tokenizer, "chat_template", None)):
             raise UserError(
-                "the data is conversations and the tokenizer has no chat template: give one with model.chat_template "
-                "(template text or file), or use an instruction-tuned model"
+                "the data is conversations (strings beside a column system, question or instruction are one too) and "
+                "the tokenizer has no chat template: give one with model.chat_template (template text or file), use an "
+                "instruction-tuned model, or leave these columns out by data.format prompt"
             )
         try:
             rendered: Any = self.tokenizer.apply_chat_template(
@@ -152,7 +153,7 @@ class TextEncoder:
     def unread(self, messages: list[Message], rendered: str, options: Mapping[str, Any] | None = None) -> str | None:
         """Say which part of a prompt the chat template leaves out, None where it tells the model all of it.
 
-        What an earlier assistant's message is made of may be left out (its reasoning), and is not looked at.
+        Messages of the assistant are not looked at: templates leave out the reasoning in earlier ones.
 
         Args:
             messages: The prompt.
@@ -223,8 +224,8 @@ class TextEncoder:
 
         Args:
             texts: To encode.
-            after: How the prompt of each ends, from its last special token on (`tail_of`): behind one a tokenizer may
-                begin a text otherwise than behind a letter. "" where there is none; None: nowhere.
+            after: The end of each text's prompt, from its last special token on (`tail_of`), since some tokenizers
+                encode a text differently behind a special token. "" or None: the prompt has none.
         Raises:
             UserError: The tokenizer cannot do so without changing the text.
         """

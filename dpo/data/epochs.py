@@ -50,7 +50,6 @@ class Epochs:
         start = index * self.global_batch_size
         return self.order(epoch)[start : start + self.global_batch_size]
 
-
     def heaviest(self, cost: np.ndarray, steps: int, count: int) -> list[int]:
         """The costliest optimizer steps, in order.
 

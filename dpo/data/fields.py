@@ -61,11 +61,9 @@ def _message(item: Mapping[str, Any], column: str) -> Message:
         content = ""
     if not isinstance(role, str) or not isinstance(content, str):
         raise Unusable(NOT_TEXT, f"a message of '{column}' has role {shown(role)} and content {shown(content)}")
-    if role_key == "from":
-        if role not in _SHAREGPT_ROLES:
-            raise Unusable(NOT_MESSAGES, f"a message of '{column}' is from {shown(role)}")
-        role = _SHAREGPT_ROLES[role]
-    return {"role": role, "content": content, **_without_nulls(more)}
+    if role_key == "from" and role not in _SHAREGPT_ROLES:
+        raise Unusable(NOT_MESSAGES, f"a message of '{column}' is from {shown(role)}")
+    return {"role": _SHAREGPT_ROLES.get(role, role), "content": content, **_without_nulls(more)}
 
 
 def _without_nulls(value: Any) -> Any:

@@ -129,7 +129,7 @@ def _read_conversation(row: Mapping[str, Any]) -> Sides:
     chosen, rejected = messages_of(row, "chosen"), messages_of(row, "rejected")
     column = "prompt" if row.get("prompt") is not None else "conversations"
     prompt = messages_of(row, column, role="user") if row.get(column) is not None else None
-    if prompt is None and (question := question_of(row)) is not None:
+    if prompt is None and chosen[0]["role"] == "assistant" and (question := question_of(row)) is not None:
         prompt = [question]
     system = system_of(row)
     if prompt is not None:

@@ -72,6 +72,7 @@ class DataReport:
         prompts_cut: Pairs kept whose prompt lost its start.
         completions_cut: Completions kept that lost their end, and with it their end token.
         prompt_tokens, chosen_tokens, rejected_tokens: Sums over the pairs kept.
+        digest: Hash of all token ids and lengths, whatever text, tokenizer or library they come from.
         seconds: Time the tokenisation took, when it was done.
         cache_hit: The pairs came from the cache.
         first_bad: Row, kind and detail of the first bad row, if any.
@@ -88,6 +89,7 @@ class DataReport:
     prompt_tokens: int = 0
     chosen_tokens: int = 0
     rejected_tokens: int = 0
+    digest: str = ""
     seconds: float = 0.0
     cache_hit: bool = False
     first_bad: str | None = None

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import xxhash
 from filelock import FileLock
 
 from dpo.data.boundary import read_chat_template
@@ -40,7 +41,7 @@ from dpo.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CODE_VERSION = 3  # raise it with every change that gives other ids or other counts
+CODE_VERSION = 4  # raise it with every change that gives other ids or other counts
 DETECTION_ROWS = 100
 
 
@@ -154,12 +155,14 @@ def _tokenize(job: Job, folder: Path, source: str, stop_at_bad: bool) -> DataRep
     draft.mkdir()
     try:
         columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+        digest = xxhash.xxh3_128()
         with open(draft / "tokens.bin", "wb") as tokens, open(draft / "texts.bin", "wb") as texts:
             for part in parts(job):
                 _count(report, part)
                 if stop_at_bad and report.first_bad:
                     raise UserError(_refusal(source, report.first_bad))
                 tokens.write(part.tokens)
+                digest.update(part.tokens)
                 texts.write(part.texts)
                 for name, values in columns.items():
                     values += getattr(part, name)
@@ -171,7 +174,8 @@ def _tokenize(job: Job, folder: Path, source: str, stop_at_bad: bool) -> DataRep
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    report.pairs = len(columns["lengths"])
+    digest.update(np.array(columns["lengths"], dtype=np.int64).tobytes())
+    report.digest, report.pairs = digest.hexdigest(), len(columns["lengths"])
     report.prompt_tokens, report.chosen_tokens, report.rejected_tokens = np.sum(columns["lengths"], axis=0).tolist()
     report.seconds = time.monotonic() - started
     return report

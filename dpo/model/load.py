@@ -86,14 +86,16 @@ def load_config(path: str, *, revision: str | None = None, trust_remote_code: bo
         raise _explain("model.policy", path, error) from None
 
 
-def fetch_weights(path: str, *, revision: str | None = None) -> None:
+def fetch_weights(path: str, *, revision: str | None = None) -> Path | None:
     """Download a hub model's weights into the cache, without loading them; nothing to do for folders.
 
+    Returns:
+        Where they are; None for the built-in model.
     Raises:
         UserError: If the hub cannot be reached.
     """
     if path == BUILTIN or Path(path).is_dir():
-        return
+        return None if path == BUILTIN else Path(path)
     try:
         kinds = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.tiktoken", "*.py"]
         # The same weights once more, in another form or beside a subfolder's model.
@@ -101,6 +103,7 @@ def fetch_weights(path: str, *, revision: str | None = None) -> None:
         folder = Path(snapshot_download(path, revision=revision, allow_patterns=kinds, ignore_patterns=others))
         if not list(folder.glob("*.safetensors")):
             snapshot_download(path, revision=revision, allow_patterns=["*.bin"])
+        return folder
     except (OSError, ValueError) as error:
         raise _explain("model.policy", path, error) from None
 

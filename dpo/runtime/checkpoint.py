@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -28,7 +29,9 @@ from dpo.runtime.universal import check_convertible, conversion, differs, load_c
 from dpo.runtime.weights import give_weights, without_code
 from dpo.types import TrainState
 
-GIB, WEIGHTS, ACCURACY = 2**30, "weights", "eval_rewards/accuracies"
+GIB = 2**30
+WEIGHTS = "weights"
+ACCURACY = "eval_rewards/accuracies"
 Write = Callable[[Path], None]
 
 
@@ -39,7 +42,8 @@ def step_folder(step: int, kind: str = "step") -> str:
 
 def checkpoints(run: Path, kind: str = "step") -> list[Path]:
     """Checkpoints of a run, oldest first; they were whole when they got their name."""
-    return sorted((p for p in (run / "checkpoints").glob(f"{kind}-*") if p.is_dir()), key=_step_of)
+    found = (p for p in (run / "checkpoints").glob(f"{kind}-*") if p.is_dir())
+    return sorted((p for p in found if re.fullmatch(rf"{kind}-\d+", p.name)), key=_step_of)
 
 
 def _step_of(folder: Path) -> int:

@@ -1,8 +1,8 @@
 """Folders that appear whole or not at all, and that go at once.
 
-A folder is filled under a name with `partial-` before it, its files are on the disk before it gets its own name, and it
-loses that name before it is deleted: whatever stops a process, what bears a name is whole. What a killed process leaves
-bears the other name, and the next start removes it.
+A folder is filled under a temporary name, its files are on the disk before it gets its own, and it loses that before it
+is deleted: whatever stops a process, what bears its own name is whole. What a killed process leaves in the folder of
+checkpoints the next start removes, what it leaves elsewhere the next `publish`.
 """
 
 from __future__ import annotations

@@ -104,6 +104,11 @@ def at(doing: str, *, in_step: bool = False) -> None:
     _note.count += 1
 
 
+def place() -> str:
+    """What `at` was last told."""
+    return _note.doing
+
+
 def _is_dead(note: Note) -> bool:
     """Whether the process of a note is gone, as far as this one can tell."""
     if note.launcher != _note.launcher or not note.launcher:

@@ -83,7 +83,10 @@ def _lock(stream: IO[str], run: Path) -> None:
     except BlockingIOError:
         stream.seek(0)
         who = stream.read().strip() or "another process"
-        raise UserError(f"train.output_dir {run} is in use by {who}; wait for its end, or name another") from None
+        raise UserError(
+            f"train.output_dir {run} is in use by {who}; wait for its end, or name another (if that process is gone:"
+            f" delete {run}/.lock)"
+        ) from None
     except OSError:  # a file system without locks
         return
     stream.truncate(0)

@@ -1,6 +1,6 @@
 """status.json: how a run stands, for whoever started it; torchrun swallows exit codes.
 
-    {"state": "preempted", "step": 200, "reason": "SIGUSR1 received", "time": "...", "host": "..."}
+    {"state": "preempted", "step": 200, "place": "in step 200, micro-batch 3", "reason": "SIGUSR1 received", ...}
 
 Where DPO_STATUS_FILE is set a copy goes there, so that a batch script need not know the run directory.
 """
@@ -19,7 +19,7 @@ from dpo.runtime.files import write_whole
 State = Literal["running", "preempted", "failed", "finished"]
 
 
-def write_status(run: Path, state: State, step: int | None = None, reason: str = "") -> None:
+def write_status(run: Path, state: State, step: int | None = None, reason: str = "", place: str = "") -> None:
     """Say how the run stands; called on rank 0.
 
     Args:
@@ -27,6 +27,7 @@ def write_status(run: Path, state: State, step: int | None = None, reason: str =
         state: What it is in.
         step: Optimizer steps of DPO that are safe on disk; None keeps what the file says.
         reason: Of a stop, one line.
+        place: Where the run had come to, whatever the stage: another one later means that it gets on.
     """
     if step is None:
         step = read_status(run).get("step", 0)
@@ -34,6 +35,7 @@ def write_status(run: Path, state: State, step: int | None = None, reason: str =
         {
             "state": state,
             "step": step,
+            "place": place,
             "reason": reason,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "host": socket.gethostname(),

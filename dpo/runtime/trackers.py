@@ -79,9 +79,10 @@ def tensorboard(run: Path, config: dict[str, Any], lines: Sequence[Line]) -> Bac
     def write(line: Line) -> None:
         axis, step, numbers = named(line)
         if axis not in writers:  # the purge takes what a step that is half told has already
-            told = (named(earlier) for earlier in read_records(run / "metrics.jsonl")[0])
-            for values in [values for *place, values in told if place == [axis, step]][::-1]:
-                numbers = values | numbers
+            for earlier in read_records(run / "metrics.jsonl")[0]:
+                of_axis, of_step, values = named(earlier)
+                if (of_axis, of_step) == (axis, step):
+                    numbers = values | numbers
         writer = writer_of(axis, step)
         for name, value in numbers.items():
             writer.add_scalar(name, value, step)
@@ -122,10 +123,8 @@ def wandb_like(module_name: str) -> Callable[[Path, dict[str, Any], Sequence[Lin
         module = importlib.import_module(module_name)
         identity, told = _told(run, module_name, lines)
         if module_name == "wandb":
-            # What its own variables say it reads by itself, unless it is told otherwise.
-            ours = {"WANDB_PROJECT": ("project", "dpo"), "WANDB_NAME": ("name", run.name)}
-            own = dict(argument for variable, argument in ours.items() if variable not in os.environ)
-            own |= {"id": identity, "dir": str(run)}
+            name = os.environ.get("WANDB_NAME", run.name)
+            own = {"project": os.environ.get("WANDB_PROJECT", "dpo"), "id": identity, "name": name, "dir": str(run)}
         else:
             own = {"project": "dpo", "name": f"{run.name}-{identity}"}  # trackio knows runs by their name
         module.init(resume="allow", config=_attached(run, config), **own)

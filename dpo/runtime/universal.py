@@ -73,16 +73,6 @@ def _read(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
 
 
-def _flat(weights: Tensor, state: dict[str, Any], folder: Path) -> dict[str, Tensor]:
-    """One rank's share of a group: weights and moments, flat, under the same offsets; before a first step, zeros."""
-    if state and not set(MOMENTS) <= state.keys():
-        raise UserError(
-            f"checkpoint {folder} holds {', '.join(sorted(state))} of its optimizer, not {' and '.join(MOMENTS)}: only"
-            f" as many ranks and the ZeRO stage that wrote it can take it up; start them"
-        )
-    return {WEIGHT: weights} | {key: state.get(key, torch.zeros_like(weights)) for key in MOMENTS}
-
-
 class Shards:
     """Trained parameters of a checkpoint, whole, one at a time; files are mapped, not read at once.
 
@@ -93,9 +83,9 @@ class Shards:
         counters: Of the engine, and its version.
     """
 
-    def __init__(self, folder: Path, world_size: int, stage: int) -> None:
-        """Open the files that `world_size` ranks wrote under ZeRO-`stage`."""
-        self._folder = folder
+    def __init__(self, folder: Path, world_size: int, stage: int, *, moments: bool = True) -> None:
+        """Open the files that `world_size` ranks wrote under ZeRO-`stage`, with AdamW's moments or without."""
+        self._folder, self._moments = folder, moments
         ranks = [next(folder.glob(f"*zero_pp_rank_{r}_mp_rank_00_optim_states.pt"), None) for r in range(world_size)]
         models = sorted(folder.glob("*_model_states.pt"))
         if None in ranks or not models:
@@ -113,11 +103,23 @@ class Shards:
             else:
                 self._add_lower(state)
 
+    def _flat(self, weights: Tensor, state: dict[str, Any]) -> dict[str, Tensor]:
+        """One rank's share of a group: weights and moments, flat, under the same offsets; zeros before a first step."""
+        if not self._moments:
+            return {WEIGHT: weights}
+        if state and not set(MOMENTS) <= state.keys():
+            raise UserError(
+                f"checkpoint {self._folder} holds {', '.join(sorted(state))} of its optimizer, not"
+                f" {' and '.join(MOMENTS)}: only as many ranks and the ZeRO stage that wrote it can take it up; start"
+                f" them"
+            )
+        return {WEIGHT: weights} | {key: state.get(key, torch.zeros_like(weights)) for key in MOMENTS}
+
     def _add_lower(self, state: dict[str, Any]) -> None:
         """ZeRO 1 and 2: a rank holds a range of every flat group, and where in it which parameter lies."""
         moments = state["base_optimizer_state"]["state"]
         for index, places in enumerate(state["param_slice_mappings"]):
-            flat = _flat(state["single_partition_of_fp32_groups"][index], moments.get(index, {}), self._folder)
+            flat = self._flat(state["single_partition_of_fp32_groups"][index], moments.get(index, {}))
             self.steps = moments.get(index, {}).get("step", torch.tensor(0.0))
             for name, place in places.items():
                 self._pieces[name].append((flat, place.start, place.numel))
@@ -126,7 +128,7 @@ class Shards:
         """ZeRO-3: a rank holds an equal part of every parameter, the last one's end padded."""
         moments = state["optimizer_state_dict"]["state"]
         for index, shapes in enumerate(groups):
-            flat = _flat(state["fp32_flat_groups"][index], moments.get(index, {}), self._folder)
+            flat = self._flat(state["fp32_flat_groups"][index], moments.get(index, {}))
             self.steps = moments.get(index, {}).get("step", torch.tensor(0.0))
             start = 0
             for name, shape in shapes.items():
@@ -137,7 +139,7 @@ class Shards:
     def whole(self, name: str) -> dict[str, Tensor]:
         """A parameter and its moments, fp32, of its shape."""
         shape, found = self.shapes[name], {}
-        for key in (WEIGHT, *MOMENTS):
+        for key in (WEIGHT, *MOMENTS) if self._moments else (WEIGHT,):
             joined = torch.cat([flat[key].narrow(0, start, count) for flat, start, count in self._pieces[name]])
             if joined.numel() < shape.numel():
                 raise UserError(f"checkpoint {self._folder} lacks a part of {name}; delete it to use the one before")
@@ -155,7 +157,8 @@ def trained_weights(folder: Path) -> Callable[[str], Tensor]:
     Args:
         folder: As `checkpoint.save` wrote it, with an engine's state.
     Returns:
-        Name within the engine's module -> fp32 master weight on the CPU; frozen weights are not known to it.
+        Name within the engine's module -> weight in fp32 on the CPU, the master where there is one; frozen weights are
+        not known to it.
     Raises:
         UserError: If the files are not those of such a checkpoint.
     """
@@ -164,7 +167,7 @@ def trained_weights(folder: Path) -> Callable[[str], Tensor]:
         if values["zero_stage"] == 0:
             module = _read(folder / "mp_rank_00_model_states.pt")["module"]
             return lambda name: module[name].float()
-        shards = Shards(folder, values["world_size"], values["zero_stage"])
+        shards = Shards(folder, values["world_size"], values["zero_stage"], moments=False)
         return lambda name: shards.whole(name)[WEIGHT]
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"checkpoint {folder} cannot be read: {' '.join(str(error).split())[:200]}") from None

@@ -118,6 +118,20 @@ def test_roles_of_sharegpt_are_translated_and_others_refused() -> None:
     assert row is None and "from str 'narrator'" in problems[0].detail
 
 
+def test_a_question_beside_whole_conversations_is_a_further_column() -> None:
+    whole = {"chosen": [USER, YES], "rejected": [USER, NO]}
+    for more in ({"question": "Other"}, {"input": {"a": 1}}):
+        assert convert(whole | more, "conversation", 1) == (PreferenceRow([USER], [YES], [NO], 1), [])
+
+
+def test_roles_of_sharegpt_under_the_key_role_are_translated_too() -> None:
+    row = {"chosen": [{"role": "human", "content": "Hi"}, {"role": "gpt", "content": "Yes"}], "rejected": [USER, NO]}
+    assert convert(row, "conversation", 1) == (PreferenceRow([USER], [YES], [NO], 1), [])
+    developer = {"role": "developer", "content": "x"}
+    row_with_other, problems = convert({"chosen": [developer, YES], "rejected": [developer, NO]}, "conversation", 1)
+    assert row_with_other and row_with_other.prompt == [developer] and not problems
+
+
 def test_what_a_tool_says_within_a_completion_is_counted() -> None:
     call = [{"role": "assistant", "content": "", "tool_calls": [{"x": 1}]}, {"role": "tool", "content": "3"}]
     row = {"prompt": [USER], "chosen": [*call, YES], "rejected": [NO]}

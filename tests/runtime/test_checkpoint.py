@@ -442,6 +442,13 @@ def test_an_evaluation_that_came_after_its_checkpoint_counts_too(run: Path) -> N
     assert names(run) == ["step-000001", "step-000002", "step-000003"]
 
 
+def test_a_folder_of_another_name_is_no_checkpoint(run: Path) -> None:
+    last = save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=1)
+    for name in ("step-000001.keep", "step-best"):
+        (last.parent / name).mkdir()
+    assert checkpoint.checkpoints(run) == [last] == [save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=1)]
+
+
 def test_a_million_steps_are_more_than_one_less(run: Path) -> None:
     for step in (999_999, 1_000_000):
         save(FakeEngine(), run, TrainState(step, 1), ALONE, keep=1)

@@ -200,7 +200,7 @@ def records_of(file: Path) -> list[Any]:
 
 @pytest.mark.parametrize(
     ("variables", "expected"),
-    [({}, ("dpo", "run")), ({"WANDB_PROJECT": "mine"}, (None, "run")), ({"WANDB_NAME": "first"}, ("dpo", None))],
+    [({}, ("dpo", "run")), ({"WANDB_PROJECT": "mine"}, ("mine", "run")), ({"WANDB_NAME": "first"}, ("dpo", "first"))],
 )
 def test_project_and_name_of_weights_and_biases_are_its_own_variables_where_they_are_set(
     variables, expected, tmp_path, monkeypatch

@@ -201,20 +201,21 @@ def test_a_signal_that_reaches_the_shell_of_a_node_alone_reaches_torchrun_and_th
 
 
 def test_a_job_goes_back_into_the_queue_from_its_newest_checkpoint_but_not_twice_from_the_same(cpu_cluster, stand_in):
-    """Its steps as status.json says, put back after the first and the second round; train.resume is for the first."""
+    """Put back after the first and the second round, by the place in status.json; train.resume is for the first."""
     arguments = ["--train.resume", "runs/x/checkpoints/step-000200"]
     job = cpu_cluster.submit("slurm/dpo.sh", *arguments, cwd=stand_in, FAKE_RANK="1", FAKE_STEP="1")
     given = []
-    for step in (200, 300, 300):
+    for place in ("after SFT step 200", "after SFT step 300", "after SFT step 300"):
         _wait_for_files(stand_in, "shell", seconds=60)
-        (stand_in / "status").write_text(json.dumps({"state": "preempted", "step": step, "reason": "x"}))
+        status = {"state": "preempted", "step": 0, "place": place, "reason": "x"}
+        (stand_in / "status").write_text(json.dumps(status))
         given.append(_arguments_of_torchrun(stand_in)[-4:])
         (stand_in / "shell").unlink()
         cpu_cluster.call("scancel", "--batch", "--signal=USR1", job)
     assert cpu_cluster.finish(job) == "FAILED" and cpu_cluster.exit_code(job) == "2:0"
     output = (stand_in / f"dpo-{job}.out").read_text()
     assert output.count("goes back into the queue") == 2
-    assert "twice in a row time was up at step 300: give the job more (--time)" in output
+    assert "twice in a row time was up at the same place (step 0, after SFT step 300): give the job more" in output
     assert given[0][-2:] == arguments and [words[-2:] for words in given[1:]] == [["--train.resume", "auto"]] * 2
     assert not list(stand_in.glob(".dpo-*"))
 
