@@ -24,7 +24,7 @@ from dpo.model.check import use_layout
 from dpo.model.forward import Scorer
 from dpo.model.load import frozen_copy
 from dpo.reference_cache import cached_scores, folder_of, manifest_of
-from dpo.runtime import distributed
+from dpo.runtime import distributed, heartbeat
 from dpo.runtime.weights import fingerprint
 from tests import tiny
 from tests.test_stages import arguments
@@ -153,6 +153,7 @@ def test_a_killed_build_goes_on_with_the_next_chunk(tmp_path, monkeypatch):
     monkeypatch.setattr(reference_cache, "_write_chunk", dies)
     with pytest.raises(KeyboardInterrupt):
         scored.scores()
+    assert heartbeat.place() == "scoring pairs 4 to 7 for the reference cache"
     assert not (scored.folder / "manifest.json").exists()
     monkeypatch.setattr(reference_cache, "_write_chunk", write)
     scored.scored = 0
