@@ -21,6 +21,7 @@ from dpo.runtime.files import write_whole
 from dpo.setup import Setup
 
 SAMPLES = 16
+"""Pieces of a weight file that are hashed."""
 
 
 def check_inputs(setup: Setup) -> None:

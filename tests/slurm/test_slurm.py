@@ -274,7 +274,7 @@ def test_a_job_that_runs_out_of_time_and_is_cancelled_trains_as_two_ranks_that_n
     assert f"checkpointed; job {job} goes back into the queue" in output
     assert output.count("slurm/dpo.sh: job") == 2 and "SIGUSR1 received; start again to continue" in output
     assert f"nodes 2, processes on this one 1, rendezvous node1:{15000 + int(job) % 15000}" in output
-    assert _status(run) == "preempted" and not (clone / f".dpo-status-{job}.json").exists(), output
+    assert _status(run) == "preempted", output
     assert reached + 3 <= _wait_for_checkpoint(run, reached + 3) < 120
 
     for folder in (run, whole):
