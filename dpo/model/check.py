@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpo.data.batch import collate
 from dpo.data.planner import Layout
@@ -81,6 +81,8 @@ def _complaint(
     layers = scorer.model.config.get_text_config().num_hidden_layers
     if layout != "padded" and len(attending) != layers:
         return f"{len(attending)} of {layers} layers attend, the others mix tokens in their own way"
+    if layout != "padded" and any(isinstance(module, nn.Conv1d) for module in scorer.model.modules()):
+        return "beside attention its layers have convolutions, which mix tokens across segments"
     limit = TOLERANCE[scorer.head.weight.dtype]
     if difference <= limit:
         return None
