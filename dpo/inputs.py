@@ -37,12 +37,13 @@ def check_inputs(setup: Setup) -> None:
 
 def _check(setup: Setup) -> None:
     path, config = setup.run / "inputs.json", setup.config
-    now = {
+    now: dict[str, Any] = {
         "training pairs": [one.report.digest for one in setup.data.train],
         "validation pairs": [one.report.digest for one in setup.data.validation],
-        f"model.policy {config.model.policy}": _weights(config, config.model.policy, is_policy=True),
         f"reference.path {config.reference.path}": _weights(config, config.reference.path, is_policy=False),
     }
+    if setup.trains_adapters or not (setup.run / "reference").is_dir():  # after SFT its result is the start
+        now[f"model.policy {config.model.policy}"] = _weights(config, config.model.policy, is_policy=True)
     before = _read(path) if run_directory.has_begun(setup.run) else None
     if before is None:
         write_whole(path, json.dumps(now, indent=1))

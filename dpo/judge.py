@@ -120,35 +120,21 @@ def _openai_judge(model: str) -> Judge:
     except ImportError:
         raise UserError(f"--judge openai:{model} needs the client: pip install openai") from None
     client = OpenAI(max_retries=4, timeout=120)
-
     refusals: list[Exception] = []
 
     def does_not_judge(error: Exception) -> UserError:
         text = " ".join(str(error).split())[:200]
         return UserError(f"--judge openai:{model}: {client.base_url} does not judge: {text}")
 
-    def complete(messages: Any) -> Any:
-        try:
-            return client.chat.completions.create(model=model, messages=messages, temperature=0)
-        except BadRequestError as error:
-            if "temperature" not in str(error):
-                raise
-            return client.chat.completions.create(model=model, messages=messages)  # reasoning models know only theirs
-
     def ask(prompt: str | list[Message], first: str, second: str) -> Verdict:
         """1 where the second answer is better."""
-        question = prompt if isinstance(prompt, str) else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-        content = f"<prompt>\n{question}\n</prompt>\n\n<A>\n{first}\n</A>\n\n<B>\n{second}\n</B>"
-        messages: Any = [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": content}]
         try:
-            reply = complete(messages)
+            return _read_verdict(_reply(client, model, _question(prompt, first, second)))
         except BadRequestError as error:
             refusals.append(error)
             return None  # of this case alone: too long, or filtered
         except OpenAIError as error:
             raise does_not_judge(error) from None
-        named = re.findall(r"\[\[(A|B|TIE)\]\]", reply.choices[0].message.content or "")
-        return {"A": 0.0, "B": 1.0, "TIE": 0.5}[named[-1]] if named else None
 
     def verdict(case: Case) -> Verdict:
         straight = ask(case.prompt, case.reference, case.policy)
@@ -164,6 +150,31 @@ def _openai_judge(model: str) -> Judge:
         return verdicts
 
     return judge
+
+
+def _question(prompt: str | list[Message], first: str, second: str) -> list[dict[str, str]]:
+    """The messages that ask which of two answers is better."""
+    question = prompt if isinstance(prompt, str) else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+    content = f"<prompt>\n{question}\n</prompt>\n\n<A>\n{first}\n</A>\n\n<B>\n{second}\n</B>"
+    return [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": content}]
+
+
+def _reply(client: Any, model: str, messages: list[dict[str, str]]) -> str:
+    """What a chat model answers, at temperature 0 where it takes one; raises what its client raises."""
+    from openai import BadRequestError
+
+    try:
+        reply = client.chat.completions.create(model=model, messages=messages, temperature=0)
+    except BadRequestError as error:
+        if "temperature" not in str(error):
+            raise
+        reply = client.chat.completions.create(model=model, messages=messages)  # reasoning models know only theirs
+    return reply.choices[0].message.content or ""
+
+
+def _read_verdict(reply: str) -> Verdict:
+    named = re.findall(r"\[\[(A|B|TIE)\]\]", reply)
+    return {"A": 0.0, "B": 1.0, "TIE": 0.5}[named[-1]] if named else None
 
 
 # --- what the verdicts say together -----------------------------------------------------------------------------------

@@ -68,6 +68,15 @@ def test_a_run_whose_policy_has_changed_is_refused_by_name(tmp_path, shared_data
     assert f"was begun on other inputs: model.policy {policy} changed since" in capsys.readouterr().err
 
 
+def test_a_policy_that_sft_has_replaced_may_change_or_be_gone(tmp_path, rows, tiny_policy, capsys):
+    policy = tiny.saved(tmp_path / "policy", "llama", tiny_policy, vocab_size=600)
+    assert started(tmp_path, policy, rows, 1, "--train.sft_epochs", "1") == 0
+    (weights,) = policy.glob("*.safetensors")
+    save_file({name: tensor + 1e-3 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    assert started(tmp_path, policy, rows, 2, "--train.sft_epochs", "1") == 0
+    assert f"model.policy {policy}" in (tmp_path / "run/inputs.json").read_text()
+
+
 def test_a_run_that_took_no_step_may_begin_on_other_rows(tiny_policy, tmp_path, rows, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("dpo.train.start_models", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))

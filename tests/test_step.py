@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,14 +107,15 @@ def test_a_forward_pass_of_gpt2_with_a_pad_token_waits_for_nothing():
 
 def test_speed_counts_the_last_update_which_a_gpu_is_still_busy_with(monkeypatch):
     meter = Meter(torch.ones(11, dtype=torch.float64), pairs=10, tokens=10, seconds=1.0)
-    own = dpo.step.distributed.sum_over_ranks
+    now = [100.0]
 
     def late(totals):
-        time.sleep(0.25)
-        return own(totals)
+        now[0] += 0.25
+        return totals
 
     monkeypatch.setattr(dpo.step.distributed, "sum_over_ranks", late)
-    assert meter.line(torch.device("cpu"))["perf/pairs_per_second"] == pytest.approx(10 / 1.25, rel=0.03)
+    monkeypatch.setattr(dpo.step, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    assert meter.line(torch.device("cpu"))["perf/pairs_per_second"] == pytest.approx(10 / 1.25, rel=1e-9)
     assert meter.seconds == 0
 
 

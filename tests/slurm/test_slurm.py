@@ -220,6 +220,19 @@ def test_a_job_goes_back_into_the_queue_from_its_newest_checkpoint_but_not_twice
     assert not list(stand_in.glob(".dpo-*"))
 
 
+def test_a_job_that_went_back_into_the_queue_and_finishes_is_completed_and_leaves_no_file_behind(cpu_cluster, stand_in):
+    job = cpu_cluster.submit("slurm/dpo.sh", cwd=stand_in, FAKE_RANK="1", FAKE_STEP="1")
+    for state in ("preempted", "finished"):
+        _wait_for_files(stand_in, "shell", seconds=60)
+        (stand_in / "status").write_text(json.dumps({"state": state, "step": 3, "place": state, "reason": ""}))
+        (stand_in / "shell").unlink()
+        cpu_cluster.call("scancel", "--batch", "--signal=USR1", job)
+    assert cpu_cluster.finish(job) == "COMPLETED"
+    output = (stand_in / f"dpo-{job}.out").read_text()
+    assert output.count("goes back into the queue") == 1 and output.count("slurm/dpo.sh: job") == 2
+    assert not list(stand_in.glob(".dpo-*"))
+
+
 def _wait_for_files(folder: Path, *names: str, seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not all((folder / name).exists() for name in names):
@@ -275,7 +288,8 @@ def test_a_job_that_runs_out_of_time_and_is_cancelled_trains_as_two_ranks_that_n
     assert output.count("slurm/dpo.sh: job") == 2 and "SIGUSR1 received; start again to continue" in output
     assert f"nodes 2, processes on this one 1, rendezvous node1:{15000 + int(job) % 15000}" in output
     assert _status(run) == "preempted", output
-    assert reached + 3 <= _wait_for_checkpoint(run, reached + 3) < 120
+    saved = _wait_for_checkpoint(run, reached + 3)
+    assert reached + 3 <= saved < 120 and json.loads((run / "status.json").read_text())["step"] == saved
 
     for folder in (run, whole):
         done = ranks.run(["train_dpo.py", *_train_arguments(rows, folder), *longer], ranks=2)
