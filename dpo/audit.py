@@ -18,7 +18,7 @@ from rich.text import Text
 
 from dpo.config import DataConfig
 from dpo.data.audit import CONTRADICTS, REPEATS, RULES, Audit, AuditSet, audit, cached_audit
-from dpo.data.boundary import read_chat_template
+from dpo.data.chat import read_chat_template
 from dpo.data.sources import validation_split_of
 from dpo.data.tokenize import prepare_pairs
 from dpo.errors import UserError, printable

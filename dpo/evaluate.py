@@ -31,7 +31,7 @@ class ValidationShare:
 
     Attributes:
         batches: As many micro-batches as on every rank.
-        chosen_length: Mean chosen completion tokens a pair, over all ranks.
+        chosen_length: Mean scored tokens of chosen completions, over all ranks.
     """
 
     batches: Sequence[PackedBatch]

@@ -55,7 +55,7 @@ def _try_costliest(setup: Setup, policy: Policy, reference: FrozenReference) -> 
     batch = loader.build(costliest(loader, setup.heaviest_steps(policy.layout)), 0)
     on_device = batch.to(setup.world.device)
     loss, device = Objective(setup.config.loss), setup.world.device
-    chosen_length = float(setup.train_pairs.lengths[:, 1].mean())
+    chosen_length = float(setup.train_pairs.targets[:, 0].mean())
     _wait_for(device)
     started = time.perf_counter()
     known = look_ahead(policy, reference.train, [batch], device) if loss.couples else None

@@ -41,11 +41,13 @@ Score = Callable[[PackedBatch], Tensor]
 
 
 def tokens_fingerprint(pairs: Pairs) -> str:
-    """Hash of every token id and of how the pairs are cut."""
+    """Hash of every token id, of how the pairs are cut, and of what in them is not scored."""
     digest = hashlib.sha256(np.ascontiguousarray(pairs.lengths).tobytes())
     for i in range(len(pairs)):
         pair = pairs[i]
         digest.update(np.concatenate((pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)).tobytes())
+        for _, scored in pair.completions:
+            digest.update(b"" if scored is None else scored.tobytes())
     return digest.hexdigest()
 
 
@@ -159,7 +161,7 @@ def _verify(
     count = len(loader.dataset)
     ids = sorted({round(i * (count - 1) / max(1, SAMPLE - 1)) for i in range(SAMPLE)})
     again = _score_pairs(score, loader, ids, world)
-    gaps = (again - known[ids]).abs() / counted_tokens(torch.from_numpy(loader.dataset.lengths[ids, 1:]), dtype)
+    gaps = (again - known[ids]).abs() / counted_tokens(torch.from_numpy(loader.dataset.targets[ids]), dtype)
     worst = float(gaps.max())
     if not worst <= TOLERANCE[dtype]:
         pair = ids[int(gaps.max(dim=1).values.argmax())]

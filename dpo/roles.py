@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dpo.config import Config, LoraConfig
-from dpo.data.boundary import end_ids
+from dpo.data.chat import end_ids
 from dpo.data.mixture import Pairs
 from dpo.errors import UserError
 from dpo.model import adapters, load

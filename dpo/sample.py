@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dpo.data import example
 from dpo.data.batch import collate
-from dpo.data.boundary import end_ids, listed
+from dpo.data.chat import end_ids, listed
 from dpo.data.planner import Layout, plan_batch
 from dpo.model.forward import Scorer, pair_logps
 from dpo.model.load import context_length, uncompiled

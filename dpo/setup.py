@@ -14,7 +14,7 @@ import torch
 
 from dpo import roles
 from dpo.config import Config, check_world_size
-from dpo.data.boundary import read_chat_template
+from dpo.data.chat import read_chat_template
 from dpo.data.epochs import Epochs
 from dpo.data.loader import Loader, with_fixed_rows
 from dpo.data.mixture import Mixture, Pairs

@@ -259,9 +259,9 @@ def _validation(setup: Setup, policy: Policy) -> dict[str, ValidationShare]:
     """This rank's share of every validation set."""
     if setup.validation_pairs is None:
         return {}
-    every, lengths = setup.loader(setup.validation_pairs, policy.layout), setup.validation_pairs.lengths
+    every, targets = setup.loader(setup.validation_pairs, policy.layout), setup.validation_pairs.targets
     return {
-        name: ValidationShare(whole_pass(every, ids), float(lengths[ids, 1].mean()))
+        name: ValidationShare(whole_pass(every, ids), float(targets[ids, 0].mean()))
         for name, ids in setup.data.validation_sets().items()
     }
 

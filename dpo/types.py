@@ -54,6 +54,9 @@ class TokenizedPair:
         chosen_ids: (c,) int32, c >= 1, its end token included unless it was truncated.
         rejected_ids: (r,) int32, r >= 1, likewise.
         margin: By how much `chosen` was rated above `rejected`, in the data's own unit; NaN where the data is silent.
+        chosen_scored: (c,) bool, the first True: the tokens that the model has a say in; what a tool or the user says
+            within a completion is read, not scored. None: all are scored.
+        rejected_scored: (r,) likewise.
     """
 
     pair_id: int
@@ -61,6 +64,19 @@ class TokenizedPair:
     chosen_ids: np.ndarray
     rejected_ids: np.ndarray
     margin: float = math.nan
+    chosen_scored: np.ndarray | None = None
+    rejected_scored: np.ndarray | None = None
+
+    @property
+    def completions(self) -> tuple[tuple[np.ndarray, np.ndarray | None], tuple[np.ndarray, np.ndarray | None]]:
+        """Ids of chosen and rejected, each with what is scored of them."""
+        return (self.chosen_ids, self.chosen_scored), (self.rejected_ids, self.rejected_scored)
+
+    @property
+    def targets(self) -> tuple[int, int]:
+        """Scored tokens of chosen and rejected."""
+        chosen, rejected = (len(ids) if kept is None else int(kept.sum()) for ids, kept in self.completions)
+        return chosen, rejected
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,17 +146,17 @@ class PackedBatch:
         num_rows: Rows of the model's input: 1 for shared and packed, S for padded.
         segments: Attention segments of the packed row; None for padded, where plain causal attention is exact because
             padding stands on the right.
-        score_index: (N,) int64: the row of the hidden states that predicts each completion token.
-        target_ids: (N,) int64: the completion tokens.
+        score_index: (N,) int64: the row of the hidden states that predicts each scored token.
+        target_ids: (N,) int64: the scored tokens: those of the completions, less what others say in them.
         sequence_ids: (N,) int64: the sequence each belongs to.
-        completion_lengths: (S,) int64: completion tokens of each sequence.
+        completion_lengths: (S,) int64: scored tokens of each sequence.
         completion_sizes: The same as numbers of the host, which can be read without waiting for a device.
         margins: (P,) fp32: by how much the data rates chosen above rejected, in its own unit; NaN where it is silent.
         pair_index: (P,) int64: ids of the pairs, in order.
         pair_ids: The same as numbers of the host; empty for a dummy batch, which scores nothing.
         num_sequences: S; 2P for preference batches, P for batches of chosen completions alone (SFT).
         num_useful_tokens: 2P+C+R summed over pairs (P+C for SFT): the same for every layout.
-        token_weights: (N,) fp32: what each completion token counts in its sequence's sum; None where all count 1.
+        token_weights: (N,) fp32: what each scored token counts in its sequence's sum; None where all count 1.
         num_tail_tokens: Tokens at the end of a packed row that belong to no sequence and only fix its length.
     """
 
@@ -215,7 +231,7 @@ class PairLogps:
         chosen: (P,) fp32 (fp64 for an fp64 model): sum over the chosen completion's tokens, weighted by the batch's
             token_weights where it has any, nats.
         rejected: (P,) likewise.
-        chosen_lengths: (P,) int64: tokens of the completion.
+        chosen_lengths: (P,) int64: scored tokens of the completion.
         rejected_lengths: (P,) likewise.
         kls: (2, P) chosen and rejected: KL(reference || policy) summed over the tokens, nats; for tdpo, else None.
         certainties: (2, P) mean over the tokens of logp_t - log sum_v p_t(v)^2, no gradient; for loss.wpo, else None.
@@ -242,7 +258,7 @@ class Context:
     """What the loss of a pair takes from the rest of its global batch: fixed numbers, without gradient.
 
     Attributes:
-        chosen_length: Mean chosen completion tokens a pair, over the global batch.
+        chosen_length: Mean scored tokens of chosen completions, over the global batch.
         partners: Loss -> (P, k), for losses that couple pairs: what the other pairs give to each pair; for odpo (P, 1)
             what the data gives: the pair's margin.
     """

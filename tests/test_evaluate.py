@@ -36,7 +36,7 @@ def test_every_pair_gets_the_log_probs_of_plain_logits_and_its_own_reward():
         np.testing.assert_allclose(of[f"policy_{side}_logps"], own[:, index], atol=1e-5)
         np.testing.assert_allclose(of[f"reference_{side}_logps"], base[:, index], atol=1e-5)
         np.testing.assert_allclose(of[f"{side}_reward"], 0.5 * (own - base)[:, index], atol=1e-5)
-        assert of[f"{side}_length"].tolist() == [len(getattr(pair, f"{side}_ids")) for pair in pairs]
+        assert of[f"{side}_length"].tolist() == [pair.targets[index] for pair in pairs]
     assert metrics["eval_loss"] == pytest.approx(of["loss"].mean())
     margins = of["chosen_reward"] - of["rejected_reward"]
     assert metrics["eval_rewards/margins"] == pytest.approx(margins.mean())

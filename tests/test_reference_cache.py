@@ -69,7 +69,7 @@ def test_a_second_run_scores_a_sample_alone_and_gets_the_same_numbers(scored):
     assert scored.scored == reference_cache.SAMPLE
 
 
-@pytest.mark.parametrize("part", ["weight", "token", "boundary", "dtype", "layout", "attention", "version"])
+@pytest.mark.parametrize("part", ["weight", "token", "boundary", "scored", "dtype", "layout", "attention", "version"])
 def test_each_part_of_the_key_makes_another_cache(scored, part, monkeypatch):
     before = scored.folder
     manifest = scored.manifest()
@@ -82,6 +82,10 @@ def test_each_part_of_the_key_makes_another_cache(scored, part, monkeypatch):
         manifest = scored.manifest()
     elif part == "boundary":
         scored.pairs.lengths[4] += [1, -1, 0]
+        manifest = scored.manifest()
+    elif part == "scored":
+        pair = scored.pairs.items[4]
+        scored.pairs.items[4] = replace(pair, chosen_scored=np.arange(len(pair.chosen_ids)) == 0)
         manifest = scored.manifest()
     elif part == "version":
         monkeypatch.setattr(reference_cache, "VERSION", 2)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpo.data.boundary import listed
+from dpo.data.chat import listed
 from dpo.model.check import use_layout
 from dpo.model.forward import Scorer
 from dpo.model.head import logps_of_logits

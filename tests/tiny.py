@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ def _rms_norm(module: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def pairs(count: int, seed: int = 0, longest: int = 12, vocab: int = VOCAB) -> list[TokenizedPair]:
-    """Pairs of random ids and lengths, one-token prompts and completions among them."""
+    """Pairs of random ids and lengths, one-token prompts and completions among them; of every third pair some
+    tokens are not scored."""
     rng = np.random.default_rng(seed)
 
     def ids(length: int) -> np.ndarray:
@@ -79,8 +81,14 @@ def pairs(count: int, seed: int = 0, longest: int = 12, vocab: int = VOCAB) -> l
     made = []
     for i in range(count):
         prompt, chosen, rejected = (1, 1, 1) if i == 0 else rng.integers(1, longest + 1, 3)
-        made.append(TokenizedPair(i, ids(int(prompt)), ids(int(chosen)), ids(int(rejected))))
+        scored = [_some(rng, int(length)) if i % 3 == 2 else None for length in (chosen, rejected)]
+        made.append(TokenizedPair(i, ids(int(prompt)), ids(int(chosen)), ids(int(rejected)), math.nan, *scored))
     return made
+
+
+def _some(rng: np.random.Generator, length: int) -> np.ndarray:
+    """Which tokens of a completion are scored: the first, and about half of the others."""
+    return np.concatenate(([True], rng.random(length - 1) < 0.5))
 
 
 class Pairs:
@@ -91,6 +99,7 @@ class Pairs:
         self.lengths = np.array(
             [[len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)] for p in items], dtype=np.int64
         )
+        self.targets = np.array([p.targets for p in items], dtype=np.int64)
         self.row_numbers = np.arange(1, len(items) + 1)
 
     def __len__(self) -> int:

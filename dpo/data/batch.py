@@ -180,7 +180,7 @@ def collate(
     Args:
         pairs: The pairs of one micro-batch; none gives a dummy batch.
         layout: See the module's docstring.
-        token_weights: For every pair, of its chosen (c,) and rejected (r,) tokens; None where all count 1.
+        token_weights: For every pair, of the scored tokens of chosen and rejected; None where all count 1.
         row_tokens: Length to which a packed row is filled by a dummy tail, so that all micro-batches have one shape;
             a longer row stays as it is. None for no tail.
     Returns:
@@ -189,9 +189,10 @@ def collate(
     if not pairs:
         return _dummy(layout, row_tokens)
     prompts = [p.prompt_ids for p in pairs]
-    completions = [p.chosen_ids for p in pairs]
+    completions, scored = [p.chosen_ids for p in pairs], [p.chosen_scored for p in pairs]
     if layout not in ("chosen", "padded_chosen"):
         prompts, completions = prompts * 2, completions + [p.rejected_ids for p in pairs]
+        scored += [p.rejected_scored for p in pairs]
     padded = layout.startswith("padded")
     segments: Segments | None = None
     tail = 0
@@ -202,22 +203,24 @@ def collate(
         tail = max(0, (row_tokens or 0) - len(ids))
         segments = index_segments([*items, *_tail(len(ids), len(ids) + tail)])
         ids, positions = np.pad(ids, (0, tail)), np.pad(positions, (0, tail))
-    lengths = np.array([len(c) for c in completions], dtype=np.int64)
+    rows = [own if kept is None else own[kept] for own, kept in zip(rows, scored, strict=True)]
+    targets = [ids if kept is None else ids[kept] for ids, kept in zip(completions, scored, strict=True)]
+    lengths = np.array([len(own) for own in targets], dtype=np.int64)
     return PackedBatch(
         input_ids=torch.from_numpy(ids.astype(np.int64)),
         position_ids=torch.from_numpy(positions.astype(np.int64)),
         num_rows=len(completions) if padded else 1,
         segments=segments,
         score_index=torch.from_numpy(np.concatenate(rows).astype(np.int64)),
-        target_ids=torch.from_numpy(np.concatenate(completions).astype(np.int64)),
-        sequence_ids=torch.from_numpy(np.repeat(np.arange(len(completions)), lengths)),
+        target_ids=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+        sequence_ids=torch.from_numpy(np.repeat(np.arange(len(targets)), lengths)),
         completion_lengths=torch.from_numpy(lengths),
         margins=torch.tensor([p.margin for p in pairs], dtype=torch.float32),
         pair_index=torch.tensor([p.pair_id for p in pairs], dtype=torch.int64),
         completion_sizes=tuple(lengths.tolist()),
         pair_ids=tuple(p.pair_id for p in pairs),
         num_sequences=len(completions),
-        num_useful_tokens=sum(len(p) for p in prompts) + int(lengths.sum()),
+        num_useful_tokens=sum(map(len, prompts)) + sum(map(len, completions)),
         token_weights=None if token_weights is None else _in_order(token_weights),
         num_tail_tokens=tail,
     )

@@ -1,7 +1,8 @@
 """PreferenceRow -> prompt, chosen and rejected ids, cut to length; what is odd about a row is noted by kind.
 
 A plain completion ends with the tokenizer's EOS, an answer in a conversation with the template's end-of-turn token,
-each exactly once; a completion that was truncated has none. `boundary.py` makes ids of text.
+each exactly once; a completion that was truncated has none. `chat.py` makes texts of conversations, `boundary.py` ids
+of texts.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import hashlib
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
 from dpo.data.boundary import TextEncoder
+from dpo.data.chat import ChatTemplate
 from dpo.data.kinds import CHOSEN_IS_REJECTED, EMPTY_PROMPT, EMPTY_RESPONSE, Problem
 from dpo.errors import UserError
 from dpo.types import Message, PreferenceRow
@@ -40,6 +43,7 @@ class EncodedPair:
         problems: Why the row is bad; empty for a good one.
         notes: What is counted though the row is kept.
         prompt_hash: Of the prompt's ids before truncation, 64 bits.
+        unscored: Places among prompt + chosen + rejected ids of what others say within a completion.
         prompt_cut: The prompt lost its start.
         completions_cut: Completions (0 to 2) that lost their end, and with it the end token.
     """
@@ -47,11 +51,19 @@ class EncodedPair:
     prompt_ids: list[int] = field(default_factory=list)
     chosen_ids: list[int] = field(default_factory=list)
     rejected_ids: list[int] = field(default_factory=list)
+    unscored: list[int] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     notes: list[Problem] = field(default_factory=list)
     prompt_hash: int = 0
     prompt_cut: bool = False
     completions_cut: int = 0
+
+    @property
+    def targets(self) -> tuple[int, int]:
+        """Scored tokens of chosen and rejected."""
+        middle = len(self.prompt_ids) + len(self.chosen_ids)
+        of_rejected = sum(place >= middle for place in self.unscored)
+        return len(self.chosen_ids) - len(self.unscored) + of_rejected, len(self.rejected_ids) - of_rejected
 
 
 class PairEncoder:
@@ -81,7 +93,8 @@ class PairEncoder:
         Raises:
             UserError: An impossible length.
         """
-        self._text, self._tokenizer = TextEncoder(tokenizer, chat_template), tokenizer
+        self._tokenizer, self._text = tokenizer, TextEncoder(tokenizer)
+        self._chat = ChatTemplate(tokenizer, chat_template)
         self._options = dict(chat_template_kwargs or {})
         if max_length < 2:
             raise UserError(f"data.max_length {max_length}: must be 2 or more, for a prompt and a completion")
@@ -144,38 +157,52 @@ class PairEncoder:
 
     def _encode_conversations(self, rows: list[PreferenceRow]) -> list[EncodedPair]:
         pairs = [EncodedPair() for _ in rows]
-        prompts, texts, ends = [], [], []
-        self._text.turn_end(self._options)  # a template that does not serve at all stops here
+        prompts: list[str] = []
+        sides: list[list[str]] = []
+        ends: list[int] = []
+        self._chat.turn_end(self._options)  # a template that does not serve at all stops here
         for row, pair in zip(rows, pairs, strict=True):
             try:
-                messages = cast(list[Message], row.prompt)
-                options = self._options | (row.chat_template_kwargs or {}) | ({"tools": row.tools} if row.tools else {})
-                end_id = self._text.turn_end(options)[2]
-                prompt = self._text.render(messages, answer_next=True, options=options)
-                if (unread := self._text.unread(messages, prompt, options)) is not None:
-                    raise UserError(f"the chat template (model.chat_template) leaves out {unread}")
-                answers = [
-                    self._text.render_answer(messages, cast(list[Message], side), prompt, options)
-                    for side in (row.chosen, row.rejected)
-                ]
+                prompt, answers, end_id = self._rendered(row)
             except UserError as error:
                 pair.problems.append(Problem(TEMPLATE, str(error)))
-                prompt, answers, end_id = "", ["", ""], -1
+                prompt, answers, end_id = "", [[], []], -1
             prompts.append(prompt)
             ends.append(end_id)
-            texts += answers
-        tails = [self._text.tail_of(prompt) for prompt in prompts]
-        both = [tail for tail in tails for _ in ("chosen", "rejected")]
-        prompt_ids, completions = self._text.ids(prompts), self._text.encode_completions(texts, both)
-        for index, (row, pair) in enumerate(zip(rows, pairs, strict=True)):
-            if pair.problems:
-                continue
-            sides = {"chosen": completions[2 * index], "rejected": completions[2 * index + 1]}
-            for side, ids in sides.items():
-                if len(getattr(row, side)) == 1 and ends[index] in ids[:-1]:
-                    pair.problems.append(Problem(END_INSIDE, f"the end-of-turn token within {side}"))
-            self._fit(pair, prompt_ids[index], sides["chosen"], sides["rejected"])
+            sides += answers
+        texts = [text for side in sides for text in side]
+        before = [prompts[i // 2] + "".join(side[:n]) for i, side in enumerate(sides) for n in range(len(side))]
+        encoded = iter(self._text.encode_completions(texts, [self._text.tail_of(text) for text in before]))
+        pieces = [[next(encoded) for _ in side] for side in sides]
+        prompt_ids = self._text.ids(prompts)
+        for index, pair in enumerate(pairs):
+            if not pair.problems:
+                self._join(pair, prompt_ids[index], pieces[2 * index], pieces[2 * index + 1], ends[index])
         return pairs
+
+    def _rendered(self, row: PreferenceRow) -> tuple[str, list[list[str]], int]:
+        """Prompt, both answers as `ChatTemplate.render_answer` cuts them, and the id that ends a turn."""
+        messages = cast(list[Message], row.prompt)
+        options = self._options | (row.chat_template_kwargs or {}) | ({"tools": row.tools} if row.tools else {})
+        end_id = self._chat.turn_end(options)[2]
+        prompt = self._chat.render(messages, answer_next=True, options=options)
+        if (unread := self._chat.unread(messages, prompt, options)) is not None:
+            raise UserError(f"the chat template (model.chat_template) leaves out {unread}")
+        sides = cast(list[list[Message]], [row.chosen, row.rejected])
+        return prompt, [self._chat.render_answer(messages, side, prompt, options) for side in sides], end_id
+
+    def _join(
+        self, pair: EncodedPair, prompt: list[int], chosen: list[list[int]], rejected: list[list[int]], end_id: int
+    ) -> None:
+        """Write a pair of the pieces of its answers, every second of which is not the assistant's."""
+        for side, pieces in (("chosen", chosen), ("rejected", rejected)):
+            if any(end_id in ids[:-1] for ids in pieces[::2]):
+                pair.problems.append(Problem(END_INSIDE, f"the end-of-turn token within {side}"))
+        self._fit(pair, prompt, list(chain(*chosen)), list(chain(*rejected)))
+        if len(chosen) + len(rejected) > 2:
+            own = [[place % 2 == 0 for place, ids in enumerate(side) for _ in ids] for side in (chosen, rejected)]
+            own = [[True] * len(pair.prompt_ids), own[0][: len(pair.chosen_ids)], own[1][: len(pair.rejected_ids)]]
+            pair.unscored = [place for place, is_own in enumerate(chain(*own)) if not is_own]
 
     def _fit(self, pair: EncodedPair, prompt: list[int], chosen: list[int], rejected: list[int]) -> None:
         """Cut a pair to length, write its ids into `pair` and note what was done."""

@@ -134,11 +134,30 @@ def _read_conversation(row: Mapping[str, Any]) -> Sides:
     system = system_of(row)
     if prompt is not None:
         prompt = _without_system(prompt, system)
-    (first, own), (second, other) = (
-        _split_conversation(prompt, _without_system(messages, system), name)
+    whole = [
+        _whole(prompt, _without_system(messages, system), name)
         for name, messages in (("chosen", chosen), ("rejected", rejected))
-    )
+    ]
+    begins = [_shared(*whole) or len(side) - 1 for side in whole]
+    (first, own), (second, other) = ((side[:n], side[n:]) for side, n in zip(whole, begins, strict=True))
     return (_with_system(first, system), own), (_with_system(second, system), other)
+
+
+def _whole(prompt: list[Message] | None, messages: list[Message], column: str) -> list[Message]:
+    """A side's conversation from its start; the side may hold the answer alone or repeat all of it."""
+    if messages[-1]["role"] != "assistant":
+        raise Unusable(NO_ASSISTANT, f"the last message of '{column}' is the {messages[-1]['role']}'s")
+    if prompt is None or messages[: len(prompt)] == prompt or messages[0]["role"] != "assistant":
+        return messages
+    return [*prompt, *messages]
+
+
+def _shared(chosen: list[Message], rejected: list[Message]) -> int | None:
+    """Messages of the longest beginning of both conversations from which the assistant goes on in both."""
+    for n in range(min(len(chosen), len(rejected)) - 1, 0, -1):
+        if chosen[:n] == rejected[:n] and chosen[n]["role"] == rejected[n]["role"] == "assistant":
+            return n
+    return None
 
 
 def _without_system(messages: list[Message], system: str | None) -> list[Message]:
@@ -152,21 +171,6 @@ def _with_system(head: list[Message], system: str | None) -> list[Message]:
     if system is None or not head or head[0]["role"] == "system":
         return head
     return [{"role": "system", "content": system}, *head]
-
-
-def _split_conversation(
-    prompt: list[Message] | None, messages: list[Message], column: str
-) -> tuple[list[Message], list[Message]]:
-    """Split a side into prompt and answer; it may hold the answer alone or repeat the whole conversation."""
-    if prompt and messages[: len(prompt)] == prompt and len(messages) > len(prompt):
-        head, answer = prompt, messages[len(prompt) :]
-    elif prompt and messages[0]["role"] == "assistant":
-        head, answer = prompt, messages
-    else:
-        head, answer = messages[:-1], messages[-1:]
-    if answer[-1]["role"] != "assistant":
-        raise Unusable(NO_ASSISTANT, f"the last message of '{column}' is the {answer[-1]['role']}'s")
-    return head, answer
 
 
 _READERS: dict[str, Callable[[Mapping[str, Any]], Sides]] = {

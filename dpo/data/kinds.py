@@ -31,9 +31,9 @@ TIE = "tie"
 LOWER = "chosen rated below rejected"
 CONTROL = "control character"
 INVISIBLE = "invisible character"
-TOOL_TURN = "completion holds a tool's message"
+OTHERS_TURN = "completion holds a message that is not the assistant's"
 SYSTEM_UNREAD = "column system not read"
-KEPT = (LOWER, CONTROL, INVISIBLE, TOOL_TURN, SYSTEM_UNREAD)
+KEPT = (LOWER, CONTROL, INVISIBLE, OTHERS_TURN, SYSTEM_UNREAD)
 
 _CONTROL = re.compile("[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _INVISIBLE = re.compile("[\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")  # zero width, bidi
@@ -72,8 +72,8 @@ def text_problems(row: PreferenceRow) -> list[Problem]:
         problems.append(Problem(EMPTY_RESPONSE, f"{' and '.join(empty)} has no text"))
     if human := [side for side in ("chosen", "rejected") if _holds_human_turn(row, side)]:
         problems.append(Problem(HUMAN_TURN, f"{' and '.join(human)} goes on after the answer"))
-    if tool := [side for side in ("chosen", "rejected") if "tool" in _roles(getattr(row, side))]:
-        problems.append(Problem(TOOL_TURN, f"{' and '.join(tool)}: what the tool said is scored too"))
+    if others := [side for side in ("chosen", "rejected") if _roles(getattr(row, side)) - {"assistant"}]:
+        problems.append(Problem(OTHERS_TURN, f"{' and '.join(others)}: it is read, not scored"))
     if nul := [name for name, text in texts.items() if "\x00" in text]:
         problems.append(Problem(CONTAINS_NUL, f"a NUL character in {' and '.join(nul)}"))
     if broken := [name for name, text in texts.items() if not _is_unicode(text)]:
@@ -87,10 +87,9 @@ def text_problems(row: PreferenceRow) -> list[Problem]:
 
 def _holds_human_turn(row: PreferenceRow, side: str) -> bool:
     completion = getattr(row, side)
-    if isinstance(completion, str):
-        # Only a dialogue has turns: other plain text may well speak of "Human:".
-        return HUMAN in completion and (HUMAN in row.prompt or ASSISTANT in row.prompt)
-    return "user" in _roles(completion)
+    # Only a dialogue has turns: other plain text may well speak of "Human:".
+    is_dialogue = isinstance(completion, str) and (HUMAN in row.prompt or ASSISTANT in row.prompt)
+    return is_dialogue and HUMAN in completion
 
 
 def _roles(part: str | list[Message]) -> set[str]:

@@ -27,7 +27,7 @@ class StepBatches:
         step: Counted from 0.
         batches: This rank's micro-batches; as many on every rank.
         num_pairs: Pairs of the step over all ranks: what its loss is divided by.
-        num_target_tokens: Chosen completion tokens of the step over all ranks: what an SFT loss is divided by.
+        num_target_tokens: Scored tokens of chosen completions over all ranks: what an SFT loss is divided by.
         num_tokens: Useful tokens (2P+C+R a pair) of the step over all ranks.
     """
 
@@ -39,7 +39,7 @@ class StepBatches:
 
     @property
     def chosen_length(self) -> float:
-        """Mean chosen completion tokens a pair, over all ranks."""
+        """Mean scored tokens of chosen completions, over all ranks."""
         return self.num_target_tokens / self.num_pairs
 
 
@@ -77,7 +77,7 @@ class Loader:
             step=step,
             batches=[self.build(pair_ids, step) for pair_ids in self.share_of(ids)],
             num_pairs=len(ids),
-            num_target_tokens=int(self.dataset.lengths[ids, 1].sum()),
+            num_target_tokens=int(self.dataset.targets[ids, 0].sum()),
             num_tokens=int(num_tokens(self.dataset.lengths[ids], "packed").sum()),
         )
 

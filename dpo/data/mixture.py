@@ -23,7 +23,7 @@ class Mixture:
 
     Attributes:
         parts, names: The sources, and what to call them.
-        lengths, row_numbers, characters, margins: As of `TokenizedPairs`, one source behind the other.
+        lengths, targets, row_numbers, characters, margins: As of `TokenizedPairs`, one source behind the other.
         key: Hash of the sources' keys.
     """
 
@@ -31,6 +31,7 @@ class Mixture:
         """Join sources, at least one."""
         self.parts, self.names = list(parts), list(names)
         self.lengths = np.concatenate([part.lengths for part in parts])
+        self.targets = np.concatenate([part.targets for part in parts])
         self.row_numbers = np.concatenate([part.row_numbers for part in parts])
         self.characters = np.concatenate([part.characters for part in parts])
         self.margins = np.concatenate([part.margins for part in parts])

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 EXAMPLES = 3
 COLUMNS = {
     "lengths": np.int64, "row_numbers": np.int64, "characters": np.int64, "margins": np.float32, "text_sizes": np.int64,
-    "prompt_hashes": np.uint64,
+    "prompt_hashes": np.uint64, "targets": np.int64,
 }  # fmt: skip
 """Arrays of a folder, a row per pair, each in a file of its name."""
 
@@ -122,11 +122,13 @@ class TokenizedPairs:
 
     Attributes:
         lengths: (n, 3) int64: prompt, chosen and rejected tokens of every pair.
+        targets: (n, 2) int64: scored tokens of chosen and rejected.
         row_numbers: (n,) int64: the 1-based source row of every pair.
         characters: (n, 2) int64: characters of chosen and rejected before truncation.
         margins: (n,) fp32: by how much the data rates chosen above rejected; NaN where it is silent.
         prompt_hashes: (n,) uint64: of the prompt's ids before truncation: equal for equal prompts.
         tokens: (T,) int32: the ids of all pairs end to end, each pair's prompt, chosen and rejected in turn.
+        unscored: (u,) int64: which of them stand in a completion and are not scored, in order.
         starts: (n + 1,) int64: where each pair begins among them, and where the last ends.
         path: The folder.
         key: Its name, the hash of what it was made of.
@@ -137,6 +139,7 @@ class TokenizedPairs:
         self.path, self.key = path, path.name
         columns = {name: np.load(path / f"{name}.npy") for name in COLUMNS}
         self.lengths: np.ndarray = columns["lengths"]
+        self.targets: np.ndarray = columns["targets"]
         self.row_numbers: np.ndarray = columns["row_numbers"]
         self.characters: np.ndarray = columns["characters"]
         self.margins: np.ndarray = columns["margins"]
@@ -144,6 +147,8 @@ class TokenizedPairs:
         self.starts = np.concatenate([[0], self.lengths.sum(axis=1).cumsum()])
         self._text_ends: np.ndarray = columns["text_sizes"].cumsum()
         self.tokens = np.memmap(path / "tokens.bin", dtype=np.int32, mode="r")
+        unscored = path / "unscored.bin"  # an empty file cannot be mapped
+        self.unscored = np.memmap(unscored, dtype=np.int64, mode="r") if unscored.stat().st_size else np.zeros(0, int)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -154,11 +159,14 @@ class TokenizedPairs:
             raise IndexError(f"pair {pair_id} of {len(self)}")
         start = int(self.starts[pair_id])
         prompt, chosen, rejected = (int(length) for length in self.lengths[pair_id])
-        tokens = self.tokens[start : start + prompt + chosen + rejected]
-        return TokenizedPair(
-            pair_id, tokens[:prompt], tokens[prompt : prompt + chosen], tokens[prompt + chosen :],
-            margin=float(self.margins[pair_id]),
-        )  # fmt: skip
+        tokens, margin = self.tokens[start : start + prompt + chosen + rejected], float(self.margins[pair_id])
+        ids = tokens[:prompt], tokens[prompt : prompt + chosen], tokens[prompt + chosen :]
+        first, last = np.searchsorted(self.unscored, (start, start + len(tokens)))
+        if first == last:
+            return TokenizedPair(pair_id, *ids, margin)
+        scored = np.ones(len(tokens), dtype=bool)
+        scored[self.unscored[first:last] - start] = False
+        return TokenizedPair(pair_id, *ids, margin, scored[prompt : prompt + chosen], scored[prompt + chosen :])
 
     def __reduce__(self) -> tuple[type[TokenizedPairs], tuple[Path]]:
         return TokenizedPairs, (self.path,)

@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 from filelock import FileLock
 
-from dpo.data.boundary import read_chat_template
+from dpo.data.chat import read_chat_template
 from dpo.data.encode import PairEncoder
 from dpo.data.formats import FORMATS, detect_format
 from dpo.data.sources import load_source, source_identity, stream_source
@@ -41,7 +41,7 @@ from dpo.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CODE_VERSION = 4  # raise it with every change that gives other ids or other counts
+CODE_VERSION = 5  # raise it with every change that gives other ids or other counts
 DETECTION_ROWS = 100
 
 
@@ -156,13 +156,20 @@ def _tokenize(job: Job, folder: Path, source: str, stop_at_bad: bool) -> DataRep
     try:
         columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
         digest = xxhash.xxh3_128()
-        with open(draft / "tokens.bin", "wb") as tokens, open(draft / "texts.bin", "wb") as texts:
+        with (
+            open(draft / "tokens.bin", "wb") as tokens,
+            open(draft / "unscored.bin", "wb") as unscored,
+            open(draft / "texts.bin", "wb") as texts,
+        ):
             for part in parts(job):
                 _count(report, part)
                 if stop_at_bad and report.first_bad:
                     raise UserError(_refusal(source, report.first_bad))
+                places = (np.frombuffer(part.unscored, np.int64) + tokens.tell() // 4).tobytes()
                 tokens.write(part.tokens)
+                unscored.write(places)
                 digest.update(part.tokens)
+                digest.update(places)
                 texts.write(part.texts)
                 for name, values in columns.items():
                     values += getattr(part, name)

@@ -66,6 +66,8 @@ class Part:
         lengths: Tokens of prompt, chosen, rejected.
         characters: Characters of chosen, rejected before truncation.
         row_numbers, margins, text_sizes, prompt_hashes: Of every pair.
+        targets: Scored tokens of chosen, rejected.
+        unscored: Which tokens of completions are not scored, counted from the first of the range; int64.
         oddities: Row, kind, detail and fate ("bad", "tie", "cut", "kept") of whatever is odd, once a row and kind.
         prompts_cut, completions_cut: Pairs and completions that were truncated.
     """
@@ -79,6 +81,8 @@ class Part:
     margins: list[float] = field(default_factory=list)
     text_sizes: list[int] = field(default_factory=list)
     prompt_hashes: list[int] = field(default_factory=list)
+    targets: list[tuple[int, int]] = field(default_factory=list)
+    unscored: bytes = b""
     oddities: list[tuple[int, str, str, str]] = field(default_factory=list)
     prompts_cut: int = 0
     completions_cut: int = 0
@@ -104,12 +108,12 @@ def fate_of(kind: str) -> str:
 
 def encode_part(job: Job, task: Task) -> Part:
     """Read, convert and encode a range of rows."""
-    start, what = task
-    rows = what if isinstance(what, list) else [job.rows[index] for index in range(start, what)]
+    first, what = task
+    rows = what if isinstance(what, list) else [job.rows[index] for index in range(first, what)]
     part = Part(rows_read=len(rows))
     found = [
         (number, *one)
-        for number, row in enumerate(rows, start=start + 1)
+        for number, row in enumerate(rows, start=first + 1)
         for one in read_row(row, job.form, number, job.ranked_pairs)
     ]
     # A row with broken Unicode cannot be given to a tokenizer.
@@ -117,6 +121,8 @@ def encode_part(job: Job, task: Task) -> Part:
     encoded = iter(job.encoder.encode_rows([row for row in usable if row]))
     tokens: list[bytes] = []
     texts: list[bytes] = []
+    unscored: list[int] = []
+    num_tokens = 0
     oddities: dict[tuple[int, str], tuple[str, str]] = {}
     for (number, _, odd), row in zip(found, usable, strict=True):
         pair = next(encoded) if row else None
@@ -129,10 +135,14 @@ def encode_part(job: Job, task: Task) -> Part:
         if row is None or pair is None or any(fate == "bad" for _, fate in fates.values()):
             continue
         text = b"" if job.streamed and tokens else _text(row)
-        tokens.append(np.array(pair.prompt_ids + pair.chosen_ids + pair.rejected_ids, dtype=np.int32).tobytes())
+        ids = pair.prompt_ids + pair.chosen_ids + pair.rejected_ids
+        unscored += [num_tokens + place for place in pair.unscored]
+        num_tokens += len(ids)
+        tokens.append(np.array(ids, dtype=np.int32).tobytes())
         texts.append(text)
         part.text_sizes.append(len(text))
         part.lengths.append((len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)))
+        part.targets.append(pair.targets)
         part.characters.append((len(content_of(row.chosen)), len(content_of(row.rejected))))
         part.row_numbers.append(number)
         part.margins.append(np.nan if row.margin is None else row.margin)
@@ -141,6 +151,7 @@ def encode_part(job: Job, task: Task) -> Part:
         part.completions_cut += pair.completions_cut
     part.oddities = [(number, kind, detail, fate) for (number, kind), (detail, fate) in oddities.items()]
     part.tokens, part.texts = b"".join(tokens), b"".join(texts)
+    part.unscored = np.array(unscored, dtype=np.int64).tobytes()
     return part
 
 

@@ -229,10 +229,11 @@ def own_logits_logps(scorer: Scorer, pair: TokenizedPair, device: torch.device) 
     output_layer = scorer.model.get_output_embeddings()
     watch = output_layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
     with scorer.own_attention(), watch:
-        for completion in (pair.chosen_ids, pair.rejected_ids):
-            prompt, targets = (torch.from_numpy(x.astype("int64")).to(device) for x in (pair.prompt_ids, completion))
-            ids = torch.cat((prompt, targets))[None]
-            rows = slice(len(prompt) - 1, -1)
+        for completion, scored in pair.completions:
+            prompt, answer = (torch.from_numpy(x.astype("int64")).to(device) for x in (pair.prompt_ids, completion))
+            ids = torch.cat((prompt, answer))[None]
+            kept = torch.arange(len(answer)) if scored is None else torch.from_numpy(scored.nonzero()[0])
+            rows, targets = kept.to(device) + len(prompt) - 1, answer[kept.to(device)]
             logits = scorer.model(input_ids=ids, use_cache=False).logits[0, rows]
             own = logps_of_logits(logits, targets)
             if inputs and scorer.head.weight.dtype in HALF:

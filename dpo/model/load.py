@@ -30,7 +30,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import load_state_dict
 from transformers.utils.logging import disable_progress_bar
 
-from dpo.data.boundary import end_ids, listed
+from dpo.data.chat import end_ids, listed
 from dpo.errors import UserError
 from dpo.model import example
 

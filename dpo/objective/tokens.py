@@ -13,7 +13,7 @@ import numpy as np
 from dpo.types import TokenizedPair
 
 Weights = tuple[np.ndarray, np.ndarray]
-"""(c,) and (r,) fp32: of the tokens of chosen and rejected completion."""
+"""Two fp32 arrays: of the scored tokens of chosen and rejected completion."""
 Weigher = Callable[[int | None, TokenizedPair], Weights]
 """weigher(step, pair); the step is counted from 0, None outside of training."""
 
@@ -22,7 +22,7 @@ def length_desensitised(chosen: int, rejected: int, alpha: float) -> Weights:
     """LD-DPO: tokens beyond the length of the shorter completion weigh alpha.
 
     Args:
-        chosen, rejected: Lengths in tokens.
+        chosen, rejected: Scored tokens.
         alpha: In [0, 1]; 1 is DPO.
     Source:
         Liu et al. 2024, arXiv:2409.06411
@@ -40,7 +40,7 @@ def sampled(chosen: int, rejected: int, seed: int, step: int | None, pair_id: in
     """SamPO: 1 for as many tokens of each completion as the shorter one has, drawn uniformly, 0 for the others.
 
     Args:
-        chosen, rejected: Lengths in tokens.
+        chosen, rejected: Scored tokens.
         seed, step, pair_id: Decide the draw; step None is a draw of its own, for pairs outside of training.
     Source:
         Lu et al. 2024, arXiv:2406.10957
@@ -63,7 +63,7 @@ def weigher(is_sampo: bool, ld_alpha: float | None, seed: int) -> Weigher | None
         seed: train.seed.
     """
     if is_sampo:
-        return lambda step, p: sampled(len(p.chosen_ids), len(p.rejected_ids), seed, step, p.pair_id)
+        return lambda step, p: sampled(*p.targets, seed, step, p.pair_id)
     if ld_alpha is not None:
-        return lambda step, p: length_desensitised(len(p.chosen_ids), len(p.rejected_ids), ld_alpha)
+        return lambda step, p: length_desensitised(*p.targets, ld_alpha)
     return None

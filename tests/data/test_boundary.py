@@ -8,7 +8,8 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from dpo.data.boundary import TextEncoder, encode_prompt, end_ids
+from dpo.data.boundary import TextEncoder, encode_prompt
+from dpo.data.chat import end_ids
 from dpo.data.encode import PairEncoder
 from dpo.errors import UserError
 from dpo.types import PreferenceRow

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from dpo.data.boundary import encode_prompt, read_chat_template
+from dpo.data.boundary import encode_prompt
+from dpo.data.chat import read_chat_template
 from dpo.data.encode import PairEncoder
 from dpo.errors import UserError
 from dpo.types import PreferenceRow

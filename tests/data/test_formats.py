@@ -132,11 +132,32 @@ def test_roles_of_sharegpt_under_the_key_role_are_translated_too() -> None:
     assert row_with_other and row_with_other.prompt == [developer] and not problems
 
 
-def test_what_a_tool_says_within_a_completion_is_counted() -> None:
-    call = [{"role": "assistant", "content": "", "tool_calls": [{"x": 1}]}, {"role": "tool", "content": "3"}]
-    row = {"prompt": [USER], "chosen": [*call, YES], "rejected": [NO]}
-    assert kinds(row, "conversation") == {"completion holds a tool's message"}
-    assert kinds({"chosen": [USER, *call, YES], "rejected": [USER, *call, NO]}, "conversation") == set()
+OTHERS = "completion holds a message that is not the assistant's"
+CALL = [{"role": "assistant", "content": "", "tool_calls": [{"x": 1}]}, {"role": "tool", "content": "3"}]
+
+
+@pytest.mark.parametrize("prompt", [{}, {"prompt": [USER]}, {"prompt": "Hi"}])
+@pytest.mark.parametrize("said", [CALL, [NO, USER]])
+def test_completions_begin_where_two_conversations_part(prompt: dict[str, Any], said: list[Any]) -> None:
+    """Whatever a tool or a user says after that stands within a completion, and is counted."""
+    whole = prompt | {"chosen": [USER, *said, YES], "rejected": [USER, YES]}
+    assert convert(whole, "conversation", 1)[0] == PreferenceRow([USER], [*said, YES], [YES], 1)
+    assert kinds(whole, "conversation") == {OTHERS}
+    later = prompt | {"chosen": [USER, *said, YES], "rejected": [USER, *said, NO]}
+    assert convert(later, "conversation", 1)[0] == PreferenceRow([USER, *said], [YES], [NO], 1)
+    assert kinds(later, "conversation") == set()
+
+
+def test_conversations_of_which_one_is_the_beginning_of_the_other_part_at_an_answer() -> None:
+    row = {"chosen": [USER, YES, USER, NO], "rejected": [USER, YES]}
+    assert convert(row, "conversation", 1)[0] == PreferenceRow([USER], [YES, USER, NO], [YES], 1)
+
+
+def test_conversations_that_part_at_a_users_message_have_different_prompts() -> None:
+    other = {"role": "user", "content": "Ho"}
+    assert kinds({"chosen": [other, YES], "rejected": [USER, NO]}, "conversation") == {"prompts differ"}
+    row = {"chosen": [USER, YES, other, YES], "rejected": [USER, YES, USER, NO]}
+    assert convert(row, "conversation", 1)[0] == PreferenceRow([USER], row["chosen"][1:], row["rejected"][1:], 1)
 
 
 def test_the_format_is_told_by_most_of_the_first_rows() -> None:
@@ -218,8 +239,6 @@ def test_only_a_dialogue_has_human_turns() -> None:
     assert kinds({"prompt": "\n\nHuman: Hi\n\nAssistant:", **text}, "prompt") == {
         "completion holds a further Human turn"
     }
-    row = {"prompt": [USER], "chosen": [YES, USER, YES], "rejected": [NO]}
-    assert kinds(row, "conversation") == {"completion holds a further Human turn"}
 
 
 def test_the_text_of_messages_is_their_contents() -> None:

@@ -74,7 +74,7 @@ def test_a_batch_is_scored_with_kls_certainties_and_weights(family, layout):
     for each in (scorer, frozen):
         use_layout(each, layout)
     pairs = tiny.pairs(3, longest=5)
-    weights = [(np.full(len(p.chosen_ids), 0.5), np.full(len(p.rejected_ids), 2.0)) for p in pairs]
+    weights = [(np.full(p.targets[0], 0.5), np.full(p.targets[1], 2.0)) for p in pairs]
     batch = collate(pairs, layout)
     plain = pair_logps(scorer, batch)
     weighted = pair_logps(scorer, collate(pairs, layout, weights), certain=True)
@@ -85,14 +85,15 @@ def test_a_batch_is_scored_with_kls_certainties_and_weights(family, layout):
     with_kls = pair_logps(scorer, batch, known.tokens)
     torch.testing.assert_close(with_kls.chosen, plain.chosen)
     for p, pair in enumerate(pairs):
-        for half, completion in enumerate((pair.chosen_ids, pair.rejected_ids)):
+        for half, (completion, scored) in enumerate(pair.completions):
             ids = torch.from_numpy(np.concatenate((pair.prompt_ids, completion)).astype("int64"))[None]
-            rows = slice(len(pair.prompt_ids) - 1, -1)
+            answered = np.arange(len(pair.prompt_ids), ids.shape[1])
+            rows = (answered if scored is None else answered[scored]) - 1
             with scorer.own_attention(), frozen.own_attention():
                 mine, theirs = (m(input_ids=ids).logits[0, rows].log_softmax(-1) for m in (policy, reference))
             kl = kl_div(mine, theirs, log_target=True, reduction="sum")
             assert with_kls.kls[half, p].item() == pytest.approx(kl.item(), rel=1e-6)
-            targets = ids[0, len(pair.prompt_ids) :]
+            targets = ids[0, rows + 1]
             sure = mine.gather(1, targets[:, None]).squeeze(1) - mine.exp().square().sum(-1).log()
             assert weighted.certainties[half, p].item() == pytest.approx(sure.mean().item(), rel=1e-6)
     assert not weighted.certainties.requires_grad and with_kls.kls.requires_grad

@@ -48,7 +48,7 @@ def test_no_weights_where_every_token_counts():
 
 def test_weights_follow_their_tokens_in_every_layout():
     pairs = tiny.pairs(4, longest=6)
-    weights = [(np.arange(len(p.chosen_ids)) + 10 * i, -np.arange(len(p.rejected_ids))) for i, p in enumerate(pairs)]
+    weights = [(np.arange(p.targets[0]) + 10 * i, -np.arange(p.targets[1])) for i, p in enumerate(pairs)]
     expected = np.concatenate([w[0] for w in weights] + [w[1] for w in weights]).tolist()
     for layout in ("shared", "packed", "padded"):
         batch = collate(pairs, layout, weights)
