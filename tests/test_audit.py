@@ -103,6 +103,20 @@ def test_repetitions_contradictions_and_leaks_name_their_rows(tmp_path):
     assert alone["leaks"] == [] and alone["heuristics"][0]["first_token"] is None
 
 
+def test_turns_within_a_completion_are_no_surprise(tmp_path):
+    tokenizer = tokenizer_of("byte")
+    tokenizer.chat_template = CHATML
+    tool = {"role": "tool", "content": "3"}
+    rows = [
+        {"prompt": chat("a"), "chosen": [*chat("a", "b")[1:], tool, *chat("a", c)[1:]], "rejected": chat("a", "d")[1:]}
+        for c in ("e", "f <pad> g")
+    ]
+    one = prepared(tmp_path, "t.jsonl", "train", rows, tokenizer, max_length=500)
+    odd = findings(audit([one], tokenizer)["sets"][0])
+    assert odd.pop("completion holds a message that is not the assistant's") == (2, "kept", [1, 2])
+    assert odd == {"special token within a completion": (1, "kept", [2]), "repeats an earlier prompt": (1, "kept", [2])}
+
+
 def test_surprises_among_special_tokens_are_found(tmp_path):
     tokenizer = tokenizer_of("byte", around="<s> $A")
     rows = [

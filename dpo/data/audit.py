@@ -219,7 +219,8 @@ def _token_findings(pairs: TokenizedPairs, report: DataReport, specials: Special
         if specials.bos != specials.eos:
             late = owner[(ids == specials.bos) & (within > 1)]
             found += _finding(pairs, "BOS within a text", np.unique(late).tolist())
-    inside = owner[~in_prompt & ~is_end]
+    of_turns = np.isin(places, pairs.unscored) | np.isin(places + 1, pairs.unscored)  # written by the chat template
+    inside = owner[~in_prompt & ~is_end & ~of_turns]
     found += _finding(pairs, "special token within a completion", np.unique(inside).tolist())
     if report.format in ("hh", "prompt"):  # a chat template writes them
         early = owner[in_prompt & ~((within == 0) & (ids == specials.bos))]
