@@ -15,10 +15,10 @@ layer as the keyword argument `segments` of the model's call.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,26 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.01, torc
 
 class UnsupportedAttention(Exception):
     """The model asks for something a kernel cannot express; the message says what."""
+
+
+class Asked(NamedTuple):
+    """What a layer asks of a kernel.
+
+    Attributes:
+        heads, kv_heads: Of queries; of keys and values.
+        size, value_size: Of a head of queries and keys; of values.
+        scaling: Factor on the scores; None for 1 / sqrt(size).
+        softcap: On the scores; None for none.
+        has_window: Whether its window is shorter than some sequence.
+    """
+
+    heads: int
+    kv_heads: int
+    size: int
+    value_size: int
+    scaling: float | None = None
+    softcap: float | None = None
+    has_window: bool = False
 
 
 def _extras(backend: str, kwargs: dict[str, Any], segments: Segments) -> dict[str, Any]:
@@ -130,18 +150,22 @@ def register(backend: str) -> str:
 
 
 @contextmanager
-def counted_calls(backend: str) -> Iterator[list[nn.Module]]:
-    """Collect the layers that attend in segments within the block: a layer that mixes tokens in any other way (state
-    space, linear attention, convolution) would let one sequence see another."""
-    layers: list[nn.Module] = []
+def watched_calls(backend: str) -> Iterator[list[Asked]]:
+    """Collect what every call asks for that attends in segments within the block, once a layer: a layer that mixes
+    tokens in any other way (state space, linear attention, convolution) would let one sequence see another."""
+    calls: list[Asked] = []
 
-    def counted(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        layers.append(module)
-        return segment_attention(backend, module, *args, **kwargs)
+    def watched(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        sizes = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
+        window = kwargs.get("sliding_window") if backend in CHANGE_SCORES else None
+        calls.append(Asked(*sizes, kwargs.get("scaling"), kwargs.get("softcap"), window is not None))
+        return segment_attention(backend, module, query, key, value, mask, *args, **kwargs)
 
-    AttentionInterface.register(_name(backend), counted)
+    AttentionInterface.register(_name(backend), watched)
     try:
-        yield layers
+        yield calls
     finally:
         register(backend)
 
@@ -161,47 +185,64 @@ def candidates(wanted: str, device: torch.device) -> list[str]:
     return ["varlen", *installed, "flex", "sdpa"]
 
 
-def _probe(backend: str, kv_heads: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Output and gradients of a row with unequal lengths, prefixes among them, four query heads, seeded."""
+USUAL = (Asked(4, 4, 64, 64), Asked(4, 2, 64, 64))
+"""What most models ask for: grouped key heads or not."""
+PROBE_WINDOW = 20
+
+
+def _probe(backend: str, asked: Asked, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Output and gradients of a row with unequal lengths, prefixes among them, seeded."""
     items = (Segment(0, 70), Segment(70, 170, 0, 33), Segment(170, 172), Segment(172, 173, 170, 171))
     segments = index_segments(items).map(lambda tensor: tensor.to(device))
     generator = torch.Generator().manual_seed(0)
-    shapes = ((1, 4, 173, 64), (1, kv_heads, 173, 64), (1, kv_heads, 173, 64), (1, 173, 4, 64))
-    made = [torch.randn(shape, generator=generator).to(torch.bfloat16) for shape in shapes]
+    heads, kv_heads, size, value_size, scaling, softcap, has_window = asked
+    of_inputs = (heads, 173, size), (kv_heads, 173, size), (kv_heads, 173, value_size)
+    shapes = *of_inputs, (173, heads, value_size)
+    made = [torch.randn((1, *shape), generator=generator).to(torch.bfloat16) for shape in shapes]
     *inputs, grad = (x.to(device, dtype) for x in made)
     needs_grad = backend != "flex" or device.type == "cuda"
     inputs = [x.requires_grad_(needs_grad) for x in inputs]
-    output = BACKENDS[backend](*inputs, segments, None)
+    extras = {"softcap": softcap, "window": PROBE_WINDOW if has_window else None} if backend in CHANGE_SCORES else {}
+    output = BACKENDS[backend](*inputs, segments, scaling, **extras)
     return [output.detach(), *(torch.autograd.grad(output, inputs, grad) if needs_grad else ())]
 
 
-def self_test(backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
+def self_test(
+    backend: str, dtype: torch.dtype, device: torch.device, asked: Iterable[Asked] = USUAL
+) -> str | None:
     """Whether a backend computes what its twin does: unequal lengths, causal alignment, grouped heads, gradients.
 
     Args:
         backend: Name in BACKENDS.
         dtype: Of the policy.
         device: Of the model.
+        asked: For what.
     Returns:
         Why it cannot be used; None if it can.
     """
+    complaints = (_mismatch(backend, dtype, device, one) for one in asked)
+    return _unavailable(backend, dtype, device) or next(filter(None, complaints), None)
+
+
+def _unavailable(backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
     if backend in ("varlen", "flash", "flex") and device.type != "cuda":
         return "it needs a GPU"
     if backend in ("varlen", "flash") and dtype not in HALF:
         return f"it takes fp16 and bf16, and the policy is in {str(dtype).removeprefix('torch.')}"
-    return _mismatch(backend, dtype, device)
+    return None
 
 
-def _mismatch(backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
-    for kv_heads in (4, 2):
-        try:
-            found = _probe(backend, kv_heads, dtype, device)
-        except Exception as error:  # whatever a kernel of another version or machine may raise
-            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        truth = _probe("varlen_eager", kv_heads, torch.float64, device)
-        for what, a, b in zip(("output", "query", "key", "value"), found, truth, strict=False):
-            error_size = float((a.double() - b).abs().max() / b.abs().max())
-            if not error_size <= TOLERANCE[dtype]:
-                of = what if what == "output" else f"gradient of the {what}"
-                return f"self-test with {kv_heads} of 4 key heads: its {of} is off by {error_size:.2g}"
+def _mismatch(backend: str, dtype: torch.dtype, device: torch.device, asked: Asked) -> str | None:
+    try:
+        found = _probe(backend, asked, dtype, device)
+    except Exception as error:  # whatever a kernel of another version or machine may raise
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    twin = "flex_eager" if asked.softcap is not None or asked.has_window else "varlen_eager"
+    truth = _probe(twin, asked, torch.float64, device)
+    for what, a, b in zip(("output", "query", "key", "value"), found, truth, strict=False):
+        error_size = float((a.double() - b).abs().max() / b.abs().max())
+        if not error_size <= TOLERANCE[dtype]:
+            of = what if what == "output" else f"gradient of the {what}"
+            heads = f"{asked.kv_heads} of {asked.heads} key heads of {asked.size}"
+            return f"self-test with {heads}: its {of} is off by {error_size:.2g}"
     return None

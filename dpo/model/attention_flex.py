@@ -96,7 +96,10 @@ def block_mask(segments: Segments, length: int, window: int | None, device: torc
     )
 
 
-def _capped(softcap: float) -> Callable[..., Tensor]:
+def capped(softcap: float | Tensor) -> Callable[..., Tensor]:
+    """score -> softcap * tanh(score / softcap). Compiled, the cap must be a tensor: of a number that a function closes
+    over torch makes one on the host, which the kernel cannot read."""
+
     def cap(score: Tensor, *_: Any) -> Tensor:
         return softcap * torch.tanh(score / softcap)
 
@@ -129,7 +132,7 @@ def attend(
     """
     if window not in segments.made:
         segments.made[window] = block_mask(segments, query.shape[2], window, query.device)
-    cap = None if softcap is None else _capped(softcap)
+    cap = None if softcap is None else capped(torch.full((), softcap, device=query.device))
     grouped = query.shape[1] != key.shape[1]
     arguments = {"score_mod": cap, "block_mask": segments.made[window], "scale": scaling, "enable_gqa": grouped}
     return _kernel(query.is_cuda)(query, key, value, **arguments).transpose(1, 2)
@@ -149,7 +152,7 @@ def eager(
     k, v = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
     scores = query @ k.transpose(2, 3) * scaling  # (1, heads, T, T)
     if softcap is not None:
-        scores = _capped(softcap)(scores)
+        scores = capped(softcap)(scores)
     rows = torch.arange(query.shape[2], device=query.device)
     visible = visible_rows(segments, window)(0, 0, rows[:, None], rows[None, :])
     return (scores.masked_fill(~visible, -math.inf).softmax(dim=-1) @ v).transpose(1, 2)

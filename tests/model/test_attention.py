@@ -7,6 +7,7 @@ twin by the self-test, on a GPU.
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.util
 import sys
 import types
 
@@ -187,10 +188,84 @@ def test_soft_caps_and_short_windows_are_exact_in_the_shared_layout_by_flex(fami
     assert not torch.allclose(wide(collate(pairs, "shared")).double(), truth.double(), atol=1e-3)
 
 
+OWN_SIZES = (attention.Asked(6, 2, 24, 16, scaling=0.3), attention.Asked(5, 1, 128, 128))
+OWN_SCORES = (
+    attention.Asked(4, 2, 32, 32, softcap=2.0),
+    attention.Asked(4, 4, 64, 64, has_window=True),
+    attention.Asked(4, 1, 16, 16, scaling=0.5, softcap=3.0, has_window=True),
+)
+
+
 @pytest.mark.parametrize("backend", ["sdpa", *TWINS])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_honest_backends_pass_the_self_test(backend, dtype):
     assert attention.self_test(backend, dtype, CPU) is None
+    assert attention.self_test(backend, dtype, CPU, OWN_SIZES) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("part", ["softcap", "window", "scaling"])
+def test_the_self_test_sees_scores_that_are_changed_in_another_way(part, dtype, monkeypatch):
+    assert attention.self_test("flex_eager", dtype, CPU, OWN_SCORES) is None
+
+    def wrong(query, key, value, segments, scaling, window=None, softcap=None):
+        changed = {"scaling": scaling, "window": window, "softcap": softcap} | {part: None}
+        return attention_flex.eager(query, key, value, segments, **changed)
+
+    monkeypatch.setitem(attention.BACKENDS, "flex", wrong)
+    monkeypatch.setattr(attention, "_unavailable", lambda *_: None)
+    assert "its output is off" in attention.self_test("flex", dtype, CPU, OWN_SCORES)
+
+
+def test_a_kernel_that_refuses_the_models_own_heads_in_backward_alone_is_passed_over(monkeypatch):
+    """As flash kernels of some GPUs refuse large heads; the first backward pass would end the run."""
+
+    class Picky(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, output):
+            return output.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            if grad.shape[-1] != 64:
+                raise RuntimeError("backward takes heads of 64")
+            return grad
+
+    def kernel(*inputs):
+        return Picky.apply(attention_varlen.eager(*inputs))
+
+    monkeypatch.setitem(attention.BACKENDS, "varlen", lambda *inputs: attention_varlen.attend(kernel, *inputs))
+    monkeypatch.setattr(attention, "_unavailable", lambda *_: None)
+    scorer = Scorer(tiny.model("llama"))
+    layout, notes = settle(scorer, "shared", tiny.pairs(3)[1:], 100, CPU, "varlen")
+    assert (layout, scorer.attention) == ("shared", "sdpa")
+    assert notes == ["layout shared by varlen is not used: RuntimeError: backward takes heads of 64"]
+
+
+def test_a_model_is_watched_for_what_it_asks_of_a_kernel():
+    scorer = scorer_of(tiny.model("gemma2", attn_logit_softcapping=20.0, sliding_window=6), "shared", "flex_eager")
+    with attention.watched_calls("flex_eager") as calls, torch.no_grad():
+        scorer(collate(tiny.pairs(3), "shared"))
+    config = scorer.model.config
+    sizes = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.head_dim
+    scaling = config.query_pre_attn_scalar**-0.5
+    assert calls == [attention.Asked(*sizes, scaling, 20.0, has_window) for has_window in (True, False)]
+
+
+def test_a_compiled_kernel_caps_scores_and_is_compiled_once_for_all_caps():
+    """By inductor's code for a CPU, which cannot express the segments: the score's function alone."""
+    kernel = attention_flex._kernel(True)
+    rows = torch.arange(300)
+    for length, softcap in ((173, 20.0), (300, 5.0)):
+        q, k, v = (torch.randn(1, 2, length, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device="cpu")
+        with torch.no_grad():
+            found = kernel(q, k, v, score_mod=attention_flex.capped(torch.full((), softcap)), block_mask=mask)
+        scores = softcap * torch.tanh(q @ k.mT / 4 / softcap)
+        hidden = rows[:length, None] < rows[None, :length]
+        truth = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
+        torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
 
 
 def top_left(query, key, value, segments, scaling):
@@ -221,15 +296,15 @@ def refusing(*_):
 @pytest.mark.parametrize(
     ("kernel", "reason"),
     [
-        (top_left, "self-test with 4 of 4 key heads: its output is off"),
-        (not_grouped, "self-test with 2 of 4 key heads: its output is off"),
+        (top_left, "self-test with 4 of 4 key heads of 64: its output is off"),
+        (not_grouped, "self-test with 2 of 4 key heads of 64: its output is off"),
         (broken_backward, "its gradient of the key is off"),
         (refusing, "RuntimeError: GQA is not supported with the cuDNN backend."),
     ],
 )
 def test_a_kernel_that_computes_something_else_is_refused_and_sdpa_takes_over(kernel, reason, monkeypatch):
     monkeypatch.setitem(attention.BACKENDS, "varlen", lambda *inputs: attention_varlen.attend(kernel, *inputs))
-    monkeypatch.setattr(attention, "self_test", lambda b, dtype, device: attention._mismatch(b, dtype, device))
+    monkeypatch.setattr(attention, "_unavailable", lambda *_: None)
     scorer = Scorer(tiny.model("llama"))
     layout, notes = settle(scorer, "shared", tiny.pairs(3)[1:], 100, CPU, "varlen")
     assert (layout, scorer.attention, len(notes)) == ("shared", "sdpa", 1)
@@ -262,7 +337,7 @@ def test_a_kernel_that_refuses_the_models_own_sizes_is_passed_over(monkeypatch):
         return attention_varlen.attend(attention_varlen.eager, query, *rest)
 
     monkeypatch.setitem(attention.BACKENDS, "varlen", picky)
-    monkeypatch.setattr(attention, "self_test", lambda b, dtype, device: attention._mismatch(b, dtype, device))
+    monkeypatch.setattr(attention, "_unavailable", lambda *_: None)
     scorer = Scorer(tiny.model("llama"))
     layout, notes = settle(scorer, "shared", tiny.pairs(3)[1:], 100, CPU, "varlen")
     assert (layout, scorer.attention) == ("shared", "sdpa")
@@ -277,8 +352,9 @@ def test_kernels_that_need_a_gpu_say_so_on_a_cpu(wanted):
     assert notes == [f"layout shared by {wanted} is not used: it needs a GPU"]
 
 
-def test_flash_kernels_are_refused_to_fp32_and_auto_prefers_them_on_a_gpu():
+def test_flash_kernels_are_refused_to_fp32_and_auto_prefers_them_on_a_gpu(monkeypatch):
     gpu = torch.device("cuda")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert attention.self_test("varlen", torch.float32, gpu) == "it takes fp16 and bf16, and the policy is in float32"
     assert attention.candidates("auto", gpu) == ["varlen", "flex", "sdpa"]
     assert attention.candidates("auto", CPU) == ["sdpa"]
@@ -370,4 +446,7 @@ def test_compiled_blocks_compile_once_for_all_batches_of_one_shape(backend):
 def test_the_kernels_of_a_gpu_pass_the_self_test(backend, dtype):
     if backend == "flash":
         pytest.importorskip("flash_attn")
-    assert attention.self_test(backend, dtype, torch.device("cuda")) is None
+    device = torch.device("cuda")
+    assert attention.self_test(backend, dtype, device) is None
+    others = OWN_SCORES if backend == "flex" else (attention.Asked(12, 12, 64, 64), attention.Asked(32, 8, 128, 128))
+    assert attention.self_test(backend, dtype, device, others) is None
