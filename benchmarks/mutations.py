@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 from hypothesis import strategies as st
 
-from dpo.commandline import _keys
 from dpo.config import Config, to_dict
+from dpo.recipe import keys_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -189,7 +189,7 @@ def flags(draw: st.DrawFn) -> Case:
     """A working command line with one to three odd arguments."""
     argv = list(USUAL)
     for _ in range(draw(st.sampled_from([1, 1, 2, 3]))):
-        key = draw(st.sampled_from([*_keys(), *OPTIONS]))
+        key = draw(st.sampled_from([*keys_of(), *OPTIONS]))
         shape = draw(st.sampled_from(["pair", "pair", "pair", "equals", "alone", "misspelt", "value"]))
         value = draw(st.sampled_from(HARMLESS[key]) if key in HARMLESS else texts)
         if shape == "misspelt":

@@ -35,8 +35,8 @@ def _type_text(hint: Any) -> str:
             else _type_text(part)
             for part in arguments if part is not type(None)
         )  # fmt: skip
-    if origin is tuple and typing.get_origin(arguments[0]) is dict:
-        return "list of mappings"
+    if origin is tuple and dict[str, Any] in typing.get_args(arguments[0]):
+        return "list of paths and mappings"
     if origin is tuple:
         item = _type_text(arguments[0])
         return f"list of {item}" if Ellipsis in arguments else f"list of {len(arguments)} {item}s"

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-import os
 import re
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from dpo.config import Config
 from dpo.errors import UserError
+from dpo.recipe import check_recipe, keys_of, one_line, unknown_key
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "recipes" / "quickstart.yaml"
-LARGEST_RECIPE = 2**18  # bytes; YAML is read at some 0.1 MB/s
 DESCRIPTION = "Direct Preference Optimization of a Hugging Face causal language model."
 
 
@@ -119,104 +116,18 @@ def _first_pass(argv: list[str]) -> tuple[str | None, bool]:
     return known.recipe, known.policy is not None or known.data is not None or asks_for_help
 
 
-class _Loader(yaml.SafeLoader):
-    """Plain values alone, every key once, where YAML would take the last without a word.
-
-    A tag may name anything; a few lines of aliases may mean gigabytes.
-    """
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()
-        if event.anchor is not None or getattr(event, "tag", None) is not None:
-            problem = "a tag, anchor or alias (!, &, *) stands before a value; quote it, or write the value out"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for index, name in enumerate(names):
-            if name in names[:index]:
-                mark = node.value[index][0].start_mark
-                raise yaml.MarkedYAMLError(problem=f"{name} is given twice; keep one", problem_mark=mark)
-        return super().construct_mapping(node, deep)
-
-
-def _read_recipe(path: str) -> Any:
-    """The YAML of a recipe, as plain values."""
-    if not os.path.isfile(path):
-        raise UserError(f"--recipe {path}: no such file; the recipes that come with the project are in recipes/")
-    size = os.path.getsize(path)
-    if size > LARGEST_RECIPE:
-        raise UserError(f"--recipe {path}: a file of {size:,} bytes is no recipe; name one of settings alone")
-    try:
-        return yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: bad UTF-8, 2024-13-45
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else str(error).split(";")[0]
-        raise UserError(f"--recipe {path}: not valid YAML: {_one_line(where)}; fix it") from None
-
-
-def _check_recipe(path: str) -> None:
-    """Refuse what is no recipe: not YAML, not sections, not our keys."""
-    content = _read_recipe(path)
-    if not isinstance(content, dict | None):
-        raise UserError(f"--recipe {path}: expected sections such as 'train:', got {type(content).__name__}; fix it")
-    _check_names(path, content or {}, get_type_hints(Config))
-
-
-def _check_names(path: str, content: dict[Any, Any], known: dict[str, Any], prefix: str = "") -> None:
-    """Refuse names in a recipe that are no settings, and values where a section should be."""
-    for key, value in content.items():
-        name, hint = f"{prefix}{key}", known.get(str(key))
-        if is_dataclass(hint):
-            if not isinstance(value, dict):
-                raise UserError(f"--recipe {path}: section {name} must hold keys, got {value!r}; fix or remove it")
-            _check_names(path, value, get_type_hints(hint), f"{name}.")
-        elif hint is None:
-            wrong = f"{name}.{next(iter(value))}" if isinstance(value, dict) and value else name
-            raise UserError(f"--recipe {path}: {_unknown(wrong, _keys())}")
-        else:
-            _refuse_endless(value, f"--recipe {path}: {name}")
-
-
-def _refuse_endless(value: Any, name: str) -> None:
-    """A number of hundreds of digits would overflow as a float somewhere in the parser, which does not say where."""
-    if isinstance(value, int) and abs(value) >= 2**63:
-        raise UserError(f"{name} is a number of {value.bit_length()} bits; use a smaller one")
-
-
-def _one_line(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip()
-
-
-def _keys(section: Any = Config, prefix: str = "") -> list[str]:
-    """Names of all settings."""
-    return [
-        name
-        for key, hint in get_type_hints(section).items()
-        for name in (_keys(hint, f"{prefix}{key}.") if is_dataclass(hint) else [prefix + key])
-    ]
-
-
-def _unknown(name: str, keys: list[str], program: str = "train_dpo.py") -> str:
-    close = difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
-    program = program if program.startswith("python") else f"python {program}"
-    hint = f"did you mean {close[0]}?" if close else f"{program} --help lists all keys"
-    return f"unknown key {name[:200]}; {hint}"
-
-
 def _explain(parser: ArgumentParser, error: Exception) -> str:
     """Turn the parser's message into one line that names key, value and fix."""
     text = str(error)
     if text.startswith("Problems parsing config"):  # its own reader of YAML is a little stricter than ours
-        reason = _one_line(text.partition(":")[2])
+        reason = one_line(text.partition(":")[2])
         return f"--recipe {parser.default_config_files[0]}: not valid YAML: {reason}; fix it"
     if unknown := re.search(r"unrecognized arguments: (--)?(\S*)", text):
         name = unknown.group(2).split("=")[0]
-        settings = _keys() if any("." in a.dest for a in parser._actions) else []
+        settings = keys_of() if any("." in a.dest for a in parser._actions) else []
         if unknown.group(1):
             own = [a.dest for a in parser._actions if "." not in a.dest]
-            return _unknown(name, [*settings, *own], parser.prog)
+            return unknown_key(name, [*settings, *own], parser.prog)
         known = "settings are given as --section.key VALUE" if settings else f"{parser.prog} --help lists all arguments"
         return f"unknown argument {name or repr('')}; {known}"
     if wrong := re.search(r'Parser key "([\w.]+)":(.*)', text, re.DOTALL):
@@ -224,12 +135,12 @@ def _explain(parser: ArgumentParser, error: Exception) -> str:
         value = re.search(r"(?:Got value|Given value): (.*)|Unable to load config '(.*)'", rest)
         got = next(filter(None, value.groups()), "''") if value else "something else"
         if inner := re.match(r"NestedArg\(key='(.*?)'", got):
-            return _unknown(f"{key}.{inner.group(1)}", _keys(), parser.prog)
+            return unknown_key(f"{key}.{inner.group(1)}", keys_of(), parser.prog)
         hint = next((getattr(a, "_typehint", None) for a in parser._actions if a.dest == key), None)
         return f"{key} is {got}; use {_type_name(hint) if hint else f'its keys, as in --{key}.KEY VALUE'}"
     if extra := re.search(r"argument (?:-h/)?--(\w+): ignored explicit argument (.*)", text, re.DOTALL):
         return f"--{extra.group(1)} takes no value, got {extra.group(2)}; leave the value out"
-    return _one_line(text)
+    return one_line(text)
 
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", ...: "..."}
@@ -243,8 +154,8 @@ def _type_name(hint: Any) -> str:
         return " or ".join(map(str, get_args(hint)))
     if get_origin(hint) is dict:
         return "a mapping such as {key: value}"
-    if get_origin(hint) is tuple and get_origin(get_args(hint)[0]) is dict:
-        return "a list of mappings"
+    if hint == tuple[dict[str, Any] | str, ...]:
+        return "a list of paths and of mappings {path: ...}"
     parts = get_args(hint)
     names = [
         "a list of them" if get_origin(part) is tuple and get_args(part)[0] in parts else _type_name(part)
@@ -256,7 +167,7 @@ def _type_name(hint: Any) -> str:
 
 def _refuse_odd(argv: list[str]) -> None:
     """Refuse bytes that are no UTF-8, and whole sections, whose value the parser would take for a file to read."""
-    sections = {f"--{key.rpartition('.')[0]}" for key in _keys()}
+    sections = {f"--{key.rpartition('.')[0]}" for key in keys_of()}
     for index, argument in enumerate(argv):
         section, _, value = argument.partition("=")
         if section in sections:
@@ -294,7 +205,7 @@ def parse(argv: list[str], verb: Verb | None = None) -> Command:
     if assumed:
         recipe = str(QUICKSTART)
     if recipe is not None:
-        _check_recipe(recipe)
+        check_recipe(recipe)
     parser = _parser(verb)
     parser.default_config_files = [recipe] if recipe else []
     try:

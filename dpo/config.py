@@ -179,10 +179,11 @@ class Source:
     name: str | None = None
 
 
-def _sources(key: str, given: Sequence[dict[str, Any]]) -> tuple[Source, ...]:
+def _sources(key: str, given: Sequence[dict[str, Any] | str]) -> tuple[Source, ...]:
     """Read a list of sources; raises ValueError naming the source and what is wrong."""
     known = [f.name for f in dataclasses.fields(Source)]
-    for number, one in enumerate(given, start=1):
+    listed: list[dict[str, Any]] = [{"path": one} if isinstance(one, str) else one for one in given]
+    for number, one in enumerate(listed, start=1):
         where = f"{key} source {number}"
         for name, value in one.items():
             close = difflib.get_close_matches(str(name), known, n=1)
@@ -196,16 +197,16 @@ def _sources(key: str, given: Sequence[dict[str, Any]]) -> tuple[Source, ...]:
         _require(weight is None or 0 < weight < math.inf, f"{where}: weight is {weight}; use a positive number")
         fits = called is None or re.fullmatch(r"[\w-]+", called) is not None
         _require(fits, f"{where}: name is {called}; use letters, digits, - and _")
-    return tuple(Source(**one) for one in given)
+    return tuple(Source(**one) for one in listed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Preference data and how text becomes tokens."""
 
-    train: tuple[dict[str, Any], ...] | str | None = None
-    """Hub id, folder, .json, .jsonl[.gz], .parquet, or builtin:world; or a list of {path, weight, ...}."""
-    validation: tuple[dict[str, Any], ...] | str | None = None
+    train: tuple[dict[str, Any] | str, ...] | str | None = None
+    """Hub id, folder, .json, .jsonl[.gz], .parquet, or builtin:world; or a list of them or {path, weight, ...}."""
+    validation: tuple[dict[str, Any] | str, ...] | str | None = None
     """The same for validation, a list of {name, path, ...}; default: the validation (else test) split of data.train."""
     subset: str | None = None
     """Configuration name of a hub data set."""
@@ -417,7 +418,7 @@ class OptimConfig:
     warmup_steps: float = 0.1
     """Steps of linear warm-up; below 1: the share of all steps."""
     weight_decay: float = 0.0
-    """Decoupled weight decay."""
+    """Decoupled weight decay; biases and the weights of norms are left out."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's averaging constants."""
     eps: float = 1e-8

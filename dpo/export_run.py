@@ -75,7 +75,13 @@ def export_run(options: Options) -> Path:
             return
         _write(config, source, folder, merge=options.merge, adapted=adapted)
         is_adapter = adapted and not options.merge
-        card = model_card(to_dict(config), read_lines(run), versions(), adapter=is_adapter)
+        lines = read_lines(run)
+        facts = {"merged": "a LoRA adapter, into the weights beneath it"} if options.merge else {}
+        if options.checkpoint is not None:
+            step = int(source.name.removeprefix("step-"))
+            lines = [line for line in lines if line.get("step", 0) <= step]
+            facts["checkpoint"] = f"after {step} optimizer steps of {config.train.global_batch_size} pairs"
+        card = model_card(to_dict(config), lines, versions(), facts, adapter=is_adapter)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     publish(target, write, World(0, 1, 0, torch.device("cpu")))

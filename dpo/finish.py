@@ -153,7 +153,7 @@ def _closing(setup: Setup, tracker: Tracker, seconds: float) -> None:
         rows.append(["reward of greedy answers", f"{found['reference']:.4f}", f"{found['policy']:.4f}"])
         shares = f"{found['parsed']:.0%} parse, p = {found['p']:.1e}"
         tracker.say(f"greedy answers to {len(samples)} held-out prompts: {shares}")
-    rows.append(["time", "", f"{seconds / 60:.1f} min"])
+    rows.append(["time of this start", "", f"{seconds / 60:.1f} min"])
     tracker.table("DPO: before and after", rows)
     answers = f", answers {run}/samples.jsonl" if samples else ""
     total = setup.total_steps

@@ -88,7 +88,8 @@ def _run(command: Command, world: World) -> None:
         setup = fit_budget(setup, policy, reference.train, say, layout=policy.layout, name=None)
         show_plan(setup, command, policy, reference)
         return
-    if done := distributed.only_main(world, lambda: run_directory.finished(setup.run, setup.total_steps)):
+    done = distributed.only_main(world, lambda: run_directory.finished(setup.run, setup.total_steps))
+    if done and config.train.resume == "auto":
         if world.is_main:
             print(done, file=sys.stderr)
         return

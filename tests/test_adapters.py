@@ -247,6 +247,7 @@ def test_the_merged_export_is_a_plain_model_with_the_adapters_answers(lora, tiny
     assert "adapter_config.json" not in names
     front = yaml.safe_load((tmp_path / "merged/README.md").read_text().split("---\n")[1])
     assert front["library_name"] == "transformers"
+    assert "| merged | `a LoRA adapter, into the weights beneath it` |" in (tmp_path / "merged/README.md").read_text()
 
 
 def test_the_last_checkpoint_exports_what_final_holds_and_an_earlier_one_something_else(lora, tmp_path):
@@ -266,9 +267,13 @@ def test_the_best_checkpoint_is_that_with_the_best_accuracy(lora, tmp_path, caps
     assert f"--checkpoint best: no step of {run} was both evaluated and saved" in capsys.readouterr().err
     with open(run / "metrics.jsonl", "a") as metrics:
         for step, accuracy in ((0, 0.9), (2, 0.7), (4, 0.6)):
-            metrics.write(json.dumps({"step": step, "eval_rewards/accuracies": accuracy}) + "\n")
+            line = {"step": step, "eval_rewards/accuracies": accuracy, "eval_loss": 1.0, "eval_rewards/margins": 0.0}
+            metrics.write(json.dumps(line) + "\n")
     assert export(str(run), "--checkpoint", "best") == 0
     assert capsys.readouterr().out.split() == [str(run / "export-step-000002")]
+    card = (run / "export-step-000002/README.md").read_text()
+    assert "| accuracy | 0.9000 | 0.7000 |" in card and "0.6000" not in card  # of that step, not of the last
+    assert "| checkpoint | `after 2 optimizer steps of" in card
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])  # GPT-2 ties its head and keeps its matrices transposed

@@ -283,3 +283,8 @@ def test_a_run_that_would_work_does_work(
     assert "train_dpo.py:" not in capfd.readouterr().err
     assert train_dpo.main(argv) == 0
     assert "is finished: 2 steps are done; raise train.epochs or train.max_steps" in capfd.readouterr().err
+    fewer = [*argv[:-1], "1"]
+    assert train_dpo.main(fewer) == 0
+    assert "is finished: 2 steps are done, of 1 that are asked for; raise" in capfd.readouterr().err
+    assert train_dpo.main([*argv, "--train.resume", str(tmp_path / "run/checkpoints/step-000009")]) == 2
+    assert "step-000009" in capfd.readouterr().err

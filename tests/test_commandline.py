@@ -137,6 +137,8 @@ def test_help_lists_every_section_and_key_with_the_dataclass_defaults(
 FLAG_MISTAKES: dict[str, tuple[list[str], str]] = {
     "unknown key": (["--train.epochss", "3"], "unknown key train.epochss; did you mean train.epochs?"),
     "unknown key with =": (["--loss.betta=3"], "unknown key loss.betta; did you mean loss.beta?"),
+    "others' name": (["--optim.learning_rate", "1"], "unknown key optim.learning_rate; did you mean optim.lr?"),
+    "others' name alone": (["--num_train_epochs=1"], "unknown key num_train_epochs; did you mean train.epochs?"),
     "section left out": (["--epochs", "3"], "unknown key epochs; did you mean train.epochs?"),
     "abbreviated key": (["--train.epoch", "3"], "unknown key train.epoch; did you mean train.epochs?"),
     "dash for underscore": (["--train.max-steps", "3"], "unknown key train.max-steps; did you mean train.max_steps?"),

@@ -81,6 +81,15 @@ def test_the_samples_are_of_every_validation_set(whole):
     assert [start.startswith(row["prompt"]) for start, row in zip(starts, rows, strict=False)] == [True, True]
 
 
+def test_a_path_in_a_list_is_a_source_without_further_keys(tmp_path):
+    sources = parse([*argv(tmp_path, ["a.jsonl", {"path": "b.jsonl", "format": "hh"}])]).config.data.train_sources
+    assert [(source.path, source.format) for source in sources] == [("a.jsonl", None), ("b.jsonl", "hh")]
+    of_text, of_mappings = (trained(tmp_path / name, [one], None, "--train.max_steps", "1") for name, one in (
+        ("text", WORLD), ("mapping", {"path": WORLD})
+    ))  # fmt: skip
+    assert of_text == of_mappings and f"`{WORLD}`" in (tmp_path / "text/final/README.md").read_text()
+
+
 def test_a_mixture_goes_on_where_it_stopped(whole, tmp_path):
     run = tmp_path / "run"
     trained(run, TRAIN, None, "--train.max_steps", "2", "--train.save_every", "1")

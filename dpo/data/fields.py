@@ -86,16 +86,26 @@ def parsed(row: Mapping[str, Any], column: str, kind: type) -> Any:
     return _without_nulls(value) or None
 
 
-def question_of(row: Mapping[str, Any]) -> Message | None:
-    """Return the user's message of a row that has no prompt: `question`, `instruction` and `input`, what there is.
+def questions_of(row: Mapping[str, Any]) -> list[Message] | None:
+    """Return the prompt of a row that has none by that name.
+
+    The user's message is what there is of `question`, `instruction` and `input`; before it come the turns in `history`,
+    pairs of question and answer.
 
     Raises:
-        Unusable: One of them is no text.
+        Unusable: One of them is no text, or `history` holds something else.
     """
     parts = {name: row[name] for name in QUESTIONS if row.get(name) is not None}
+    if not parts:
+        return None
     if wrong := [name for name, part in parts.items() if not isinstance(part, str)]:
         raise Unusable(NOT_TEXT, f"'{wrong[0]}' is {shown(parts[wrong[0]])}")
-    return {"role": "user", "content": "\n\n".join(part for part in parts.values() if part.strip())} if parts else None
+    messages: list[Message] = []
+    for turn in parsed(row, "history", list) or []:
+        if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise Unusable(NOT_MESSAGES, f"a turn of 'history' is {shown(turn)}, not a question and its answer")
+        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    return [*messages, {"role": "user", "content": "\n\n".join(part for part in parts.values() if part.strip())}]
 
 
 def system_of(row: Mapping[str, Any]) -> str | None:

@@ -13,13 +13,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from dpo.data.fields import QUESTIONS, messages_of, number_of, parsed, question_of, string_of, system_of
+from dpo.data.fields import QUESTIONS, messages_of, number_of, parsed, questions_of, string_of, system_of
 from dpo.data.kinds import (
     ASSISTANT,
     CHOSEN_IS_REJECTED,
     LOWER,
     NO_ASSISTANT,
     PROMPTS_DIFFER,
+    REPEATED,
     SYSTEM_UNREAD,
     TIE,
     Problem,
@@ -93,6 +94,8 @@ def convert(row: Mapping[str, Any], form: str, number: int) -> tuple[PreferenceR
     problems = text_problems(preference)
     if margin is not None and margin < 0:
         problems.append(Problem(LOWER, f"by {-margin:g}"))
+    if form == "prompt" and _repeats(row):
+        problems.append(Problem(REPEATED, "it is taken off them"))
     if form != "conversation" and system_of(row):
         problems.append(Problem(SYSTEM_UNREAD, f"data.format {form} has no place for it; use conversation"))
     if prompt != other_prompt:
@@ -121,16 +124,26 @@ def _split_transcript(row: Mapping[str, Any], column: str) -> tuple[str, str]:
 
 
 def _read_prompt(row: Mapping[str, Any]) -> Sides:
-    prompt = string_of(row, "prompt")
-    return (prompt, string_of(row, "chosen")), (prompt, string_of(row, "rejected"))
+    prompt, chosen, rejected = (string_of(row, column) for column in ("prompt", "chosen", "rejected"))
+    if _repeats(row):
+        chosen, rejected = chosen.removeprefix(prompt), rejected.removeprefix(prompt)
+    return (prompt, chosen), (prompt, rejected)
+
+
+def _repeats(row: Mapping[str, Any]) -> bool:
+    """Whether both completions of plain text begin with their prompt, which then is no part of the answer."""
+    prompt, *sides = (row.get(column) for column in ("prompt", "chosen", "rejected"))
+    return isinstance(prompt, str) and bool(prompt.strip()) and all(
+        isinstance(side, str) and side.startswith(prompt) for side in sides
+    )
 
 
 def _read_conversation(row: Mapping[str, Any]) -> Sides:
     chosen, rejected = messages_of(row, "chosen"), messages_of(row, "rejected")
     column = "prompt" if row.get("prompt") is not None else "conversations"
     prompt = messages_of(row, column, role="user") if row.get(column) is not None else None
-    if prompt is None and chosen[0]["role"] == "assistant" and (question := question_of(row)) is not None:
-        prompt = [question]
+    if prompt is None and chosen[0]["role"] == "assistant":
+        prompt = questions_of(row)
     system = system_of(row)
     if prompt is not None:
         prompt = _without_system(prompt, system)
@@ -144,12 +157,32 @@ def _read_conversation(row: Mapping[str, Any]) -> Sides:
 
 
 def _whole(prompt: list[Message] | None, messages: list[Message], column: str) -> list[Message]:
-    """A side's conversation from its start; the side may hold the answer alone or repeat all of it."""
+    """A side's conversation from its start; the side may hold the answer alone, or repeat the prompt or its end."""
     if messages[-1]["role"] != "assistant":
         raise Unusable(NO_ASSISTANT, f"the last message of '{column}' is the {messages[-1]['role']}'s")
-    if prompt is None or messages[: len(prompt)] == prompt or messages[0]["role"] != "assistant":
+    if prompt is None or _stands_in(prompt, messages):
         return messages
-    return [*prompt, *messages]
+    for repeated in range(min(len(prompt), len(messages) - 1), 0, -1):
+        if _same(prompt[-repeated:], messages[:repeated]):
+            return [*prompt, *messages[repeated:]]
+    if "assistant" in (messages[0]["role"], prompt[-1]["role"]):
+        return [*prompt, *messages]
+    raise Unusable(PROMPTS_DIFFER, f"'{column}' neither repeats the prompt nor goes on from it")
+
+
+def _same(some: list[Message], others: list[Message]) -> bool:
+    """Whether messages are the same but for white space around them."""
+
+    def plain(messages: list[Message]) -> list[Message]:
+        return [{**message, "content": message["content"].strip()} for message in messages]
+
+    return plain(some) == plain(others)
+
+
+def _stands_in(prompt: list[Message], messages: list[Message]) -> bool:
+    """Whether a conversation holds the whole prompt, before its last message."""
+    size = len(prompt)
+    return any(_same(prompt, messages[start : start + size]) for start in range(len(messages) - size))
 
 
 def _shared(chosen: list[Message], rejected: list[Message]) -> int | None:

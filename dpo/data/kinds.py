@@ -33,7 +33,8 @@ CONTROL = "control character"
 INVISIBLE = "invisible character"
 OTHERS_TURN = "completion holds a message that is not the assistant's"
 SYSTEM_UNREAD = "column system not read"
-KEPT = (LOWER, CONTROL, INVISIBLE, OTHERS_TURN, SYSTEM_UNREAD)
+REPEATED = "both completions repeat the prompt"
+KEPT = (LOWER, CONTROL, INVISIBLE, OTHERS_TURN, SYSTEM_UNREAD, REPEATED)
 
 _CONTROL = re.compile("[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _INVISIBLE = re.compile("[\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")  # zero width, bidi

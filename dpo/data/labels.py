@@ -5,8 +5,9 @@
             label (one vote or a list) or annotator1, annotator2, ...
 
 `question`, or `instruction` with its `input`, may stand in place of `prompt` and is a message of the user. A score is
-the number in `scores`, or `score`, `overall_score` or minus `rank` of the completion itself. Equals make no pair: such
-a row is a tie. The margin of a pair is the difference of the scores, or of the shares of the votes.
+the number in `scores`, or `score`, `overall_score` or minus `rank` of the completion itself; a null in `scores` leaves
+a completion out. Equals make no pair: such a row is a tie. The margin of a pair is the difference of the scores, or of
+the shares of the votes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from dpo.data.fields import field_of, messages_of, number_of, question_of, shown, system_of
+from dpo.data.fields import field_of, messages_of, number_of, questions_of, shown, system_of
 from dpo.data.formats import convert
 from dpo.data.kinds import MISSING, NOT_A_NUMBER, NOT_TEXT, TIE, Problem, Unusable
 from dpo.types import PreferenceRow
@@ -58,8 +59,8 @@ def _form_of(pair: Mapping[str, Any]) -> str:
 
 def _prompt(row: Mapping[str, Any]) -> Any:
     """Read what is answered: text, or messages."""
-    if row.get("prompt") is None and (question := question_of(row)) is not None:
-        return [question]
+    if row.get("prompt") is None and (questions := questions_of(row)) is not None:
+        return questions
     return field_of(row, "prompt")
 
 
@@ -72,13 +73,16 @@ def _ranked(row: Mapping[str, Any], each: bool) -> list[dict[str, Any] | Problem
         scores = [_own_score(item, place) for place, item in enumerate(listed, start=1)]
     if not isinstance(scores, list) or len(scores) != len(listed):
         raise Unusable(NOT_A_NUMBER, f"'scores' must hold {len(listed)} numbers, got {shown(scores)}")
-    numbers = [number_of(score, f"scores[{place}]") for place, score in enumerate(scores)]
-    completions = [_completion(item) for item in listed]
+    rated = [place for place, score in enumerate(scores) if score is not None]
+    if len(rated) < 2:
+        raise Unusable(NOT_A_NUMBER, f"'scores' rates {len(rated)} of {len(listed)} completions; a pair needs two")
+    numbers = [number_of(scores[place], f"scores[{place}]") for place in rated]
+    completions = [_completion(listed[place]) for place in rated]
     best = max(range(len(numbers)), key=lambda i: numbers[i])  # the first of equals
     worst = min(range(len(numbers)), key=lambda i: numbers[i])
-    others = [i for i in range(len(numbers)) if i != best] if each else [worst]
+    others = [i for i in range(len(numbers)) if i != best] if each else [worst if worst != best else 1]  # all are equal
     return [
-        Problem(TIE, f"completions {best + 1} and {i + 1} have the score {numbers[best]:g}")
+        Problem(TIE, f"completions {rated[best] + 1} and {rated[i] + 1} have the score {numbers[best]:g}")
         if numbers[i] == numbers[best]
         else {
             "prompt": prompt,

@@ -175,7 +175,8 @@ def _tokenize(job: Job, folder: Path, source: str, stop_at_bad: bool) -> DataRep
                     values += getattr(part, name)
         if not columns["lengths"]:
             kinds = ", ".join(f"{kind} {found.count:,}" for kind, found in report.kinds.items())
-            raise UserError(f"{source}: no usable row is left of {report.rows_read:,}: {kinds}; fix the rows")
+            first = f"; {report.first_bad}" if report.first_bad else ""
+            raise UserError(f"{source}: no usable row is left of {report.rows_read:,}: {kinds}{first}; fix the rows")
         for name, dtype in COLUMNS.items():
             np.save(draft / f"{name}.npy", np.array(columns[name], dtype=dtype))
     except BaseException:

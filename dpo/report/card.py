@@ -51,7 +51,8 @@ def model_card(
         Markdown with the hub's metadata block; text of the user's stands in code alone, so it is never markup.
     """
     policy, train = str(config["model"]["policy"]), config["data"]["train"]
-    data = ", ".join(code(path) for path in ([train] if isinstance(train, str) else [s["path"] for s in train]))
+    paths = [train] if isinstance(train, str) else [one if isinstance(one, str) else one["path"] for one in train]
+    data = ", ".join(code(path) for path in paths)
     library = "peft" if adapter else "transformers"
     front: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": ["dpo"]}
     is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", policy) and not policy.startswith(".")
@@ -67,6 +68,7 @@ def model_card(
     gained = "gained more log-probability over the reference"
     if not needs_reference(names, loss.get("reference_free", False)):
         gained = "has the higher reward (beta times its log-probability, per token for simpo and orpo)"
+    known = _table([["", ""], *([name, code(value)] for name, value in facts.items())]) if facts else ""
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {_escaped(Path(policy).name)} trained with DPO",
@@ -77,8 +79,8 @@ def model_card(
         f"Accuracy: share of pairs whose chosen completion {gained} than the rejected one; a tie counts one half."
         " It says how often the change goes the right way, not how good answers are; nothing here was tested for"
         " safety.",
-        "## Data and training",
-        _table([["", ""], *([name, code(value)] for name, value in (facts or {}).items())]) if facts else "",
+        "## Data and training" if known else "",
+        known,
         f"<details><summary>Settings</summary>\n\n{_block(yaml.safe_dump(config, sort_keys=False))}\n\n</details>",
         f"Made with {', '.join(f'{k} {v}' for k, v in versions.items())}.",
     ]

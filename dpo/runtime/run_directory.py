@@ -115,9 +115,11 @@ def versions() -> dict[str, str]:
 def finished(run: Path, total_steps: int) -> str | None:
     """A line that says so if the run has already done all its steps and written its results."""
     path = run / "finished.json"
-    if not path.exists() or json.loads(path.read_text())["step"] < total_steps:
+    done = json.loads(path.read_text())["step"] if path.exists() else 0
+    if done < total_steps or not done:
         return None
-    return f"{run} is finished: {total_steps} steps are done; raise train.epochs or train.max_steps to go on"
+    asked = "" if done == total_steps else f", of {total_steps} that are asked for"
+    return f"{run} is finished: {done} steps are done{asked}; raise train.epochs or train.max_steps to go on"
 
 
 def _check_run(config: Config) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dpo.data.formats import convert, detect_format
-from dpo.data.kinds import content_of
+from dpo.data.kinds import Problem, content_of
 from dpo.errors import UserError
 from dpo.types import PreferenceRow
 
@@ -151,6 +151,51 @@ def test_completions_begin_where_two_conversations_part(prompt: dict[str, Any], 
 def test_conversations_of_which_one_is_the_beginning_of_the_other_part_at_an_answer() -> None:
     row = {"chosen": [USER, YES, USER, NO], "rejected": [USER, YES]}
     assert convert(row, "conversation", 1)[0] == PreferenceRow([USER], [YES, USER, NO], [YES], 1)
+
+
+EARLIER = {"role": "user", "content": "Before"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "start", "whole"),
+    [
+        ([SYSTEM, USER], [USER], [SYSTEM, USER]),  # the end of the prompt is repeated
+        ([EARLIER, NO, USER], [NO, USER], [EARLIER, NO, USER]),
+        ([EARLIER, NO], [USER], [EARLIER, NO, USER]),  # and here it goes on
+        ("Hi", [SYSTEM, USER], [SYSTEM, USER]),  # it stands within the sides
+        ("Hi", [EARLIER, NO, USER], [EARLIER, NO, USER]),
+        ("Hi\n", [USER], [USER]),  # but for white space
+        ([SYSTEM, USER], [SYSTEM, USER], [SYSTEM, USER]),
+    ],
+)
+def test_no_message_of_an_explicit_prompt_is_lost(prompt: Any, start: list[Any], whole: list[Any]) -> None:
+    row = {"prompt": prompt, "chosen": [*start, YES], "rejected": [*start, NO]}
+    assert convert(row, "conversation", 1) == (PreferenceRow(whole, [YES], [NO], 1), [])
+
+
+@pytest.mark.parametrize("prompt", ["Before", [EARLIER], [SYSTEM, EARLIER]])
+def test_sides_that_neither_repeat_the_prompt_nor_go_on_from_it_make_a_bad_row(prompt: Any) -> None:
+    row, problems = convert({"prompt": prompt, "chosen": [USER, YES], "rejected": [USER, NO]}, "conversation", 1)
+    assert row is None
+    assert problems == [Problem("prompts differ", "'chosen' neither repeats the prompt nor goes on from it")]
+
+
+def test_the_turns_of_a_history_come_before_the_question() -> None:
+    row = {"instruction": "Hi", "history": [["Before", "No"]], "chosen": "Yes", "rejected": "No"}
+    assert detect_format([row]) == "conversation"
+    assert convert(row, "conversation", 1) == (PreferenceRow([EARLIER, NO, USER], [YES], [NO], 1), [])
+    for empty in ([], None):
+        assert convert(row | {"history": empty}, "conversation", 1) == (PreferenceRow([USER], [YES], [NO], 1), [])
+    for wrong in ([["Before"]], ["Before"], [["Before", 3]]):
+        assert kinds(row | {"history": wrong}, "conversation") == {"not a list of role/content messages"}
+
+
+def test_a_prompt_that_both_completions_repeat_is_taken_off_them_and_counted() -> None:
+    row = {"prompt": "Q: why?\nA:", "chosen": "Q: why?\nA: Yes", "rejected": "Q: why?\nA: No"}
+    again = Problem("both completions repeat the prompt", "it is taken off them")
+    assert convert(row, "prompt", 1) == (PreferenceRow("Q: why?\nA:", " Yes", " No", 1), [again])
+    one = row | {"rejected": " No"}
+    assert convert(one, "prompt", 1) == (PreferenceRow("Q: why?\nA:", "Q: why?\nA: Yes", " No", 1), [])
 
 
 def test_conversations_that_part_at_a_users_message_have_different_prompts() -> None:

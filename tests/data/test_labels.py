@@ -64,11 +64,21 @@ def test_an_instruction_is_a_message_and_so_are_its_answers() -> None:
     assert pair is not None and pair.prompt == [USER] and pair.chosen == [{"role": "assistant", "content": "b"}]
 
 
+@pytest.mark.parametrize("ranked_pairs", ["best_worst", "best_each"])
+def test_a_completion_without_a_score_is_left_out(ranked_pairs: str) -> None:
+    row = {"prompt": "Q:", "completions": [" a", " b", " c", " d"], "scores": [2, None, 5, 1]}
+    chosen = [(pair.chosen, pair.rejected, pair.margin) for pair, _ in read_row(row, "ranked", 1, ranked_pairs) if pair]
+    assert chosen == [(" c", " a", 3.0), (" c", " d", 4.0)][ranked_pairs == "best_worst" :]
+    ((_, problems),) = read_row(row | {"scores": [None, 3, None, 3]}, "ranked", 1)
+    assert problems[0].kind == "tie" and problems[0].detail == "completions 2 and 4 have the score 3"
+
+
 @pytest.mark.parametrize(
     ("change", "kind"),
     [
         ({"scores": [1, 2]}, "not a number"),
-        ({"scores": [1, 2, 3, None]}, "not a number"),
+        ({"scores": [1, None, None, None]}, "not a number"),
+        ({"scores": [1, 2, 3, "4"]}, "not a number"),
         ({"scores": None}, "missing field"),
         ({"completions": ["a"], "scores": [1]}, "missing field"),
         ({"completions": None}, "missing field"),

@@ -114,6 +114,11 @@ def test_a_finished_run_says_so_and_a_raised_number_of_epochs_continues_it(argv,
     whole = tmp_path / "whole"
     train([*here, "--train.output_dir", str(whole), "--train.epochs", "2"], 1)
     assert weights(run) == weights(whole)
+    # A checkpoint that is named is gone back to, though the run is finished.
+    newest = max((run / "checkpoints").glob("step-*"))
+    said = train([*here, "--train.epochs", "2", "--train.resume", str(newest)], 1)
+    assert f"continuing from {newest}" in said and "is finished" not in said
+    assert weights(run) == weights(whole)
 
 
 def test_the_reference_after_sft_is_the_sft_model_not_the_start(uninterrupted, shared_data):
