@@ -15,6 +15,9 @@ import numpy as np
 from dpo.data.planner import Costs, Layout, Plan, attention_products, num_tokens, pair_costs
 
 GIB = 2**30
+OFFLOADED_BYTES = 20
+"""Main memory a parameter of an offloaded optimizer: fp32 weights, AdamW's states, gradients as they add up and as they
+are stepped on."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from dpo.data.planner import Layout, num_tokens
 from dpo.estimate import (
     GIB,
     GPUS,
+    OFFLOADED_BYTES,
     Hardware,
     checkpoint_bytes,
     memory,
@@ -130,7 +131,7 @@ def _fixed_parts(setup: Setup, machine: Machine) -> dict[str, float]:
         reference_bytes=machine.reference_bytes, trained=machine.trained,
     )
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
-        parts["optimizer (AdamW, fp32 master)"] = 0.0
+        parts["optimizer (AdamW, fp32 master)"] = parts["gradients"] = 0.0
     if zero.get("offload_param", {}).get("device", "none") != "none":
         parts["weights"] = parts["reference"] = 0.0
     return parts
@@ -210,7 +211,7 @@ def host_rows(setup: Setup, machine: Machine, hardware: Hardware) -> Rows:
         ("time to write one", f"{_number(one / hardware.disk_gb / 1e9)} s at {hardware.disk_gb:g} GB/s"),
     ]
     if setup.engine_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") == "cpu":
-        states = 12 * machine.trained * neighbours / ranks
+        states = OFFLOADED_BYTES * machine.trained * neighbours / ranks
         rows.insert(1, ("host memory of a node for the optimizer", _size(states)))
     return rows
 

@@ -100,6 +100,25 @@ class Nonfinite:
             self._leave_out(work, None)
         return norm, not is_bad and outcome != "nonfinite", stop
 
+    def look_at(self, step: int, eval_loss: float) -> None:
+        """Stop where an evaluation shows that the weights are destroyed, before a checkpoint is made of them.
+
+        Args:
+            step: Optimizer steps done.
+            eval_loss: The same on every rank.
+        Raises:
+            UserError: If it is not finite and the run is not to go on.
+        """
+        if math.isfinite(eval_loss):
+            return
+        what = f"the validation loss after step {step} is {eval_loss}"
+        if not self.skips:
+            raise UserError(
+                f"{what}: the weights have left what {self.setup.precision} can express; lower optim.lr and begin anew"
+                f" in another train.output_dir; the checkpoints are of earlier steps"
+            )
+        self.say(f"{what}; the run goes on (train.on_nonfinite: skip)")
+
     def _leave_out(self, work: StepBatches, losses: list[Tensor] | None) -> None:
         """Name and keep the rows of a step that no rank takes; collective.
 

@@ -101,6 +101,8 @@ def _run(command: Command, world: World) -> None:
         precision=setup.precision,
         total_steps=setup.total_steps,
     )
+    if folder is None:
+        distributed.only_main(world, lambda: run_directory.check_kept(setup.run))
     with run_directory.opened(config, world), _told(setup):
         check_inputs(setup)
         distributed.only_main(world, lambda: drop_leftovers(setup.run / "checkpoints"))
@@ -124,12 +126,16 @@ def _run(command: Command, world: World) -> None:
 def _told(setup: Setup) -> Iterator[None]:
     """Keep status.json true, whatever ends the block."""
 
+    def write(state: State, reason: str = "") -> None:
+        with suppress(OSError):  # a disk that is full has the last word nowhere but on the console
+            write_status(setup.run, state, reason=" ".join(reason.split())[:1000], place=heartbeat.place())
+
     def tell(state: State, reason: str = "") -> None:
         if setup.world.is_main:
-            with suppress(OSError):  # a disk that is full has the last word nowhere but on the console
-                write_status(setup.run, state, reason=" ".join(reason.split())[:1000], place=heartbeat.place())
+            write(state, reason)
 
     tell("running")
+    distributed.last_words.append(partial(write, "failed"))
     try:
         yield
     except preemption.Preempted as stop:
@@ -144,6 +150,8 @@ def _told(setup: Setup) -> Iterator[None]:
             full = f"{setup.run}: {error.strerror}; the checkpoints are whole; make room and start again"
             distributed.give_up(setup.world, full)
         raise
+    finally:
+        distributed.last_words.clear()
 
 
 def _fetch(setup: Setup) -> None:
@@ -210,6 +218,7 @@ def _train_dpo(
         heartbeat.at(f"in the evaluation after step {step}")
         metrics, pairs = evaluate(policy, known_reference, validation, loss, world)
         tracker.record({"step": step, "epoch": step / per_epoch} | metrics)
+        nonfinite.look_at(step, metrics["eval_loss"])
         tracker.say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if "logps" not in k))
         keep_evaluation(setup, step, pairs, report)
 

@@ -2,7 +2,8 @@
 
     tests/engine_memory.py OUT_FOLDER JOB...
 
-JOB: STAGE-PRECISION, e.g. 2-bf16. OUT_FOLDER/JOB.RANK.json: part -> bytes on that rank.
+JOB: STAGE-PRECISION, e.g. 2-bf16, or STAGE-PRECISION-offload for an optimizer that is kept on the host.
+OUT_FOLDER/JOB.RANK.json: part -> bytes on that rank.
 """
 
 from __future__ import annotations
@@ -49,13 +50,15 @@ def held(model: Any) -> int:
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
-def measure(stage: int, precision: str, folder: Path) -> dict[str, int]:
+def measure(stage: int, precision: str, folder: Path, *, offload: bool) -> dict[str, int]:
     """Bytes of each part in the second optimizer step, of two micro-batches; of gradients, the most there ever are."""
     dtype = deepspeed_engine.DTYPES[precision]
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 1000}
     if stage == 3:  # a tiny model's weights would stay gathered
         always = ("stage3_param_persistence_threshold", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size")
         zero |= dict.fromkeys(always, 0)
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
     config: dict[str, Any] = {"zero_optimization": zero}
     optim = OptimConfig()
     config = deepspeed_engine.build_config(config, optim=optim, precision=precision, global_batch_size=2)
@@ -96,8 +99,8 @@ def main(argv: list[str]) -> None:
     gc.freeze()  # what importing has made is not looked at again and again
     folder = Path(argv[0])
     for job in argv[1:]:
-        stage, precision = job.split("-")
-        parts = measure(int(stage), precision, folder / job)
+        stage, precision, *more = job.split("-")
+        parts = measure(int(stage), precision, folder / job, offload=bool(more))
         (folder / f"{job}.{world.rank}.json").write_text(json.dumps(parts))
 
 

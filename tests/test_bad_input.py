@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -250,6 +251,7 @@ def test_two_ranks_survive_every_mistake(tiny_policy: Path, tmp_path: Path) -> N
 
 
 ONE_CANNOT_READ = """
+import shutil
 import sys
 import torch.distributed, train_dpo
 from dpo.errors import UserError
@@ -288,3 +290,6 @@ def test_a_run_that_would_work_does_work(
     assert "is finished: 2 steps are done, of 1 that are asked for; raise" in capfd.readouterr().err
     assert train_dpo.main([*argv, "--train.resume", str(tmp_path / "run/checkpoints/step-000009")]) == 2
     assert "step-000009" in capfd.readouterr().err
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    assert train_dpo.main([*argv[:-1], "3"]) == 2
+    assert "run had a checkpoint of step 2, and holds none: put its checkpoints/ back" in capfd.readouterr().err

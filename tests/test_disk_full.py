@@ -136,6 +136,22 @@ def test_one_of_several_ranks_says_what_it_met_and_leaves_where_one_alone_raises
     assert left == [1] and capsys.readouterr().err == "train_dpo.py: no room; make room\n"
 
 
+def test_what_one_of_two_ranks_cannot_write_stands_in_the_status(tiny_policy, tmp_path):
+    """Files of at most 100 kB: a checkpoint cannot be written, status.json can."""
+    script = tmp_path / "limited.py"
+    script.write_text(
+        "import resource, signal, sys, train_dpo\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "sys.exit(train_dpo.main(sys.argv[1:]))\n"
+    )
+    done = ranks.run([str(script), *arguments(tmp_path, tiny_policy, "--log.samples", "0")], ranks=2)
+    assert done.codes[0] == 1 and done.codes[1] != 0
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert status["state"] == "failed" and "the checkpoints before it are whole" in status["reason"], status
+    assert "checkpoint" in status["place"]
+
+
 def test_a_full_disk_is_one_line_and_no_traceback_on_two_ranks(small_disk, tiny_policy, tmp_path):
     """Rank 0's, at its second line of metrics; the other notices that it is gone."""
     script = tmp_path / "fills.py"

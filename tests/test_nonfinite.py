@@ -251,6 +251,18 @@ def test_an_fp16_overflow_is_logged_and_the_lowest_scale_stops_the_run(
     assert norms == ([False, True, False, False] if outcome == "overflow" else [False])
 
 
+@pytest.mark.parametrize("ranks_", [1, 2])
+def test_weights_that_a_step_has_destroyed_are_no_result(ranks_, argv, tmp_path):
+    """The last step's own loss is fine; the evaluation after it shows what it has done."""
+    folder = tmp_path / "run"
+    more = ["--optim.lr", "1e18", "--optim.warmup_steps", "0", "--train.max_steps", "1"]
+    done = ranks.run(["train_dpo.py", *argv, *more, "--train.output_dir", str(folder)], ranks=ranks_)
+    assert set(done.codes) == {2}, done.output[-3000:]
+    assert done.output.count("the validation loss after step 1 is nan: the weights have left what") == 1
+    assert not (folder / "final").exists() and not list((folder / "checkpoints").glob("step-*"))
+    assert json.loads((folder / "status.json").read_text())["state"] == "failed"
+
+
 POISONED = """
 import os, sys
 from types import SimpleNamespace

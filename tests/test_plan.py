@@ -23,6 +23,7 @@ from dpo.data.planner import Costs, Layout, attention_products, plan_batch
 from dpo.estimate import (
     GIB,
     GPUS,
+    OFFLOADED_BYTES,
     Hardware,
     checkpoint_bytes,
     computed_flops,
@@ -42,6 +43,7 @@ from tests.data.tiny_tokenizers import plain_rows, written
 from tests.ranks import ROOT, run
 
 JOBS = ["2-bf16", "2-fp32", "1-fp32", "1-bf16", "3-bf16"]
+OFFLOADED = ["2-bf16-offload", "3-bf16-offload"]
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -66,6 +68,15 @@ def test_fp32_has_a_master_copy_too() -> None:
     assert parts(3, half=False, reference_bytes=0, world_size=1) == [4, 4, 12, 0]
 
 
+def test_of_a_mixture_the_active_experts_compute_and_all_take_memory() -> None:
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    configs = [transformers.MixtralConfig(**sizes, num_local_experts=n, num_experts_per_tok=2) for n in (2, 8)]
+    few, many = (shape_of(config, torch.float32) for config in configs)
+    expert = 3 * 32 * 48
+    assert many.parameters - few.parameters >= 2 * 6 * expert  # two layers; and the router's rows
+    assert many.body - few.body == 2 * 6 * 32 and few.has_fused_experts  # the router's rows alone
+
+
 def test_seven_billion_parameters_on_eight_gpus_take_what_is_known() -> None:
     found = memory(7_000_000_000, stage=2, world_size=8, half=True, reference_bytes=2)
     assert sum(found.values()) == pytest.approx(7e9 * (2 + 4 / 8 + 12 / 8 + 2) / 2**30)
@@ -80,9 +91,9 @@ def allocated(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int],
     for ranks in (1, 2):  # in processes of their own: other tests leave tensors in this one
         out = folder / str(ranks)
         out.mkdir()
-        done = run(["tests/engine_memory.py", str(out), *JOBS], ranks)
+        done = run(["tests/engine_memory.py", str(out), *JOBS, *OFFLOADED], ranks)
         assert not any(done.codes), done.output[-4000:]
-        for job in JOBS:
+        for job in (*JOBS, *OFFLOADED):
             found[job, ranks] = [json.loads((out / f"{job}.{rank}.json").read_text()) for rank in range(ranks)]
     return found
 
@@ -102,6 +113,15 @@ def test_memory_is_what_a_real_engine_allocates(allocated: Any, job: str, ranks:
         assert rank["gradients and optimizer"] == pytest.approx(gradients + optimizer, abs=10_000)
         if job not in ("1-bf16", "3-bf16"):  # these engines keep their fp32 gradients from step to step
             assert rank["optimizer"] == pytest.approx(optimizer, abs=10_000)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("job", OFFLOADED)
+def test_an_offloaded_optimizer_takes_the_main_memory_that_is_planned(allocated: Any, job: str, ranks: int) -> None:
+    """On a CPU all tensors are in main memory: beside it ZeRO-2 holds buffers for its largest gradient, of 64,000."""
+    for rank in allocated[job, ranks]:
+        planned = OFFLOADED_BYTES * rank["parameters"] / ranks
+        assert 0.98 * planned < rank["optimizer"] < 1.02 * planned + (2 * 64_000 if job[0] == "2" else 0)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -270,7 +290,8 @@ COSTS = Costs(completion=450_000, product=1000)
 def test_the_forecast_is_the_schedule_that_the_ranks_follow(layout: Layout, row_tokens: int | None) -> None:
     from dpo.spread import schedule_of
 
-    pairs, epochs, ranks = tiny.Pairs(tiny.pairs(30, longest=30)), Epochs(30, 12, seed=1), 2
+    whole = [replace(pair, chosen_scored=None, rejected_scored=None) for pair in tiny.pairs(30, longest=30)]
+    pairs, epochs, ranks = tiny.Pairs(whole), Epochs(30, 12, seed=1), 2
 
     class FakeSetup:
         config: Any = type("C", (), {"train": type("T", (), {"layout": layout}), "loss": LossConfig()})

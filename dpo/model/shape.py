@@ -29,7 +29,8 @@ class Shape:
 
     Attributes:
         parameters: All, tied ones once.
-        body: Those that multiply every token: matrices other than embeddings and head. All experts of a mixture count.
+        body: Those that multiply a token: matrices other than embeddings and head; of a mixture's experts those of as
+            many as are active.
         layers: Transformer blocks.
         hidden: H.
         vocabulary: V of the head.
@@ -166,6 +167,15 @@ def adapter_parameters(config: Any, lora: LoraConfig, *, trust_remote_code: bool
     return trained + sum(m.out_features for m in model.modules() if hasattr(m, "lora_A"))  # one norm an output
 
 
+def _active(weight: Tensor, text: Any) -> int:
+    """Parameters of a matrix, or of a tensor of several experts' matrices, that multiply a token."""
+    names = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_top_k", "moe_topk")
+    chosen = next((value for name in names if isinstance(value := getattr(text, name, None), int)), None)
+    if weight.dim() != 3 or chosen is None:
+        return weight.numel()
+    return weight.numel() // weight.shape[0] * min(chosen, weight.shape[0])
+
+
 def shape_of(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Shape:
     """Sizes of the causal language model that a config describes.
 
@@ -190,14 +200,14 @@ def shape_of(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False
     head = model.get_output_embeddings()
     if head is None:
         raise UserError(f"model.policy: {type(model).__name__} has no output embedding; use a causal LM")
+    text = config.get_text_config()
     body = [
-        parameter.numel()
+        _active(parameter, text)
         for module in model.modules()
         if module is not head and not isinstance(module, nn.Embedding)
         for parameter in module.parameters(recurse=False)
         if parameter.dim() >= 2
     ]
-    text = config.get_text_config()
     vocabulary, hidden = head.weight.shape
     heads = getattr(text, "num_attention_heads", 0)  # a state-space model has none
     head_size = getattr(text, "head_dim", None) or hidden // max(1, heads)

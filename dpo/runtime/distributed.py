@@ -158,6 +158,10 @@ def only_main(world: World, function: Callable[[], T]) -> T:
     return answer[0]  # type: ignore[return-value]
 
 
+last_words: list[Callable[[str], None]] = []
+"""Called with the line by which this process ends without a word to the other ranks."""
+
+
 def give_up(world: World, line: str) -> NoReturn:
     """End the run for what this rank alone has met, such as a full disk.
 
@@ -171,6 +175,8 @@ def give_up(world: World, line: str) -> NoReturn:
     if world.world_size == 1:
         raise UserError(line)
     print(f"train_dpo.py: {line}", file=sys.stderr, flush=True)
+    for say in last_words:
+        say(line)
     os._exit(1)
 
 

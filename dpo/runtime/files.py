@@ -17,7 +17,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
         path: Replaced if it is there.
         content: Text, written as UTF-8, or bytes.
     """
-    new = path.with_name(path.name + ".new")
+    rank = os.environ.get("RANK", "0")  # several may write why the job ends
+    new = path.with_name(f"{path.name}.new{'' if rank == '0' else rank}")
     new.write_bytes(content.encode() if isinstance(content, str) else content)
     flush(new)
     os.replace(new, path)

@@ -230,7 +230,7 @@ class Watch:
             print(f"train_dpo.py: {line}", file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):
             if self.speaks and read_status(self.run).get("state") in ("running", "failed"):
-                write_status(self.run, "failed", reason=line)
+                write_status(self.run, "failed", reason=line, place=read_status(self.run).get("place", ""))
         for rank in set(ranks) - {self.rank}:
             _kill(self.notes[rank])
         os._exit(1)
@@ -279,9 +279,11 @@ def watching(world: World, run: Path, timeout: int) -> Iterator[None]:
 
     def talk() -> None:
         try:
-            while not stopping.wait(min(NOTE_SECONDS, timeout / 4)):
+            pause = LOOK_SECONDS  # a rank that dies early is not "preparing the run" any more
+            while not stopping.wait(min(pause, NOTE_SECONDS, timeout / 4)):
                 watch.tell()
                 watch.read()
+                pause *= 2
         except Exception as error:
             watch.trouble = " ".join(str(error).split())[:200]
 

@@ -5,6 +5,9 @@ evaluations and caches, and around samples, so all of them stop at the same plac
 exit code 75. A launcher passes a signal on to processes that got it already, so what follows within ECHO_SECONDS is the
 same signal; a later one ends the process at once. SIGTERM after SIGUSR1 is the exception: a scheduler announces the end
 by one and sends the other when it has come, and what is being written then may still be completed.
+
+On one node the deepspeed command passes no signal on: it dies, and its launcher and all ranks would train on unseen. So
+its end counts as a wish to stop too.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -26,6 +30,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ECHO_SECONDS = 3.0
 
 _asked: list[tuple[int, float]] = []
+_command: list[int | None] = [None]
+GONE = 0
+"""In place of a signal's number: the command that started the run is gone."""
 
 
 class Preempted(Exception):
@@ -39,6 +46,17 @@ def _notice(number: int, frame: FrameType | None) -> None:
     _asked.append((number, time.monotonic()))
 
 
+def _deepspeed_command() -> int | None:
+    """Process id of the deepspeed command, the parent of its launcher; None under another launcher."""
+    try:
+        launcher = Path(f"/proc/{os.getppid()}")
+        if b"deepspeed.launcher.launch" not in (launcher / "cmdline").read_bytes():
+            return None
+        return int((launcher / "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
+
+
 @contextmanager
 def listening() -> Iterator[None]:
     """Take signals as a wish to stop within the block; one that the launcher held back until then counts at once.
@@ -46,6 +64,7 @@ def listening() -> Iterator[None]:
     After it those that were held back are so again: one that comes while the result is written ends no process.
     """
     _asked.clear()
+    _command[0] = _deepspeed_command()
     before = {number: signal.signal(number, _notice) for number in SIGNALS}
     held_back = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
@@ -59,11 +78,16 @@ def listening() -> Iterator[None]:
 
 def is_asked() -> bool:
     """Whether this rank was asked to stop; other ranks may not know yet."""
+    if not _asked and _command[0] is not None and _deepspeed_command() != _command[0]:
+        _asked.append((GONE, time.monotonic()))
     return bool(_asked)
 
 
 def _why() -> str:
-    return f"{signal.Signals(_asked[0][0]).name} received" if _asked else "a signal reached another rank"
+    if not _asked:
+        return "a signal reached another rank"
+    number = _asked[0][0]
+    return "the deepspeed command is gone" if number == GONE else f"{signal.Signals(number).name} received"
 
 
 def stop_if(asked: bool) -> None:

@@ -24,6 +24,7 @@ from dpo.config import Config, to_dict
 from dpo.errors import UserError
 from dpo.runtime.distributed import World, only_main, together
 from dpo.runtime.files import write_whole
+from dpo.runtime.status import read_status
 
 MAY_CHANGE = (
     "train.epochs", "train.max_steps", "train.eval_every", "train.save_every", "train.keep_checkpoints",
@@ -120,6 +121,20 @@ def finished(run: Path, total_steps: int) -> str | None:
         return None
     asked = "" if done == total_steps else f", of {total_steps} that are asked for"
     return f"{run} is finished: {done} steps are done{asked}; raise train.epochs or train.max_steps to go on"
+
+
+def check_kept(run: Path) -> None:
+    """Refuse to begin a run anew whose checkpoints have been removed.
+
+    Raises:
+        UserError: If status.json says that steps were safe on disk; called where there is no checkpoint.
+    """
+    step = read_status(run).get("step", 0)
+    if step:
+        raise UserError(
+            f"{run} had a checkpoint of step {step}, and holds none: put its checkpoints/ back, or name another"
+            f" train.output_dir to begin anew"
+        )
 
 
 def _check_run(config: Config) -> None:

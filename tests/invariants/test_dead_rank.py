@@ -89,3 +89,29 @@ def test_a_rank_that_is_killed_or_stopped_ends_the_job_by_name_and_leaves_no_pro
     assert f"train_dpo.py: {status['reason']}\n" in printed
     folders = sorted(Path(run / "checkpoints").glob("step-*"))
     assert folders and [complaint(folder, ALONE) for folder in folders] == [None] * len(folders)
+
+
+def test_ranks_whose_deepspeed_command_is_terminated_stop_at_a_checkpoint(tiny_policy, tmp_path):
+    """It passes no signal on: its launcher and the ranks go on without it."""
+    start = [part.format(port=free_port()) for part in LAUNCHERS["deepspeed"]]
+    flags = ["--train.max_steps", "100000", "--train.epochs", "50000", "--train.save_every", "2", "--log.samples", "0"]
+    argv, run = arguments(tmp_path, tiny_policy, *flags, "--train.eval_every", "1000"), tmp_path / "run"
+    with open(tmp_path / "output", "w") as output:
+        job = psutil.Popen(
+            [sys.executable, *start, "train_dpo.py", *argv], stdout=output, stderr=output,
+            env=os.environ | {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"}, start_new_session=True,
+        )  # fmt: skip
+    below: list[psutil.Process] = []
+    try:
+        until(lambda: any((run / "checkpoints").glob("step-*")), 100)
+        below = job.children(recursive=True)
+        job.terminate()
+        job.wait(20)
+        until(lambda: not any(process.is_running() for process in below), 30)
+    finally:
+        for process in [*below, job]:
+            if process.is_running():
+                process.kill()
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("preempted", "the deepspeed command is gone")
+    assert (run / f"checkpoints/step-{status['step']:06d}").is_dir()
