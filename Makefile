@@ -19,6 +19,7 @@ quickstart: .venv/installed
 
 test: .venv/installed-dev .venv/installed-debian lint
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -rs -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	@if command -v nvidia-smi >/dev/null; then set -x; .venv/bin/python -m pytest -rs -m gpu; fi
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check .

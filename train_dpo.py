@@ -27,7 +27,11 @@ def main(argv: list[str]) -> int:
     from dpo.runtime import distributed, preemption
     from dpo.train import train
 
-    world = distributed.start()
+    try:
+        world = distributed.start()
+    except UserError as error:
+        print(f"train_dpo.py: {error}", file=sys.stderr, flush=True)
+        return 2
     try:
         train(distributed.together(lambda: parse(argv)) if world.world_size > 1 else command)
     except UserError as error:

@@ -221,9 +221,11 @@ def _conditions(args: argparse.Namespace, size: workload.Size, work: workload.Wo
     rounds = " to ".join(map(str, sorted({min(counts), max(counts)})))
     loads = [facts["load_at_start"], *(run["load"] for run in facts["runs"])]
     cores = [run["cores_used"] for run in facts["runs"]]
+    ours = {run["path"]: None for run in facts["runs"] if run["system"] == "ours_online" and "path" in run}
     return (
         f"{time.strftime('%Y-%m-%d')}. {workload.describe(size, work)}; {size.warmup} + {size.steps} steps,"
         f" rounds: {rounds}; {args.dtype}, lr {size.lr:g}.\n"
+        f"{''.join(f'Ours: {path}. ' for path in ours)}"
         f"{workload.machine(work.job.device)}, {facts['threads']} threads;"
         f" matrix products of {facts['ceiling']['size']} reach"
         f" {facts['ceiling']['flops_per_second'] / 1e12:.3g} TFLOP/s in {facts['ceiling']['dtype']};"

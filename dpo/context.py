@@ -69,7 +69,8 @@ def contexts_of(
         One context a micro-batch.
     """
     with_margins = "odpo" in loss.config.names
-    of_data = [{"odpo": batch.margins[:, None].to(world.device)} if with_margins else {} for batch in batches]
+    margins = [batch.margins[:, None].to(world.device, non_blocking=True) for batch in batches] if with_margins else []
+    of_data = [{"odpo": own} for own in margins] or [{} for _ in batches]
     if not loss.couples:
         return [Context(chosen_length, own) for own in of_data]
     assert scored is not None

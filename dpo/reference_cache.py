@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -34,8 +35,8 @@ from dpo.types import PackedBatch
 VERSION = 1
 CHUNK = 4096
 """Pairs between two writes; what a killed build loses at most."""
-SAMPLE = 8
-"""Pairs scored again when a cache is opened."""
+SAMPLE = 64
+"""Pairs scored again when a cache is opened, and at least one of every chunk."""
 
 Score = Callable[[PackedBatch], Tensor]
 
@@ -106,12 +107,15 @@ def _score_pairs(score: Score, loader: Loader, pair_ids: list[int], world: World
     """(len(pair_ids), 2) fp32 on the CPU: scores of the pairs, every rank doing its share; collective."""
     device, place = world.device, {pair_id: row for row, pair_id in enumerate(pair_ids)}
     scores = torch.zeros(len(pair_ids), 2, dtype=torch.float32, device=device)
-    for ids in loader.share_of(pair_ids):
+    share, found = loader.share_of(pair_ids), []
+    for ids in share:
         batch = loader.build(ids)  # while the device is at the one before
         preemption.check(device)
         logps = pair_logps(score, batch.to(device))
-        rows = torch.tensor([place[i] for i in ids], dtype=torch.int64, device=device)
-        scores[rows] = torch.stack((logps.chosen, logps.rejected), dim=1).float()
+        found.append(torch.stack((logps.chosen, logps.rejected), dim=1).float())
+    rows = torch.tensor([place[i] for ids in share for i in ids], dtype=torch.int64, device=device)
+    if found:
+        scores[rows] = torch.cat(found)
     ranks_of_row = world.world_size // loader.world_size
     return sum_over_ranks(scores if world.rank % ranks_of_row == 0 else torch.zeros_like(scores)).cpu()
 
@@ -149,17 +153,23 @@ def cached_scores(
     values = only_main(world, lambda: np.concatenate([_read_chunk(folder, c, len(r)) for c, r in enumerate(chunks)]))
     known = torch.from_numpy(values)
     if finished:
-        _verify(score, loader, known, folder, world, getattr(torch, str(manifest["dtype"])))
-        say(f"reference scores: {count:,} pairs from {folder}, {min(SAMPLE, count)} of them scored again and equal")
+        again = sample_of(chunks)
+        _verify(score, loader, known, again, folder, world, getattr(torch, str(manifest["dtype"])))
+        say(f"reference scores: {count:,} pairs from {folder}, {len(again)} of them scored again and equal")
     return known
 
 
+def sample_of(chunks: Sequence[range]) -> list[int]:
+    """Pair ids drawn at random from every chunk, SAMPLE in all or one a chunk; the same on all ranks."""
+    rng = np.random.default_rng(sum(map(len, chunks)))
+    each = math.ceil(SAMPLE / max(1, len(chunks)))
+    return [int(i) for ids in chunks for i in sorted(rng.permutation(len(ids))[:each] + ids.start)]
+
+
 def _verify(
-    score: Score, loader: Loader, known: Tensor, folder: Path, world: World, dtype: torch.dtype
+    score: Score, loader: Loader, known: Tensor, ids: list[int], folder: Path, world: World, dtype: torch.dtype
 ) -> None:
-    """Score a few pairs again and compare; collective."""
-    count = len(loader.dataset)
-    ids = sorted({round(i * (count - 1) / max(1, SAMPLE - 1)) for i in range(SAMPLE)})
+    """Score some pairs again and compare; collective."""
     again = _score_pairs(score, loader, ids, world)
     gaps = (again - known[ids]).abs() / counted_tokens(torch.from_numpy(loader.dataset.targets[ids]), dtype)
     worst = float(gaps.max())

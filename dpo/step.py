@@ -34,7 +34,7 @@ class Meter:
         totals: (11,) fp64 on the device: metric sums and pairs, tokens of the forward passes, padding among them, and
             the load-balancing loss of a mixture of experts times pairs.
         pairs, tokens: Over all ranks.
-        seconds: Of training alone: evaluations and checkpoints are not counted.
+        seconds: Of training alone, waiting for batches among it: evaluations and checkpoints are not counted.
         flops: Operations that the pairs need, over all ranks; see `estimate.useful_flops`.
         shape: Sizes of the policy, where the peak is known.
         peak_tflops: Of all ranks together, 1e12 operations a second; None where it is not known.
@@ -196,6 +196,6 @@ def take_step(
     if (shape := meter.shape) is not None:
         lengths = setup.train_pairs.lengths[setup.epochs.batch(work.step)]
         meter.flops += useful_flops(lengths, **shape.sizes, frozen=setup.trains_adapters)
-    meter.seconds += time.perf_counter() - started
+    meter.seconds += time.perf_counter() - started + work.waited
     heartbeat.at(f"after step {work.step + 1}")
     return stop

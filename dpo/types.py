@@ -185,7 +185,7 @@ class PackedBatch:
         return self.input_ids.numel() - self.num_useful_tokens if self.num_rows > 1 else self.num_tail_tokens
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """Return the batch with its tensors on `device`; copies overlap compute when the source is pinned."""
+        """Return the batch with its tensors on `device`; of pinned ones the host does not wait for the copies."""
         return replace(self, **_changed(self, lambda tensor: tensor.to(device, non_blocking=True)))
 
     def pin(self) -> PackedBatch:

@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import huggingface_hub
 import pytest
+import torch
 
 import train_dpo
 from dpo.config import OptimConfig
@@ -272,6 +273,17 @@ def test_weights_that_rank_0_alone_cannot_read_under_zero_3_end_the_job(tiny_pol
     done = ranks.run([str(tmp_path / "one.py"), *argv], ranks=2, timeout=60)
     assert done.codes[0] == 1 and done.codes[1] != 0
     assert "train_dpo.py: model.policy here: a file is torn; copy it again\n" in done.output
+
+
+def test_a_process_too_many_for_the_gpus_of_a_node_says_so(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("RANK", "9"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "10"), ("LOCAL_WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert train_dpo.main([]) == 2
+    assert "has no GPU: 1 are visible there; start as many processes as there are GPUs" in capfd.readouterr().err
 
 
 def test_a_run_that_would_work_does_work(

@@ -77,6 +77,7 @@ def test_all_systems_have_the_same_losses_and_fill_the_tables(quick):
     assert np.ptp(losses, axis=0).max() < report.TOLERANCE["fp32"]
     assert losses[:, 0] == pytest.approx(math.log(2), abs=1e-6) and abs(losses[:, -1] - math.log(2)).min() > 1e-3
     text = (folder / "tables.md").read_text()
+    assert "Ours: layout: shared; attention: sdpa per segment. " in text
     cpu = text.split("<!-- cpu-fp32: begin -->")[1].split("<!-- cpu-fp32: end -->")[0]
     for system in SYSTEMS:
         assert f"| {report.NAMES[system]} |" in cpu

@@ -69,8 +69,8 @@ def test_fp32_has_a_master_copy_too() -> None:
 
 
 def test_of_a_mixture_the_active_experts_compute_and_all_take_memory() -> None:
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    configs = [transformers.MixtralConfig(**sizes, num_local_experts=n, num_experts_per_tok=2) for n in (2, 8)]
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_experts_per_tok=2)
+    configs = [transformers.MixtralConfig(**sizes, num_local_experts=experts) for experts in (2, 8)]
     few, many = (shape_of(config, torch.float32) for config in configs)
     expert = 3 * 32 * 48
     assert many.parameters - few.parameters >= 2 * 6 * expert  # two layers; and the router's rows

@@ -61,12 +61,22 @@ def scored(tmp_path) -> Scored:
     return Scored(tmp_path)
 
 
-def test_a_second_run_scores_a_sample_alone_and_gets_the_same_numbers(scored):
+def test_a_second_run_scores_a_sample_alone_and_gets_the_same_numbers(scored, monkeypatch):
     first = scored.scores()
     assert scored.scored == 10 and first.shape == (10, 2) and first.dtype == torch.float32
     scored.scored = 0
+    monkeypatch.setattr(reference_cache, "SAMPLE", 6)
     assert torch.equal(scored.scores(), first)
-    assert scored.scored == reference_cache.SAMPLE
+    assert scored.scored == 6
+
+
+def test_the_sample_is_of_every_chunk_and_of_no_pair_twice():
+    chunks = [range(start, min(start + 100, 1030)) for start in range(0, 1030, 100)]
+    ids = reference_cache.sample_of(chunks)
+    assert [sum(i in chunk for i in ids) for chunk in chunks] == [6] * 11 and len(set(ids)) == 66
+    many = [range(start, start + 10) for start in range(0, 2000, 10)]
+    assert [i // 10 for i in reference_cache.sample_of(many)] == list(range(200))
+    assert reference_cache.sample_of([range(3)]) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("part", ["weight", "token", "boundary", "scored", "dtype", "layout", "attention", "version"])

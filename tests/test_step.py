@@ -180,6 +180,19 @@ def test_a_step_waits_for_the_device_once_behind_its_last_backward_pass(
     assert [len(waits.found) - count for waits, count in zip(steps, before, strict=True)] == [1 + deepspeeds] * 2
 
 
+def attention_taken(monkeypatch):
+    """Collects the kernel that each run has settled on: one that is refused gives way to sdpa."""
+    taken, start = [], dpo.train.start_models
+
+    def watched(*args):
+        policy, reference = start(*args)
+        taken.append(policy.scorer.attention)
+        return policy, reference
+
+    monkeypatch.setattr(dpo.train, "start_models", watched)
+    return taken
+
+
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("reference", [[], CACHED], ids=["online", "cached"])
@@ -195,12 +208,13 @@ def test_cuda_itself_sees_no_wait_from_the_first_forward_to_the_last_backward(
         torch.cuda.set_sync_debug_mode(name)
 
     until_the_flag(monkeypatch, lambda: mode("error"), lambda: mode("default"))
+    taken = attention_taken(monkeypatch)
     flags = ["--model.attention", attention, "--model.loss_in_forward", head, "--train.precision", "bf16", *reference]
     try:
         assert train_dpo.main(arguments(tmp_path, tiny_policy, *SEVERAL, *flags)) == 0
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert modes == ["error", "default"] * 2
+    assert modes == ["error", "default"] * 2 and taken == [attention]
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "tdpo"])
@@ -223,13 +237,13 @@ def test_a_deterministic_run_computes_what_another_does_and_ends_with_itself(los
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("attention", ["sdpa", "varlen"])
-def test_a_deterministic_run_on_a_gpu_ends_in_the_same_bits_each_time(attention, tiny_policy, tmp_path):
+def test_a_deterministic_run_on_a_gpu_ends_in_the_same_bits_each_time(attention, tiny_policy, tmp_path, monkeypatch):
     flags = ["--train.deterministic", "true", "--model.attention", attention, "--train.precision", "bf16"]
-    weights = []
+    weights, taken = [], attention_taken(monkeypatch)
     for name in ("once", "twice"):
         assert train_dpo.main(arguments(tmp_path / name, tiny_policy, *SEVERAL, *flags)) == 0
         weights.append((tmp_path / name / "run/final/model.safetensors").read_bytes())
-    assert weights[0] == weights[1]
+    assert weights[0] == weights[1] and taken == [attention] * 2
 
 
 @pytest.mark.parametrize(("loss", "used"), [("sigmoid", True), ("aot", True), ("tdpo", False)])
@@ -371,6 +385,20 @@ def test_mfu_is_the_operations_of_the_formula_over_time_and_the_peak_beside_it(
             total += 12 * sizes["attention_width"] * products
     seconds = 16 / line["perf/pairs_per_second"]
     assert line["perf/mfu"] == pytest.approx(total / seconds / 2e12, rel=1e-9)
+
+
+def test_waiting_for_batches_counts_as_time_of_training(tiny_policy, tmp_path, monkeypatch):
+    step, seconds = dpo.train.take_step, []
+
+    def late(setup, policy, reference, loss, work, *rest):
+        seconds.append(work.waited)
+        return step(setup, policy, reference, loss, replace(work, waited=1000.0), *rest)
+
+    monkeypatch.setattr(dpo.train, "take_step", late)
+    flags = ["--log.samples", "0", "--train.max_steps", "1"]
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, *flags)) == 0
+    (line,) = [line for line in read_lines(tmp_path / "run") if "loss" in line]
+    assert 1000 < 8 / line["perf/pairs_per_second"] < 1100 and seconds[0] < 100
 
 
 def test_mixtures_of_experts_have_no_mfu(tiny_policy, tmp_path, monkeypatch):

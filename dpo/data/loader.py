@@ -6,6 +6,7 @@ uninterrupted run would have had.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ class StepBatches:
         num_pairs: Pairs of the step over all ranks: what its loss is divided by.
         num_target_tokens: Scored tokens of chosen completions over all ranks: what an SFT loss is divided by.
         num_tokens: Useful tokens (2P+C+R a pair) of the step over all ranks.
+        waited: Seconds that training stood still until they were built.
     """
 
     step: int
@@ -36,6 +38,7 @@ class StepBatches:
     num_pairs: int
     num_target_tokens: int
     num_tokens: int
+    waited: float = 0.0
 
     @property
     def chosen_length(self) -> float:
@@ -53,7 +56,7 @@ class Loader:
         rank, world_size: Whose micro-batches.
         layout, token_budget, max_pairs: See `planner.plan_batch`.
         row_tokens: Length to which packed rows are filled by a dummy tail; None for none. See `with_fixed_rows`.
-        pin_memory: Pin the tensors, so that copies to a GPU overlap its work.
+        pin_memory: Pin the tensors, so that the host need not wait while they are copied to a GPU.
         token_weights: token_weights(step, pair) -> what the tokens of its completions count; None: 1 each.
         costs: Of the model, by which ranks get equal work.
     """
@@ -111,10 +114,12 @@ class Loader:
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as pool:
             ahead = pool.submit(self.__getitem__, start)
             for step in range(start, stop):
+                started = time.perf_counter()
                 ready = ahead.result()
+                waited = time.perf_counter() - started
                 if step + 1 < stop:
                     ahead = pool.submit(self.__getitem__, step + 1)
-                yield ready
+                yield replace(ready, waited=waited)
 
 
 def with_fixed_rows(

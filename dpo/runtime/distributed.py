@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import platform
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,6 +66,8 @@ def start(*, deterministic: bool = False) -> World:
         deterministic: Have torch use only kernels that give the same result each time, and raise where it has none.
     Returns:
         This rank's place.
+    Raises:
+        UserError: By this rank alone, where there is no GPU for it.
     """
     rank, world_size = launched_ranks()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -75,6 +78,11 @@ def start(*, deterministic: bool = False) -> World:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"rank {rank} on {platform.node()} has no GPU: {torch.cuda.device_count()} are visible there; start as"
+                f" many processes as there are GPUs"
+            )
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every new length, and every row is new
     torch.use_deterministic_algorithms(deterministic)

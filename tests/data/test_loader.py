@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -115,3 +116,19 @@ def test_a_rank_without_pairs_computes_a_row_of_the_same_shape_that_scores_nothi
     (batch,) = loader[0].batches
     assert (batch.pair_ids, len(batch.input_ids), batch.num_padding_tokens) == ((), 9, 9)
     assert replace(loader, rank=0)[0].batches[0].num_padding_tokens == 0
+
+
+def test_a_step_says_how_long_training_stood_still_for_it(monkeypatch):
+    """The first is waited for, the second is built while the first is computed."""
+    loader, build = loader_over([(3, 2, 2)] * 8), Loader.__getitem__
+
+    def slow(self, step):
+        time.sleep(0.2)
+        return build(self, step)
+
+    monkeypatch.setattr(Loader, "__getitem__", slow)
+    waited = []
+    for step in loader.steps(0, 2):
+        waited.append(step.waited)
+        time.sleep(0.4)
+    assert 0.15 < waited[0] < 0.4 and waited[1] < 0.1
