@@ -12,19 +12,18 @@ and no rank waits for another in a collective that one of them left. What was fo
 
 and a run that goes on with as many ranks, on as large GPUs, uses it again. Under ZeRO-3, whose forward pass is itself
 collective, and where ranks compute a row together, nothing is tried: a rank that left it for lack of memory would leave
-the others waiting. The budget is then what the free memory suggests, at most UNTRIED_TOKENS.
+the others waiting. The budget is then what the free memory suggests, at most UNTRIED_TOKENS. A stage that runs out of
+memory all the same is started again with less (`out_of_memory.py`).
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +37,7 @@ from dpo.model import load
 from dpo.model.forward import pair_logps
 from dpo.model.reference import Reference
 from dpo.model.shape import shape_of
+from dpo.out_of_memory import is_lack_of_memory, read_budget
 from dpo.policy import Policy
 from dpo.room import STATES, Room, first_step_bytes, wanted_tokens
 from dpo.runtime import engine as deepspeed_engine
@@ -164,8 +164,8 @@ def _fits(
     try:
         kept = torch.empty(owed, dtype=torch.uint8, device=setup.world.device)
         attempt(replace(setup, token_budget=budget), policy, reference, layout)
-    except RuntimeError as error:  # cuBLAS, and kernels that are loaded now, have errors of their own for it
-        if not isinstance(error, torch.OutOfMemoryError) and not re.search("out of memory|ALLOC_FAILED", str(error)):
+    except RuntimeError as error:
+        if not is_lack_of_memory(error):
             raise
         lacking = True
     del kept
@@ -229,7 +229,7 @@ def fit_budget(
         _compile(setup, policy, say)
         return setup
     key = _key(setup, layout)
-    found = None if path is None else only_main(world, lambda: _read(path))
+    found = None if path is None else only_main(world, lambda: read_budget(path))
     if found is None or "evaluation" not in found or {k: found.get(k) for k in key} != key:
         found = key | _find(setup, policy, reference, say, layout)
         if path is not None:
@@ -294,10 +294,3 @@ def _find(
 def _compile(setup: Setup, policy: Policy, say: Callable[[str], None]) -> None:
     if setup.config.model.compile:
         say(load.compile_where_it_helps(policy.scorer.model, padded=policy.layout == "padded"))
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None

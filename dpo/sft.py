@@ -20,6 +20,7 @@ from dpo.data.planner import Layout, num_tokens
 from dpo.export import save_checkpoint, write_weights
 from dpo.load_models import read_whole
 from dpo.nonfinite import Nonfinite, spoil
+from dpo.out_of_memory import lowered_budget
 from dpo.policy import Policy, start_policy
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime import heartbeat, preemption
@@ -54,7 +55,8 @@ def run_sft(setup: Setup, tracker: Tracker) -> None:
     # One causal call per row serves a model that cannot attend in segments; else chosen sequences are packed.
     layout: Layout = "padded_chosen" if policy.layout == "padded" else "chosen"
     fitted = fit_budget(setup, policy, None, tracker.say, layout=layout, name="sft_micro_batches.json")
-    _train(fitted, policy, state, total, tracker, layout)
+    with lowered_budget(fitted, policy, layout, "sft_micro_batches.json"):
+        _train(fitted, policy, state, total, tracker, layout)
     # In the dtype it was trained in: the policy and the reference of DPO are read back from here.
     write_weights(setup, policy, setup.run / "reference", setup.dtype, card=None)
     only_main(setup.world, lambda: _drop_checkpoints(setup.run))

@@ -31,6 +31,7 @@ from dpo.model.load import fetch_weights
 from dpo.model.reference import nothing, remembered
 from dpo.nonfinite import Nonfinite
 from dpo.objective.objective import Objective
+from dpo.out_of_memory import lowered_budget
 from dpo.plan import show_plan
 from dpo.policy import FrozenReference, Policy, start_models, start_policy
 from dpo.report.page import Refresher
@@ -115,7 +116,9 @@ def _run(command: Command, world: World) -> None:
             heartbeat.at("loading the models")
             policy, reference = start_models(setup, start, tracker.say)
             state = _resume(setup, policy, reference, folder, tracker)
-            _train_dpo(setup, policy, reference, state, tracker)
+            setup = fit_budget(setup, policy, reference.train, tracker.say, layout=policy.layout)
+            with lowered_budget(setup, policy, policy.layout, "micro_batches.json"):
+                _train_dpo(setup, policy, reference, state, tracker)
         heartbeat.at("writing final/")
         write_weights(setup, policy, setup.run / "final", final_dtype(setup), card_of(setup))
         closing(setup, tracker, time.perf_counter() - began)
@@ -203,7 +206,6 @@ def _train_dpo(
     Raises:
         Preempted: On every rank, if any was asked to stop; the run is checkpointed.
     """
-    setup = fit_budget(setup, policy, reference.train, tracker.say, layout=policy.layout)
     config, world, total = setup.config, setup.world, setup.total_steps
     sync_steps = config.reference.sync_steps
     loss = Objective(config.loss, state.running)

@@ -20,12 +20,13 @@ import transformers
 
 import dpo.budget
 import dpo.model.forward
+import dpo.sft
 import dpo.train
 import train_dpo
 from dpo.budget import choose
 from dpo.commandline import parse
 from dpo.data.epochs import Epochs
-from dpo.data.loader import Loader
+from dpo.data.loader import Loader, StepBatches
 from dpo.data.planner import Layout
 from dpo.errors import UserError
 from dpo.model import load
@@ -195,6 +196,64 @@ def test_a_run_without_enough_memory_takes_smaller_micro_batches_and_has_the_sam
     assert train_dpo.main(arguments(tmp_path / "small", tiny_policy, *flags, *more)) == 0
     assert tried == []
     assert json.loads((tmp_path / "small/run/micro_batches.json").read_text()) == written
+
+
+def runs_out(monkeypatch, stage, step):
+    """Memory that runs out in a step, once."""
+    module, name = (dpo.train, "take_step") if stage == "dpo" else (dpo.sft, "_step")
+    original, lacks = getattr(module, name), [True]
+
+    def lacking(*args):
+        if lacks and next(arg for arg in args if isinstance(arg, StepBatches)).step + 1 == step:
+            lacks.clear()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(*args)
+
+    monkeypatch.setattr(module, name, lacking)
+
+
+@pytest.mark.parametrize(("stage", "name"), [("dpo", "micro_batches.json"), ("sft", "sft_micro_batches.json")])
+def test_a_run_that_runs_out_of_memory_later_goes_on_with_smaller_micro_batches(
+    stage, name, tiny_policy, tmp_path, monkeypatch, capsys
+):
+    flags = [*SEVERAL, "--train.save_every", "1", *(["--train.sft_epochs", "1"] if stage == "sft" else [])]
+    assert train_dpo.main(arguments(tmp_path / "plain", tiny_policy, *flags)) == 0
+    tried = lacking_above(monkeypatch, 10**9, 10**9)
+    runs_out(monkeypatch, stage, 2)
+    argv = arguments(tmp_path / "run", tiny_policy, *flags)
+    assert train_dpo.main(argv) == 2
+    path = tmp_path / "run/run" / name
+    written, row = json.loads(path.read_text()), tried.row
+    assert written["tokens"] == written["evaluation"] == row // 2 and written["recomputed"] is False
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "out of memory waiting for the " in said and f"step 2 with micro-batches of {row:,} tokens; " in said
+    assert f"start again: it goes on with {row // 2:,} ({name})" in said
+    assert json.loads((tmp_path / "run/run/status.json").read_text())["state"] == "failed"
+    tried.clear()
+    assert train_dpo.main(argv) == 0
+    assert f"micro-batches: at most {row // 2} tokens ({name})" in capsys.readouterr().err
+    assert json.loads(path.read_text()) == written and (tried == []) is (stage == "dpo")
+    for a, b in zip(lines_of(tmp_path / "run"), lines_of(tmp_path / "plain"), strict=True):
+        for key in ("loss", "grad_norm", "rewards/margins"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), key
+
+
+@pytest.mark.parametrize(("checkpointing", "goes_on"), [("auto", True), ("false", False)])
+def test_a_run_whose_longest_pair_fills_a_micro_batch_recomputes_next_or_says_what_to_do(
+    checkpointing, goes_on, tiny_policy, tmp_path, monkeypatch, capsys
+):
+    lacking_above(monkeypatch, 10**9, 10**9)
+    runs_out(monkeypatch, "dpo", 1)
+    flags = ["--log.samples", "0", "--train.tokens_per_micro_batch", "1"]
+    flags += ["--model.gradient_checkpointing", checkpointing]
+    argv = arguments(tmp_path, tiny_policy, *flags)
+    assert train_dpo.main(argv) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert ("it goes on with activations recomputed" in said) is goes_on
+    assert ("lower data.max_length" in said) is not goes_on
+    assert train_dpo.main(argv) == 0
+    assert json.loads((tmp_path / "run/micro_batches.json").read_text())["recomputed"] is goes_on
+    assert ("activations recomputed" in capsys.readouterr().err) is goes_on
 
 
 def test_a_dry_run_finds_its_budget_as_the_run_would_and_writes_nothing(tiny_policy, tmp_path, monkeypatch, capsys):
