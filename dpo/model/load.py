@@ -37,15 +37,18 @@ from dpo.model import example
 BUILTIN = "builtin:tiny"
 
 
-def _explain(what: str, path: str, error: Exception) -> UserError:
+def _explain(what: str, path: str, error: Exception, *, sharded: bool = False) -> UserError:
     text = " ".join(str(error).split()) or type(error).__name__
     if "trust_remote_code" in text:
         return UserError(
             f"{what} {path}: brings code of its own, which is not run unasked; read it, pin it by model.revision, and"
             f" give --model.trust_remote_code true"
         )
+    if isinstance(error, torch.OutOfMemoryError):
+        return UserError(f"{what} {path}: does not fit into the GPU: {text[:200]}; shard it (ds_configs/zero3.json)")
     if Path(path).exists():
-        return UserError(f"{what} {path}: cannot be loaded: {text[:300]}; fix the folder, or name another")
+        where = "the folder, or name another" if not sharded else "zero_optimization in --config, or the folder"
+        return UserError(f"{what} {path}: cannot be loaded: {text[:300]}; fix {where}")
     if "local" in path or path.startswith((".", "/", "~")):
         return UserError(f"{what} {path}: no such folder")
     return UserError(
@@ -176,7 +179,7 @@ def load_model(
             path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code, **quantized
         )
     except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError, SafetensorError) as error:
-        raise _explain("model.policy", path, error) from None
+        raise _explain("model.policy", path, error, sharded=sharded is not None) from None
     del sharded
     modules: list[Any] = list(model.modules())
     for module in modules:

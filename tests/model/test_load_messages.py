@@ -1,0 +1,33 @@
+"""What cannot be loaded is told by its cause: the folder, DeepSpeed's settings, or a GPU that is too small."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from dpo.errors import UserError
+from dpo.model.load import load_model
+
+
+@pytest.mark.parametrize(
+    ("error", "zero3", "said"),
+    [
+        (RuntimeError("odd weights"), False, "cannot be loaded: odd weights; fix the folder, or name another"),
+        (RuntimeError("no such op"), True, "no such op; fix zero_optimization in --config, or the folder"),
+        (torch.OutOfMemoryError("no room"), False, "does not fit into the GPU: no room; shard it (ds_configs"),
+    ],
+)
+def test_an_error_of_loading_names_what_to_fix(
+    error: Exception, zero3: bool, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
+    config = {"zero_optimization": {"stage": 3}} if zero3 else None
+    with pytest.raises(UserError, match=f"model.policy {tmp_path}") as caught:
+        load_model(str(tmp_path), dtype=torch.float32, zero3_config=config)
+    assert said in str(caught.value)
