@@ -78,3 +78,14 @@ def test_no_pairs_give_two_dummy_tokens_that_score_nothing(layout):
     assert batch.input_ids.numel() == 2
     assert len(batch.score_index) == len(batch.pair_ids) == batch.num_sequences == batch.num_useful_tokens == 0
     assert batch.num_padding_tokens == 2
+
+
+@pytest.mark.parametrize(("layout", "useful"), [("shared", 13), ("packed", 13), ("padded", 13), ("chosen", 6)])
+def test_what_is_not_scored_is_computed_and_counted_all_the_same(layout, useful):
+    whole = pair(0, [1, 2, 3], [4, 5, 6], [7, 8, 9, 1])
+    some = replace(whole, chosen_scored=np.array([True, False, True]))
+    batch, other = collate([some], layout), collate([whole], layout)
+    assert batch.num_useful_tokens == other.num_useful_tokens == useful
+    assert batch.input_ids.tolist() == other.input_ids.tolist()
+    assert batch.target_ids.tolist()[:2] == [4, 6] and batch.completion_sizes[0] == 2
+    assert batch.score_index.tolist() == [i for n, i in enumerate(other.score_index.tolist()) if n != 1]

@@ -7,14 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 
+import dpo.train
+import train_dpo
 from dpo.data.boundary import encode_prompt
 from dpo.data.encode import PairEncoder
 from dpo.data.mixture import Mixture
 from dpo.data.tokenize import prepare_pairs
 from dpo.objective.tokens import weigher
+from dpo.runtime.tracking import read_lines
 from dpo.types import PreferenceRow, TokenizedPair
 from tests.data.tiny_tokenizers import CHATML, WITH_BOS_AND_EOS, chat, tokenizer_of, written
+from tests.test_stages import arguments
 
 LAST_THINKS = CHATML.replace(
     "{{ m.content }}", "{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}"
@@ -97,6 +102,12 @@ def test_turns_of_a_template_without_a_generation_prompt() -> None:
     assert scored_text(tokenizer, pair, is_scored=False) == "[INST] b [/INST]"
 
 
+def test_an_end_token_within_any_turn_makes_a_bad_row() -> None:
+    for odd in ([{**CALL, "content": "a<|im_end|>b"}, SUM, TOLD], [CALL, SUM, {**TOLD, "content": "a<|im_end|>b"}]):
+        _, pair = encoded(CHATML, odd)
+        assert "completion holds the end token" in [problem.kind for problem in pair.problems]
+
+
 def test_an_answer_that_is_cut_keeps_what_is_scored_of_its_beginning() -> None:
     _, whole = encoded(CHATML, [CALL, SUM, TOLD])
     _, cut = encoded(CHATML, [CALL, SUM, TOLD], max_length=len(whole.prompt_ids) + 12)
@@ -162,6 +173,42 @@ def test_data_that_differ_in_what_is_scored_alone_have_different_digests(
     whole, other = prepared("whole")
     assert np.array_equal(masked.tokens, whole.tokens) and len(masked.unscored) > len(whole.unscored) == 0
     assert report.digest != other.digest
+
+
+def test_a_run_counts_and_divides_by_scored_tokens_alone(
+    tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cpo's term of SFT is divided by the mean scored length; tokens that are computed stay all tokens."""
+    train, evaluate, seen = dpo.train.take_step, dpo.train.evaluate, []
+
+    def step(*args: Any) -> Any:
+        seen.append((args[4].chosen_length, args[4].num_tokens))
+        return train(*args)
+
+    def look(policy: Any, reference: Any, sets: Any, *rest: Any) -> Any:
+        seen.append((sets[""].chosen_length, None))
+        return evaluate(policy, reference, sets, *rest)
+
+    monkeypatch.setattr(dpo.train, "take_step", step)
+    monkeypatch.setattr(dpo.train, "evaluate", look)
+    rows, chat_template = written(tmp_path, trajectories(12)), tmp_path / "chat.jinja"
+    chat_template.write_text(CHATML)
+    flags = ["--data.train", str(rows), "--data.validation", str(rows), "--model.chat_template", str(chat_template)]
+    flags += ["--loss.name", "cpo", "--train.global_batch_size", "12", "--train.max_steps", "1", "--log.samples", "0"]
+    more = ["--data.train_limit", "12", "--data.validation_limit", "12", "--data.max_length", "128"]
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, *flags, *more)) == 0
+    lengths = {"max_length": 128, "max_prompt_length": 64}
+    pairs, _ = prepare_pairs(rows, _with_template(tiny_policy), **lengths, cache_dir=tmp_path / "other")
+    scored, computed = float(pairs.targets[:, 0].mean()), int(pairs.lengths.sum() + pairs.lengths[:, 0].sum())
+    assert seen == [(scored, None), (scored, computed), (scored, None)] and scored < pairs.lengths[:, 1].mean()
+    (line,) = [line for line in read_lines(tmp_path / "run") if "loss" in line]
+    assert line["num_tokens"] == computed
+
+
+def _with_template(folder: Path) -> Any:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = CHATML
+    return tokenizer
 
 
 def test_weights_are_those_of_the_scored_tokens() -> None:

@@ -87,6 +87,7 @@ def test_a_rank_that_is_killed_or_stopped_ends_the_job_by_name_and_leaves_no_pro
     named = f"rank 1 on {status['host']} (process {ranks[1].pid}, last known "
     assert status["state"] == "failed" and status["reason"].startswith(named) and word in status["reason"], printed
     assert f"train_dpo.py: {status['reason']}\n" in printed
+    assert status["place"]  # what the status said before is not forgotten
     folders = sorted(Path(run / "checkpoints").glob("step-*"))
     assert folders and [complaint(folder, ALONE) for folder in folders] == [None] * len(folders)
 

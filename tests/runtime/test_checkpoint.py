@@ -19,7 +19,7 @@ import yaml
 
 from dpo.config import Config, DataConfig, ModelConfig, to_dict
 from dpo.errors import UserError
-from dpo.runtime import checkpoint, folders, manifest, run_directory
+from dpo.runtime import checkpoint, files, folders, manifest, run_directory
 from dpo.runtime.distributed import World
 from dpo.runtime.manifest import write_manifest
 from dpo.runtime.run_directory import MAY_CHANGE
@@ -588,3 +588,12 @@ def test_a_rank_reads_back_what_it_has_written_itself():
     assert [readers[name] for name in names] == list(range(12))
     assert all(0 <= reader < 12 for reader in readers.values())
     assert manifest._reader(names[11], 0, 4) == 3  # of a checkpoint of more ranks
+
+
+def test_ranks_that_write_a_file_at_the_same_time_do_not_write_into_one_another(monkeypatch, tmp_path):
+    used = []
+    monkeypatch.setattr(files.os, "replace", lambda new, path: used.append(Path(new).name))
+    for rank in ("0", "1", "7"):
+        monkeypatch.setenv("RANK", rank)
+        files.write_whole(tmp_path / "status.json", "x")
+    assert used[0] == "status.json.new" and len(set(used)) == 3

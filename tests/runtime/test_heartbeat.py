@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -150,6 +151,26 @@ def test_nobody_begins_before_all_notes_are_there_or_leaves_before_all_are_throu
     with heartbeat.watching(replace(distributed.start(), world_size=2), Path("nowhere"), 600):
         events.append("within")
     assert events == ["agreed", "within", "agreed"]
+
+
+def test_the_first_notes_come_soon_and_the_later_ones_seldom(monkeypatch):
+    """Else a rank that dies in its first half minute would be said to be preparing the run."""
+    notes, pauses = torch.distributed.HashStore(), []
+    enough = threading.Event()
+
+    class Waits(threading.Event):
+        def wait(self, timeout=None):
+            pauses.append(timeout)
+            if pauses.count(30.0) > 1:
+                enough.set()
+            return self.is_set() or super().wait(0.001)
+
+    monkeypatch.setattr(distributed, "store", lambda: notes)
+    monkeypatch.setattr(distributed, "agree", lambda _: notes.set(heartbeat._key(1), json.dumps(asdict(AFAR))))
+    monkeypatch.setattr(heartbeat.threading, "Event", Waits)
+    with heartbeat.watching(replace(distributed.start(), world_size=2), Path("nowhere"), 600):
+        assert enough.wait(20)
+    assert [pause for pause in pauses if pause not in (None, 1.0, 20)][:5] == [2.0, 4.0, 8.0, 16.0, 30.0]
 
 
 def test_a_single_process_watches_nobody_and_so_does_a_timeout_of_0(monkeypatch):
