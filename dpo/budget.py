@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -29,17 +29,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo.data.loader import Loader
 from dpo.data.planner import Layout, num_tokens
 from dpo.errors import UserError
-from dpo.estimate import GIB, micro_batch_tokens
+from dpo.estimate import GIB
 from dpo.model import load
 from dpo.model.forward import pair_logps
 from dpo.model.reference import Reference
 from dpo.model.shape import shape_of
 from dpo.out_of_memory import is_lack_of_memory, read_budget
 from dpo.policy import Policy
-from dpo.room import STATES, Room, first_step_bytes, wanted_tokens
+from dpo.room import STATES, Room, costliest, first_step_bytes, largest, wanted_tokens
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import gather, only_main
 from dpo.runtime.weights import num_parameters
@@ -86,13 +85,6 @@ def choose(
                 f" allow model.gradient_checkpointing, use more GPUs, or ZeRO-3"
             )
     return budget
-
-
-def costliest(loader: Loader, steps: Iterable[int]) -> list[int]:
-    """Pair ids of this rank's micro-batch with the most tokens, then the most completion tokens, of some steps."""
-    cost, completions = num_tokens(loader.dataset.lengths, loader.layout), loader.dataset.lengths[:, 1:].sum(axis=1)
-    candidates = [ids for step in steps for ids in loader.share_of(loader.epochs.batch(step))]
-    return max(candidates, key=lambda ids: (int(cost[ids].sum()), int(completions[ids].sum())))
 
 
 def attempt(setup: Setup, policy: Policy, reference: Reference | None, layout: Layout) -> None:
@@ -173,13 +165,6 @@ def _fits(
     if setup.world.device.type == "cuda":
         torch.cuda.empty_cache()
     return not any(gather(lacking))
-
-
-def _largest(setup: Setup, layout: Layout, budget: int) -> int:
-    """Tokens of this rank's costliest micro-batch under a budget."""
-    loader = replace(setup, token_budget=budget).loader(setup.train_pairs, layout)
-    ids = costliest(loader, setup.heaviest_steps(layout))
-    return loader.row_tokens or int(micro_batch_tokens([[ids]], setup.train_pairs.lengths, layout).max())
 
 
 def _room(setup: Setup, policy: Policy, layout: Layout, owed: int) -> Room:
@@ -287,7 +272,7 @@ def _find(
         if may and load.recomputes_activations(model):
             _compile(setup, policy, say)  # says that it no longer is
         # More was not tried; without gradients, whose activations are what takes memory, it need not be.
-        budget = max(room.longest, min(searched, max(gather(_largest(setup, layout, searched)))))
+        budget = max(room.longest, min(searched, max(gather(largest(setup, layout, searched)))))
     return {"tokens": budget, "evaluation": searched, "recomputed": load.recomputes_activations(model)}
 
 

@@ -101,7 +101,7 @@ class Nonfinite:
         return norm, not is_bad and outcome != "nonfinite", stop
 
     def look_at(self, step: int, eval_loss: float) -> None:
-        """Stop where an evaluation shows that the weights are destroyed, before a checkpoint is made of them.
+        """Stop where an evaluation shows that the weights are destroyed.
 
         Args:
             step: Optimizer steps done.
@@ -112,12 +112,15 @@ class Nonfinite:
         if math.isfinite(eval_loss):
             return
         what = f"the validation loss after step {step} is {eval_loss}"
-        if not self.skips:
+        if self.skips:
+            self.say(f"{what}; the run goes on (train.on_nonfinite: skip)")
+        elif step == 0:
+            raise UserError(f"{what}: look at the validation rows, or use bf16 or fp32 where fp16 overflows")
+        else:
             raise UserError(
-                f"{what}: the weights have left what {self.setup.precision} can express; lower optim.lr and begin anew"
-                f" in another train.output_dir; the checkpoints are of earlier steps"
+                f"{what}: the weights have left what {self.setup.precision} can express, and no final/ is written;"
+                f" begin anew with a lower optim.lr in another train.output_dir"
             )
-        self.say(f"{what}; the run goes on (train.on_nonfinite: skip)")
 
     def _leave_out(self, work: StepBatches, losses: list[Tensor] | None) -> None:
         """Name and keep the rows of a step that no rank takes; collective.

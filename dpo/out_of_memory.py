@@ -7,6 +7,7 @@ where ranks compute a row together, its size is an estimate; and whatever else i
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,9 @@ from typing import Any
 import torch
 
 from dpo.data.planner import Layout, num_tokens
+from dpo.model import load
 from dpo.policy import Policy
+from dpo.room import largest
 from dpo.runtime import heartbeat
 from dpo.runtime.distributed import give_up
 from dpo.runtime.files import write_whole
@@ -54,17 +57,20 @@ def lowered_budget(setup: Setup, policy: Policy, layout: Layout, name: str) -> I
         found, budget = read_budget(setup.run / name), setup.token_budget
         if found is None or budget is None or not is_lack_of_memory(error):
             raise
-        longest = int(num_tokens(setup.train_pairs.lengths, layout).max())
-        less = max(longest, budget // 2)
+        of_row, model = setup.config.train.sequence_parallel_size, policy.scorer.model
+        longest = math.ceil(int(num_tokens(setup.train_pairs.lengths, layout).max()) / of_row)
+        # Of a budget that no micro-batch fills half may be as large.
+        used = min(budget, math.ceil(largest(setup, layout, budget) / of_row))
+        less = max(longest, used // 2)
         change: dict[str, Any] = {"tokens": less, "evaluation": less}
         again = f"start again: it goes on with {less:,} ({name})"
-        if less >= budget:
-            may = setup.config.model.gradient_checkpointing == "auto"
-            may = may and policy.scorer.model.supports_gradient_checkpointing and not found["recomputed"]
+        if less >= used:
+            may = setup.config.model.gradient_checkpointing == "auto" and model.supports_gradient_checkpointing
+            may = may and not load.recomputes_activations(model)
             change = {"recomputed": True} if may else {}
             again = f"start again: it goes on with activations recomputed ({name})" if may else (
                 "lower data.max_length, allow model.gradient_checkpointing, use more GPUs, or ZeRO-3"
             )  # fmt: skip
         write_whole(setup.run / name, json.dumps(found | change))
-        where = f"out of memory {heartbeat.place()} with micro-batches of {budget:,} tokens"
+        where = f"out of memory {heartbeat.place()} with micro-batches of {used:,} tokens"
         give_up(setup.world, f"{where}; {again}")

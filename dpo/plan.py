@@ -12,7 +12,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dpo.budget import costliest
 from dpo.commandline import Command
 from dpo.context import contexts_of, look_ahead
 from dpo.data.planner import num_tokens
@@ -21,6 +20,7 @@ from dpo.estimate import memory
 from dpo.forecast import Rows, forecast, prepare_for
 from dpo.objective.objective import Objective
 from dpo.policy import FrozenReference, Policy
+from dpo.room import costliest
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.weights import num_parameters
 from dpo.setup import LOOKED_AT, Setup

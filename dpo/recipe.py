@@ -18,7 +18,7 @@ LARGEST_RECIPE = 2**18  # bytes; YAML is read at some 0.1 MB/s
 ELSEWHERE = {
     "learning_rate": "optim.lr", "lr_scheduler_type": "optim.schedule", "warmup_ratio": "optim.warmup_steps",
     "num_train_epochs": "train.epochs", "per_device_train_batch_size": "train.global_batch_size",
-    "gradient_accumulation_steps": "train.global_batch_size", "loss_type": "loss.name", "peft_config": "model.lora",
+    "gradient_accumulation_steps": "train.global_batch_size", "loss_type": "loss.name", "lora_r": "model.lora.r",
     "model_name_or_path": "model.policy", "ref_model": "reference.path", "dataset_name": "data.train",
     "eval_dataset": "data.validation", "bf16": "train.precision", "fp16": "train.precision",
 }  # fmt: skip

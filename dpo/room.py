@@ -1,15 +1,18 @@
-"""How many tokens a GPU's memory has room for, told from the sizes of a model before anything is run."""
+"""How many tokens a GPU's memory has room for, told from the sizes of a model before anything is run; and how many the
+costliest micro-batch has."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from dpo.data.loader import Loader
 from dpo.data.planner import Layout, num_tokens
-from dpo.estimate import reduction_buckets
+from dpo.estimate import micro_batch_tokens, reduction_buckets
 from dpo.model.head import CHUNK_ROWS
 from dpo.model.shape import Shape
 from dpo.setup import UNTRIED_TOKENS, Setup
@@ -141,3 +144,17 @@ def wanted_tokens(setup: Setup, layout: Layout, longest: int, stage: int) -> int
     if train.micro_batch_size is not None:
         limits.append(train.micro_batch_size * longest)
     return min(limits)
+
+
+def costliest(loader: Loader, steps: Iterable[int]) -> list[int]:
+    """Pair ids of this rank's micro-batch with the most tokens, then the most completion tokens, of some steps."""
+    cost, completions = num_tokens(loader.dataset.lengths, loader.layout), loader.dataset.lengths[:, 1:].sum(axis=1)
+    candidates = [ids for step in steps for ids in loader.share_of(loader.epochs.batch(step))]
+    return max(candidates, key=lambda ids: (int(cost[ids].sum()), int(completions[ids].sum())))
+
+
+def largest(setup: Setup, layout: Layout, budget: int) -> int:
+    """Tokens of this rank's costliest micro-batch under a budget."""
+    loader = replace(setup, token_budget=budget).loader(setup.train_pairs, layout)
+    ids = costliest(loader, setup.heaviest_steps(layout))
+    return loader.row_tokens or int(micro_batch_tokens([[ids]], setup.train_pairs.lengths, layout).max())

@@ -193,6 +193,7 @@ def _resume(
             restore_reference(reference, folder)
         tracker.say(f"continuing from {folder} after step {state.step}")
     last = -1 if folder is None else state.step
+    distributed.only_main(setup.world, lambda: run_directory.reopen(setup.run, state.step))
     keep = partial(keep_lines, setup.run, lambda line: "sft_step" in line or line["step"] <= last)
     distributed.only_main(setup.world, keep)
     return state

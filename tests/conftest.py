@@ -46,7 +46,7 @@ def pytest_collection_finish() -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """All but the tests marked gpu are of a CPU: without -m gpu none sees a GPU, nor does a process that it starts."""
-    if "gpu" not in config.getoption("markexpr"):
+    if config.getoption("markexpr").strip() != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 

@@ -260,6 +260,7 @@ def test_weights_that_a_step_has_destroyed_are_no_result(ranks_, argv, tmp_path)
     assert set(done.codes) == {2}, done.output[-3000:]
     assert done.output.count("the validation loss after step 1 is nan: the weights have left what") == 1
     assert not (folder / "final").exists() and not list((folder / "checkpoints").glob("step-*"))
+    assert "begin anew with a lower optim.lr" in done.output
     assert json.loads((folder / "status.json").read_text())["state"] == "failed"
 
 

@@ -119,6 +119,14 @@ class TextEncoder:
         start = max((end.rfind(token) for token in self._specials), default=-1)
         return "" if start < 0 else end[start:]
 
+    def tails_of(self, prompt: str, pieces: list[str]) -> list[str]:
+        """What `tail_of` says before each of the pieces that follow a rendered prompt."""
+        tails, text = [], prompt
+        for piece in pieces:
+            tails.append(self.tail_of(text))
+            text = (text + piece)[-_TAIL:]
+        return tails
+
     def _encode_alone(self, text: str) -> list[int]:
         """Encode a text that merges with what usually stands before it."""
         for anchor in (self._anchor or "", *_ANCHORS[1:]):

@@ -171,8 +171,8 @@ class PairEncoder:
             ends.append(end_id)
             sides += answers
         texts = [text for side in sides for text in side]
-        before = [prompts[i // 2] + "".join(side[:n]) for i, side in enumerate(sides) for n in range(len(side))]
-        encoded = iter(self._text.encode_completions(texts, [self._text.tail_of(text) for text in before]))
+        tails = [tail for i, side in enumerate(sides) for tail in self._text.tails_of(prompts[i // 2], side)]
+        encoded = iter(self._text.encode_completions(texts, tails))
         pieces = [[next(encoded) for _ in side] for side in sides]
         prompt_ids = self._text.ids(prompts)
         for index, pair in enumerate(pairs):
@@ -189,6 +189,11 @@ class PairEncoder:
         if (unread := self._chat.unread(messages, prompt, options)) is not None:
             raise UserError(f"the chat template (model.chat_template) leaves out {unread}")
         sides = cast(list[list[Message]], [row.chosen, row.rejected])
+        for side in (side for side in sides if len(side) > 1):
+            before = [*messages, *side[:-1]]
+            rendered = self._chat.render(before, answer_next=True, options=options)
+            if (unread := self._chat.unread(before, rendered, options)) is not None:
+                raise UserError(f"the chat template (model.chat_template) leaves out {unread}")
         return prompt, [self._chat.render_answer(messages, side, prompt, options) for side in sides], end_id
 
     def _join(
@@ -203,6 +208,11 @@ class PairEncoder:
             own = [[place % 2 == 0 for place, ids in enumerate(side) for _ in ids] for side in (chosen, rejected)]
             own = [[True] * len(pair.prompt_ids), own[0][: len(pair.chosen_ids)], own[1][: len(pair.rejected_ids)]]
             pair.unscored = [place for place, is_own in enumerate(chain(*own)) if not is_own]
+            answers = zip((pair.chosen_ids, pair.rejected_ids), own[1:], strict=True)
+            scored = [[i for i, is_own in zip(ids, kept, strict=True) if is_own] for ids, kept in answers]
+            if scored[0] == scored[1] and not pair.problems:
+                kind = SAME_AFTER_CUT if pair.completions_cut else CHOSEN_IS_REJECTED
+                pair.problems.append(Problem(kind, "the assistant says the same on both sides"))
 
     def _fit(self, pair: EncodedPair, prompt: list[int], chosen: list[int], rejected: list[int]) -> None:
         """Cut a pair to length, write its ids into `pair` and note what was done."""

@@ -101,7 +101,10 @@ def questions_of(row: Mapping[str, Any]) -> list[Message] | None:
     if wrong := [name for name, part in parts.items() if not isinstance(part, str)]:
         raise Unusable(NOT_TEXT, f"'{wrong[0]}' is {shown(parts[wrong[0]])}")
     messages: list[Message] = []
-    for turn in parsed(row, "history", list) or []:
+    history = row.get("history") or []
+    if not isinstance(history, list):
+        raise Unusable(NOT_MESSAGES, f"'history' is {shown(history)}, not a list of questions and answers")
+    for turn in history:
         if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
             raise Unusable(NOT_MESSAGES, f"a turn of 'history' is {shown(turn)}, not a question and its answer")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]

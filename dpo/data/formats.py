@@ -131,17 +131,20 @@ def _read_prompt(row: Mapping[str, Any]) -> Sides:
 
 
 def _repeats(row: Mapping[str, Any]) -> bool:
-    """Whether both completions of plain text begin with their prompt, which then is no part of the answer."""
+    """Whether both completions of plain text begin with their prompt, which then is no part of the answer.
+
+    Of a few words an answer may begin with them by itself: "Hello", and "Hello! How are you?".
+    """
     prompt, *sides = (row.get(column) for column in ("prompt", "chosen", "rejected"))
-    return isinstance(prompt, str) and bool(prompt.strip()) and all(
-        isinstance(side, str) and side.startswith(prompt) for side in sides
-    )
+    if not isinstance(prompt, str) or ("\n" not in prompt.strip() and len(prompt.split()) < 4):
+        return False
+    return all(isinstance(side, str) and side.startswith(prompt) for side in sides)
 
 
 def _read_conversation(row: Mapping[str, Any]) -> Sides:
     chosen, rejected = messages_of(row, "chosen"), messages_of(row, "rejected")
-    column = "prompt" if row.get("prompt") is not None else "conversations"
-    prompt = messages_of(row, column, role="user") if row.get(column) is not None else None
+    column = next((name for name in ("prompt", "conversations") if row.get(name)), None)
+    prompt = None if column is None else messages_of(row, column, role="user")
     if prompt is None and chosen[0]["role"] == "assistant":
         prompt = questions_of(row)
     system = system_of(row)
@@ -160,12 +163,18 @@ def _whole(prompt: list[Message] | None, messages: list[Message], column: str) -
     """A side's conversation from its start; the side may hold the answer alone, or repeat the prompt or its end."""
     if messages[-1]["role"] != "assistant":
         raise Unusable(NO_ASSISTANT, f"the last message of '{column}' is the {messages[-1]['role']}'s")
-    if prompt is None or _stands_in(prompt, messages):
+    answers_alone = messages[0]["role"] == "assistant"
+    if prompt is None or (not answers_alone and _stands_in(prompt, messages)):
         return messages
     for repeated in range(min(len(prompt), len(messages) - 1), 0, -1):
         if _same(prompt[-repeated:], messages[:repeated]):
             return [*prompt, *messages[repeated:]]
-    if "assistant" in (messages[0]["role"], prompt[-1]["role"]):
+    if answers_alone:
+        return [*prompt, *messages]
+    system = prompt[: prompt[0]["role"] == "system"]
+    if _same(prompt[len(system) :][:1], messages[:1]):  # and then another answer follows
+        return [*system, *messages]
+    if prompt[-1]["role"] == "assistant":
         return [*prompt, *messages]
     raise Unusable(PROMPTS_DIFFER, f"'{column}' neither repeats the prompt nor goes on from it")
 

@@ -45,7 +45,7 @@ def _explain(what: str, path: str, error: Exception, *, sharded: bool = False) -
             f" give --model.trust_remote_code true"
         )
     if isinstance(error, torch.OutOfMemoryError):
-        return UserError(f"{what} {path}: does not fit into the GPU: {text[:200]}; shard it (ds_configs/zero3.json)")
+        return UserError(f"{what} {path}: does not fit: {text[:200]}; use more GPUs, or offload (ds_configs/)")
     if Path(path).exists():
         where = "the folder, or name another" if not sharded else "zero_optimization in --config, or the folder"
         return UserError(f"{what} {path}: cannot be loaded: {text[:300]}; fix {where}")

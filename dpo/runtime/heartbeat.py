@@ -20,6 +20,7 @@ import faulthandler
 import json
 import os
 import platform
+import re
 import signal
 import sys
 import threading
@@ -229,8 +230,11 @@ class Watch:
         if self.speaks:
             print(f"train_dpo.py: {line}", file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):
-            if self.speaks and read_status(self.run).get("state") in ("running", "failed"):
-                write_status(self.run, "failed", reason=line, place=read_status(self.run).get("place", ""))
+            status = read_status(self.run)
+            # Of an exception alone the reason is what this has led to; a rank that gave up has said why.
+            unexplained = re.match(r"\w+(Error|Exception): ", status.get("reason", ""))
+            if self.speaks and (status.get("state") == "running" or (status.get("state") == "failed" and unexplained)):
+                write_status(self.run, "failed", reason=line, place=status.get("place", ""))
         for rank in set(ranks) - {self.rank}:
             _kill(self.notes[rank])
         os._exit(1)

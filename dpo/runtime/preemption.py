@@ -40,21 +40,23 @@ class Preempted(Exception):
 
 
 def _notice(number: int, frame: FrameType | None) -> None:
-    is_end_announced = bool(_asked) and (_asked[0][0], number) == (signal.SIGUSR1, signal.SIGTERM)
+    is_end_announced = bool(_asked) and _asked[0][0] in (signal.SIGUSR1, GONE) and number == signal.SIGTERM
     if _asked and not is_end_announced and time.monotonic() - _asked[0][1] > ECHO_SECONDS:
         os._exit(128 + number)
     _asked.append((number, time.monotonic()))
 
 
 def _deepspeed_command() -> int | None:
-    """Process id of the deepspeed command, the parent of its launcher; None under another launcher."""
+    """Process id of the deepspeed command, the parent of its launcher; None under another launcher, or without it."""
     try:
         launcher = Path(f"/proc/{os.getppid()}")
         if b"deepspeed.launcher.launch" not in (launcher / "cmdline").read_bytes():
             return None
-        return int((launcher / "stat").read_text().rpartition(")")[2].split()[1])
+        parent = int((launcher / "stat").read_text().rpartition(")")[2].split()[1])
+        names = [os.path.basename(word) for word in Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")[:3]]
     except OSError:
         return None
+    return parent if {b"deepspeed", b"ds", b"deepspeed.launcher.runner"} & set(names) else None
 
 
 @contextmanager

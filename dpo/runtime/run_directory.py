@@ -123,6 +123,13 @@ def finished(run: Path, total_steps: int) -> str | None:
     return f"{run} is finished: {done} steps are done{asked}; raise train.epochs or train.max_steps to go on"
 
 
+def reopen(run: Path, step: int) -> None:
+    """Take a run that has been finished for unfinished, where it goes on from an earlier step."""
+    path = run / "finished.json"
+    if path.exists() and json.loads(path.read_text())["step"] > step:
+        path.unlink()
+
+
 def check_kept(run: Path) -> None:
     """Refuse to begin a run anew whose checkpoints have been removed.
 
@@ -132,8 +139,8 @@ def check_kept(run: Path) -> None:
     step = read_status(run).get("step", 0)
     if step:
         raise UserError(
-            f"{run} had a checkpoint of step {step}, and holds none: put its checkpoints/ back, or name another"
-            f" train.output_dir to begin anew"
+            f"{run} had a checkpoint of step {step}, and holds none: put its checkpoints/ back; to begin anew name"
+            f" another train.output_dir, or delete {run}/status.json"
         )
 
 

@@ -166,11 +166,21 @@ EARLIER = {"role": "user", "content": "Before"}
         ("Hi", [EARLIER, NO, USER], [EARLIER, NO, USER]),
         ("Hi\n", [USER], [USER]),  # but for white space
         ([SYSTEM, USER], [SYSTEM, USER], [SYSTEM, USER]),
+        ([USER, YES], [USER], [USER]),  # it is the conversation with its answer: the sides have their own
+        ([SYSTEM, USER, YES], [USER], [SYSTEM, USER]),
+        ([], [USER], [USER]),
+        ("", [USER], [USER]),
     ],
 )
 def test_no_message_of_an_explicit_prompt_is_lost(prompt: Any, start: list[Any], whole: list[Any]) -> None:
     row = {"prompt": prompt, "chosen": [*start, YES], "rejected": [*start, NO]}
     assert convert(row, "conversation", 1) == (PreferenceRow(whole, [YES], [NO], 1), [])
+
+
+def test_a_completion_may_repeat_the_message_that_it_answers() -> None:
+    said = {"prompt": [USER], "chosen": [YES, USER, YES], "rejected": [NO, USER, NO]}
+    row = convert(said, "conversation", 1)[0]
+    assert row == PreferenceRow([USER], [YES, USER, YES], [NO, USER, NO], 1)
 
 
 @pytest.mark.parametrize("prompt", ["Before", [EARLIER], [SYSTEM, EARLIER]])
@@ -186,7 +196,7 @@ def test_the_turns_of_a_history_come_before_the_question() -> None:
     assert convert(row, "conversation", 1) == (PreferenceRow([EARLIER, NO, USER], [YES], [NO], 1), [])
     for empty in ([], None):
         assert convert(row | {"history": empty}, "conversation", 1) == (PreferenceRow([USER], [YES], [NO], 1), [])
-    for wrong in ([["Before"]], ["Before"], [["Before", 3]]):
+    for wrong in ([["Before"]], ["Before"], [["Before", 3]], "Before: No"):
         assert kinds(row | {"history": wrong}, "conversation") == {"not a list of role/content messages"}
 
 
@@ -196,6 +206,8 @@ def test_a_prompt_that_both_completions_repeat_is_taken_off_them_and_counted() -
     assert convert(row, "prompt", 1) == (PreferenceRow("Q: why?\nA:", " Yes", " No", 1), [again])
     one = row | {"rejected": " No"}
     assert convert(one, "prompt", 1) == (PreferenceRow("Q: why?\nA:", "Q: why?\nA: Yes", " No", 1), [])
+    greeting = {"prompt": "Hello", "chosen": "Hello! How can I help?", "rejected": "Hello there"}
+    assert convert(greeting, "prompt", 1) == (PreferenceRow(*greeting.values(), 1), [])
 
 
 def test_conversations_that_part_at_a_users_message_have_different_prompts() -> None:

@@ -102,6 +102,23 @@ def test_turns_of_a_template_without_a_generation_prompt() -> None:
     assert scored_text(tokenizer, pair, is_scored=False) == "[INST] b [/INST]"
 
 
+def test_a_template_that_leaves_out_what_a_tool_says_within_a_completion_makes_a_bad_row() -> None:
+    users = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")
+    _, pair = encoded(users, [CALL, SUM, TOLD])
+    assert [problem.kind for problem in pair.problems] == ["chat template does not fit"]
+    assert "leaves out a message of the role tool" in pair.problems[0].detail
+
+
+@pytest.mark.parametrize(("room", "kind"), [(1000, "chosen == rejected"), (30, "chosen == rejected after truncation")])
+def test_a_pair_that_differs_in_what_a_tool_says_alone_makes_a_bad_row(room: int, kind: str) -> None:
+    tokenizer = tokenizer_of("byte")
+    tokenizer.chat_template = CHATML
+    other = [CALL, {**SUM, "content": "4"}, TOLD if room == 1000 else {**TOLD, "content": "Four"}]
+    row = PreferenceRow(chat("1+2?"), [CALL, SUM, TOLD], other, 1)
+    (pair,) = PairEncoder(tokenizer, max_length=room, max_prompt_length=5).encode_rows([row])
+    assert [problem.kind for problem in pair.problems] == [kind]
+
+
 def test_an_end_token_within_any_turn_makes_a_bad_row() -> None:
     for odd in ([{**CALL, "content": "a<|im_end|>b"}, SUM, TOLD], [CALL, SUM, {**TOLD, "content": "a<|im_end|>b"}]):
         _, pair = encoded(CHATML, odd)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.soak import numbers, weights
+from dpo.runtime.run_directory import reopen
 from dpo.runtime.tracking import read_lines
 from tests.ranks import run as run_on_ranks
 
@@ -118,6 +119,12 @@ def test_a_finished_run_says_so_and_a_raised_number_of_epochs_continues_it(argv,
     newest = max((run / "checkpoints").glob("step-*"))
     said = train([*here, "--train.epochs", "2", "--train.resume", str(newest)], 1)
     assert f"continuing from {newest}" in said and "is finished" not in said
+    finished, earlier = json.loads((run / "finished.json").read_text())["step"], [int(newest.name[-6:]), 3]
+    assert finished == earlier[0] == 8
+    reopen(run, 8)
+    assert (run / "finished.json").is_file()
+    reopen(run, 7)  # it is not finished before it has done those steps again
+    assert not (run / "finished.json").exists()
     assert weights(run) == weights(whole)
 
 

@@ -17,7 +17,7 @@ from dpo.model.load import load_model
     [
         (RuntimeError("odd weights"), False, "cannot be loaded: odd weights; fix the folder, or name another"),
         (RuntimeError("no such op"), True, "no such op; fix zero_optimization in --config, or the folder"),
-        (torch.OutOfMemoryError("no room"), False, "does not fit into the GPU: no room; shard it (ds_configs"),
+        (torch.OutOfMemoryError("no room"), False, "does not fit: no room; use more GPUs, or offload"),
     ],
 )
 def test_an_error_of_loading_names_what_to_fix(

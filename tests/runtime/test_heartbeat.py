@@ -16,6 +16,7 @@ import torch
 
 from dpo.runtime import distributed, heartbeat
 from dpo.runtime.heartbeat import Note, Watch
+from dpo.runtime.status import read_status, write_status
 from tests import ranks
 
 AFAR = Note(host="far", pid=7, launcher="another", beat=1, doing="in step 5, micro-batch 1", in_step=True)
@@ -151,6 +152,25 @@ def test_nobody_begins_before_all_notes_are_there_or_leaves_before_all_are_throu
     with heartbeat.watching(replace(distributed.start(), world_size=2), Path("nowhere"), 600):
         events.append("within")
     assert events == ["agreed", "within", "agreed"]
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "kept"),
+    [
+        ("failed", "checkpoint x cannot be written: no room; make room", True),
+        ("failed", "RuntimeError: [gloo] connection closed by peer", False),
+        ("running", "", False),
+        ("finished", "", True),
+    ],
+)
+def test_what_a_rank_that_gave_up_has_written_is_not_replaced_by_its_death(state, reason, kept, tmp_path, monkeypatch):
+    monkeypatch.setattr(heartbeat.os, "_exit", lambda code: None)
+    monkeypatch.setattr(heartbeat.faulthandler, "dump_traceback_later", lambda *_, **__: None)
+    write_status(tmp_path, state, 3, reason=reason, place="in step 4")
+    Watch(None, 0, 2, tmp_path, 600, speaks=True).end("rank 1 died", [])
+    found = read_status(tmp_path)
+    assert (found["reason"] == reason) is kept and (found["state"] == "failed" or kept)
+    assert (found["step"], found["place"]) == (3, "in step 4")
 
 
 def test_the_first_notes_come_soon_and_the_later_ones_seldom(monkeypatch):

@@ -59,6 +59,22 @@ def test_the_echo_of_a_launcher_is_nothing_new_and_a_later_signal_ends_the_proce
         assert watched.left == [128 + signal.SIGTERM]
 
 
+def test_the_signal_that_follows_the_end_of_the_deepspeed_command_does_not_cut_short_what_is_being_written(
+    watched, monkeypatch
+):
+    command = [7]
+    monkeypatch.setattr(preemption, "_deepspeed_command", lambda: command[0])
+    with preemption.listening():
+        assert not preemption.is_asked()
+        command[0] = None
+        assert preemption.is_asked()
+        watched.now += 10 * preemption.ECHO_SECONDS
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert watched.left == []
+        with pytest.raises(Preempted, match="the deepspeed command is gone"):
+            preemption.check(torch.device("cpu"))
+
+
 def test_the_end_that_a_scheduler_has_announced_does_not_cut_short_what_is_being_written(watched):
     with preemption.listening():
         os.kill(os.getpid(), signal.SIGUSR1)
