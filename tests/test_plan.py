@@ -290,8 +290,7 @@ COSTS = Costs(completion=450_000, product=1000)
 def test_the_forecast_is_the_schedule_that_the_ranks_follow(layout: Layout, row_tokens: int | None) -> None:
     from dpo.spread import schedule_of
 
-    whole = [replace(pair, chosen_scored=None, rejected_scored=None) for pair in tiny.pairs(30, longest=30)]
-    pairs, epochs, ranks = tiny.Pairs(whole), Epochs(30, 12, seed=1), 2
+    pairs, epochs, ranks = tiny.Pairs(tiny.pairs(30, longest=30, all_scored=True)), Epochs(30, 12, seed=1), 2
 
     class FakeSetup:
         config: Any = type("C", (), {"train": type("T", (), {"layout": layout}), "loss": LossConfig()})

@@ -72,8 +72,7 @@ def test_a_loss_that_couples_pairs_counts_those_of_a_row_once(monkeypatch):
 
 @pytest.mark.parametrize("size", [3, 7])
 def test_cuts_of_a_row_hold_every_token_and_every_scored_token_once(size):
-    batch = collate(tiny.pairs(4), "shared", [(torch.rand(len(p.chosen_ids)).numpy(), torch.rand(len(p.rejected_ids))
-                                               .numpy()) for p in tiny.pairs(4)])  # fmt: skip
+    batch = collate(tiny.pairs(4), "shared", [tuple(torch.rand(n).numpy() for n in p.targets) for p in tiny.pairs(4)])
     cuts = [SequenceGroup(rank, size, lambda x: x, None).cut(batch) for rank in range(size)]  # type: ignore[arg-type]
     length = len(batch.input_ids)
     assert {len(cut.input_ids) for cut in cuts} == {-(-length // size)} and length % size

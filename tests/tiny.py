@@ -70,7 +70,9 @@ def _rms_norm(module: Any, hidden: torch.Tensor) -> torch.Tensor:
     return (module.weight + type(module).__name__.startswith("Gemma")) * scaled
 
 
-def pairs(count: int, seed: int = 0, longest: int = 12, vocab: int = VOCAB) -> list[TokenizedPair]:
+def pairs(
+    count: int, seed: int = 0, longest: int = 12, vocab: int = VOCAB, *, all_scored: bool = False
+) -> list[TokenizedPair]:
     """Pairs of random ids and lengths, one-token prompts and completions among them; of every third pair some
     tokens are not scored."""
     rng = np.random.default_rng(seed)
@@ -81,7 +83,7 @@ def pairs(count: int, seed: int = 0, longest: int = 12, vocab: int = VOCAB) -> l
     made = []
     for i in range(count):
         prompt, chosen, rejected = (1, 1, 1) if i == 0 else rng.integers(1, longest + 1, 3)
-        scored = [_some(rng, int(length)) if i % 3 == 2 else None for length in (chosen, rejected)]
+        scored = [_some(rng, int(length)) if i % 3 == 2 and not all_scored else None for length in (chosen, rejected)]
         made.append(TokenizedPair(i, ids(int(prompt)), ids(int(chosen)), ids(int(rejected)), math.nan, *scored))
     return made
 

@@ -180,7 +180,8 @@ def load_model(
         )
     except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError, SafetensorError) as error:
         raise _explain("model.policy", path, error, sharded=sharded is not None) from None
-    del sharded
+    finally:
+        del sharded
     modules: list[Any] = list(model.modules())
     for module in modules:
         if hasattr(module, "support_avx512bf16_for_cpu"):

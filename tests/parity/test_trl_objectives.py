@@ -55,7 +55,7 @@ LOOSER = {"ipo", "sppo_hard", "discopop", "forward_kl", "js", "alpha", "ld_alpha
 def pairs(tiny_policy: Path) -> tiny.Pairs:
     """The same for every step, so that the loss moves."""
     vocabulary = len(AutoTokenizer.from_pretrained(tiny_policy))
-    return tiny.Pairs(tiny.pairs(run_losses.PAIRS_A_STEP, longest=9, vocab=vocabulary))
+    return tiny.Pairs(tiny.pairs(run_losses.PAIRS_A_STEP, longest=9, vocab=vocabulary, all_scored=True))
 
 
 @pytest.fixture(scope="module")
