@@ -92,6 +92,7 @@ def _refuse_endless(value: Any, name: str) -> None:
 
 
 def one_line(text: str) -> str:
+    """The same with every run of white space as one space."""
     return re.sub(r"\s+", " ", text).strip()
 
 

@@ -186,13 +186,10 @@ class PairEncoder:
         options = self._options | (row.chat_template_kwargs or {}) | ({"tools": row.tools} if row.tools else {})
         end_id = self._chat.turn_end(options)[2]
         prompt = self._chat.render(messages, answer_next=True, options=options)
-        if (unread := self._chat.unread(messages, prompt, options)) is not None:
-            raise UserError(f"the chat template (model.chat_template) leaves out {unread}")
         sides = cast(list[list[Message]], [row.chosen, row.rejected])
-        for side in (side for side in sides if len(side) > 1):
-            before = [*messages, *side[:-1]]
-            rendered = self._chat.render(before, answer_next=True, options=options)
-            if (unread := self._chat.unread(before, rendered, options)) is not None:
+        for read in [messages, *([*messages, *side[:-1]] for side in sides if len(side) > 1)]:
+            rendered = prompt if read is messages else self._chat.render(read, answer_next=True, options=options)
+            if (unread := self._chat.unread(read, rendered, options)) is not None:
                 raise UserError(f"the chat template (model.chat_template) leaves out {unread}")
         return prompt, [self._chat.render_answer(messages, side, prompt, options) for side in sides], end_id
 
