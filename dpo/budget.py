@@ -31,14 +31,14 @@ from torch import Tensor, nn
 
 from dpo.data.planner import Layout, num_tokens
 from dpo.errors import UserError
-from dpo.estimate import GIB
+from dpo.estimate import GIB, STATES
 from dpo.model import load
 from dpo.model.forward import pair_logps
 from dpo.model.reference import Reference
 from dpo.model.shape import shape_of
 from dpo.out_of_memory import is_lack_of_memory, read_budget
 from dpo.policy import Policy
-from dpo.room import STATES, Room, costliest, first_step_bytes, largest, wanted_tokens
+from dpo.room import Room, costliest, first_step_bytes, largest, wanted_tokens
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import gather, only_main
 from dpo.runtime.weights import num_parameters

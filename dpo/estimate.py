@@ -19,6 +19,11 @@ OFFLOADED_BYTES = 20
 """Main memory a parameter of an offloaded optimizer: fp32 weights, AdamW's states, gradients as they add up and as they
 are stepped on."""
 
+STATES = {"adamw": 8, "adamw_8bit": 2}
+"""Bytes a parameter of an optimizer's two moments; of 8 bits those of small tensors stay in fp32."""
+FOUR_BITS = 0.516
+"""Bytes a parameter in NormalFloat of 4 bits with quantised constants (Dettmers et al. 2023, arXiv:2305.14314)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
@@ -95,7 +100,15 @@ class Hardware:
 
 
 def memory(
-    num_parameters: int, *, stage: int, world_size: int, half: bool, reference_bytes: int, trained: int | None = None
+    num_parameters: int,
+    *,
+    stage: int,
+    world_size: int,
+    half: bool,
+    reference_bytes: int,
+    trained: int | None = None,
+    in_4_bits: int = 0,
+    states: int = 8,
 ) -> dict[str, float]:
     """Memory per GPU that does not depend on the batch, in GiB.
 
@@ -109,6 +122,8 @@ def memory(
         half: Weights of 2 bytes and gradients accumulated in fp32; else fp32 throughout.
         reference_bytes: Per parameter; 0 for none.
         trained: Parameters that learn, where the others are frozen; None for all.
+        in_4_bits: Parameters held in 4 bits, whatever `half` says; see FOUR_BITS.
+        states: Bytes a parameter of the optimizer's two moments; see STATES.
     Returns:
         Part -> GiB.
     Source:
@@ -119,13 +134,16 @@ def memory(
     per_parameter = {
         "weights": (2 if half else 4) * share["weights"],
         "gradients": 6 if half and stage < 2 else 4 * share["gradients"],
-        "optimizer (AdamW, fp32 master)": 12 * share["optimizer"],
+        "optimizer (AdamW, fp32 master)": (4 + states) * share["optimizer"],
         "reference": reference_bytes * share["weights"],
     }
     learning = {"gradients", "optimizer (AdamW, fp32 master)"}
     trained = num_parameters if trained is None else trained
     counts = {name: trained if name in learning else num_parameters for name in per_parameter}
-    return {name: counts[name] * size / GIB for name, size in per_parameter.items()}
+    counts["weights"] -= in_4_bits
+    parts = {name: counts[name] * size / GIB for name, size in per_parameter.items()}
+    parts["weights"] += in_4_bits * FOUR_BITS / GIB
+    return parts
 
 
 def reduction_buckets(zero: dict[str, Any], width: int) -> int:
@@ -140,15 +158,17 @@ def reduction_buckets(zero: dict[str, Any], width: int) -> int:
     return int(zero.get("reduce_bucket_size", 5e8)) * (2 if zero.get("overlap_comm") else 1) * width
 
 
-def checkpoint_bytes(num_parameters: int, *, stage: int, half: bool, weights_only: bool = False) -> int:
+def checkpoint_bytes(
+    num_parameters: int, *, stage: int, half: bool, weights_only: bool = False, states: int = 8
+) -> int:
     """Disk space of one checkpoint, over all ranks.
 
-    The fp32 master weights and AdamW's two states, and, below stage 3, the weights themselves: 14 bytes a parameter at
-    half precision, 16 in fp32. Of the weights alone 2 and 4.
+    The fp32 master weights and AdamW's two moments of `states` bytes, and, below stage 3, the weights themselves: 14
+    bytes a parameter at half precision, 16 in fp32. Of the weights alone 2 and 4.
     """
     if weights_only:
         return num_parameters * (2 if half else 4)
-    return num_parameters * (12 + (0 if stage == 3 else 2 if half else 4))
+    return num_parameters * (4 + states + (0 if stage == 3 else 2 if half else 4))
 
 
 def traffic(

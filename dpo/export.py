@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from dpo.config import Config
-from dpo.estimate import checkpoint_bytes
+from dpo.estimate import STATES, checkpoint_bytes
 from dpo.model import adapters
 from dpo.model.load import save_folder
 from dpo.policy import Policy
@@ -75,7 +75,7 @@ def save_checkpoint(
         weights = partial(write_weights, setup, policy, dtype=setup.dtype, card=None)
     expected = checkpoint_bytes(
         num_parameters(policy.scorer, trained=True), stage=zero_stage(setup.engine_config),
-        half=setup.precision != "fp32", weights_only=train.save_weights_only,
+        half=setup.precision != "fp32", weights_only=train.save_weights_only, states=STATES[setup.config.optim.name],
     )  # fmt: skip
     save(
         policy.engine, setup.run, state, setup.world, train.keep_checkpoints, more, precision=setup.precision,

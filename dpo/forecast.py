@@ -17,6 +17,7 @@ from dpo.estimate import (
     GIB,
     GPUS,
     OFFLOADED_BYTES,
+    STATES,
     Hardware,
     checkpoint_bytes,
     memory,
@@ -26,8 +27,8 @@ from dpo.estimate import (
 from dpo.model import adapters, load
 from dpo.model.head import CHUNK_ROWS
 from dpo.model.shape import Shape, adapter_parameters, shape_of
-from dpo.roles import reference_dtype
-from dpo.room import STATES, Room, first_step_bytes, wanted_tokens
+from dpo.roles import has_own_weights, reference_dtype
+from dpo.room import Room, first_step_bytes, wanted_tokens
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import World
 from dpo.setup import Setup, prepare
@@ -96,7 +97,7 @@ def machine_of(setup: Setup) -> Machine:
         stage=stage,
         half=setup.precision != "fp32",
         reference_bytes=dtype.itemsize if mode == "online" else 0,
-        copied_bytes=dtype.itemsize if mode == "online" or (mode == "cached" and dtype != setup.dtype) else 0,
+        copied_bytes=dtype.itemsize if has_own_weights(setup.config, dtype, setup.dtype) else 0,
         recompute=model.gradient_checkpointing is True,
         trained=_trained(setup, config, shape),
     )
@@ -128,7 +129,8 @@ def _fixed_parts(setup: Setup, machine: Machine) -> dict[str, float]:
     held = machine.shape.parameters + (machine.trained if setup.trains_adapters else 0)
     parts = memory(
         held, stage=machine.stage, world_size=setup.world.world_size, half=machine.half,
-        reference_bytes=machine.reference_bytes, trained=machine.trained,
+        reference_bytes=machine.reference_bytes, trained=machine.trained, states=STATES[setup.config.optim.name],
+        in_4_bits=machine.shape.linear if setup.config.model.load_in_4bit else 0,
     )
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
         parts["optimizer (AdamW, fp32 master)"] = parts["gradients"] = 0.0
@@ -201,7 +203,10 @@ def host_rows(setup: Setup, machine: Machine, hardware: Hardware) -> Rows:
     loaded = machine.width + machine.copied_bytes if machine.stage < 3 else setup.start_dtype.itemsize
     host = neighbours * shape.parameters * loaded
     alone = train.save_weights_only
-    one = checkpoint_bytes(machine.trained, stage=machine.stage, half=machine.half, weights_only=alone)
+    one = checkpoint_bytes(
+        machine.trained, stage=machine.stage, half=machine.half, weights_only=alone,
+        states=STATES[setup.config.optim.name],
+    )  # fmt: skip
     best = setup.validation_pairs is not None  # it is kept beside the newest
     held = min(train.keep_checkpoints + best + 1, max(1, setup.total_steps))
     rows = [

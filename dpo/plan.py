@@ -16,7 +16,7 @@ from dpo.commandline import Command
 from dpo.context import contexts_of, look_ahead
 from dpo.data.planner import num_tokens
 from dpo.errors import UserError, printable
-from dpo.estimate import memory
+from dpo.estimate import STATES, memory
 from dpo.forecast import Rows, forecast, prepare_for
 from dpo.objective.objective import Objective
 from dpo.policy import FrozenReference, Policy
@@ -73,6 +73,7 @@ def _try_costliest(setup: Setup, policy: Policy, reference: FrozenReference) -> 
         half=setup.precision != "fp32",
         reference_bytes=reference.dtype.itemsize if setup.reference_mode == "online" else 0,
         trained=num_parameters(policy.scorer, trained=True),
+        states=STATES[setup.config.optim.name],
     )
     return [
         ("layout in use", policy.layout),

@@ -21,7 +21,7 @@ from dpo.model.forward import Scorer, own_logits_logps, pair_logps
 from dpo.model.reference import Reference, from_scores, nothing, online, online_with_tokens
 from dpo.model.sequence import sequence_notes
 from dpo.reference_cache import cached_scores, manifest_of
-from dpo.roles import check_distributions, reference_dtype
+from dpo.roles import check_distributions, has_own_weights, reference_dtype
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime import sequence
 from dpo.runtime.distributed import agree, gather, only_main, together
@@ -204,7 +204,7 @@ def start_models(setup: Setup, path: str, say: Callable[[str], None]) -> tuple[P
         check_distributions(setup.config, [policy.scorer])
         return _without_reference(setup, policy, say)
     own: Frozen | None = None
-    if mode == "online" or (mode == "cached" and (dtype != setup.dtype or wanted.path)):
+    if has_own_weights(setup.config, dtype, setup.dtype):
         own = _start_reference(setup, path, model, dtype, sharded=sharded)
         if dtype == torch.float16 != setup.dtype and wanted.dtype == "auto" and _overflows(setup, own[0]):
             own, dtype, reason = None, setup.dtype, "the policy's dtype: this model overflows in fp16"

@@ -51,6 +51,12 @@ def reference_dtype(
     return policy_dtype, "the policy's dtype: half precision products are slow on a CPU"
 
 
+def has_own_weights(config: Config, dtype: torch.dtype, policy_dtype: torch.dtype) -> bool:
+    """Whether the reference is loaded beside the policy, which before its first step can be scored in its place."""
+    mode = reference_mode(config)
+    return mode == "online" or (mode == "cached" and (dtype != policy_dtype or config.reference.path is not None))
+
+
 def check_roles(config: Config, zero: dict[str, Any], *, for_elsewhere: bool) -> None:
     """Refuse settings that contradict one another, or that this machine cannot do.
 

@@ -27,8 +27,6 @@ UNTRIED_MARGIN = 1.5
 """Room over what is needed, where no trial shows what the estimate has missed."""
 SHARE_OF_FREE = 0.8
 """Share of the free memory that is planned with; the rest is for kernels' workspaces and the allocator's gaps."""
-STATES = {"adamw": 8, "adamw_8bit": 2}
-"""Bytes a parameter of an optimizer's two moments."""
 
 
 @dataclass(frozen=True, slots=True)

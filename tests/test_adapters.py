@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import dpo.train
 import train_dpo
 from dpo.config import LoraConfig
 from dpo.data.batch import collate
-from dpo.estimate import memory, traffic
+from dpo.estimate import FOUR_BITS, memory, traffic
 from dpo.model import adapters, products
 from dpo.model.forward import Scorer, own_logits_logps
 from dpo.model.shape import adapter_parameters
@@ -411,6 +412,21 @@ def test_frozen_weights_cost_their_own_bytes_alone(lora, tiny_policy, tmp_path, 
         # 3,712 parameters: gradients of 4 and optimizer of 12 bytes each.
         shown = capsys.readouterr().out
         assert "14.50 KiB" in shown and "43.50 KiB" in shown
+
+
+def test_a_plan_holds_frozen_linear_layers_in_the_bytes_that_4_bits_take(tiny_policy, tmp_path, capsys):
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="the 4-bit kernels are in bitsandbytes")
+    layer = bitsandbytes.nn.Linear4bit(1024, 1024, bias=False, compress_statistics=True, quant_type="nf4").to("cpu")
+    state = layer.weight.quant_state
+    kept = (layer.weight.data, state.absmax, state.state2.absmax)
+    assert sum(tensor.nbytes for tensor in kept) / 1024**2 == pytest.approx(FOUR_BITS, rel=1e-3)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_policy)
+    linear = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "proj" in name)
+    argv = arguments(tmp_path, tiny_policy, *LORA, "--model.load_in_4bit", "true")
+    assert dpo.__main__.main(["plan", *argv, "--ranks", "1", "--gpu", "t4"]) == 0
+    size = re.search(r"weights[^\d]*([\d.]+) KiB", capsys.readouterr().out)
+    rest = model.num_parameters() + 3712 - linear
+    assert size and float(size[1]) * 1024 == pytest.approx(2 * rest + FOUR_BITS * linear, abs=6)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

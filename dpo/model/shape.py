@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from dpo.config import LoraConfig
 from dpo.errors import UserError
@@ -34,6 +35,7 @@ class Shape:
         layers: Transformer blocks.
         hidden: H.
         vocabulary: V of the head.
+        linear: Parameters of the weights of linear layers other than the head: what can be held in 4 bits.
         attention_width: Query heads x head size, summed over layers.
         activations: Bytes a token that a forward pass of the body keeps for backward; None where it cannot be told.
         block_input: Bytes a token of the blocks' inputs, which is what is kept when activations are recomputed.
@@ -48,6 +50,7 @@ class Shape:
     layers: int
     hidden: int
     vocabulary: int
+    linear: int
     attention_width: int
     activations: int | None
     block_input: int
@@ -218,6 +221,7 @@ def shape_of(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False
         layers=text.num_hidden_layers,
         hidden=hidden,
         vocabulary=vocabulary,
+        linear=sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head),
         attention_width=text.num_hidden_layers * heads * head_size,
         activations=activations,
         block_input=text.num_hidden_layers * hidden * dtype.itemsize,

@@ -72,15 +72,16 @@ def _worth_keeping(run: Path, folders: list[Path], keep: int) -> set[Path]:
     return {*folders[-keep:]} | ({best} if best else set())
 
 
-def _check_disk(parent: Path, expected_bytes: int) -> None:
-    """Refuse to begin a checkpoint that will not fit.
+def _check_disk(parent: Path, expected_bytes: int, *, weights_only: bool) -> None:
+    """Refuse to begin a checkpoint that will not fit: one as large as expected, or as the last one of its sort.
 
     Raises:
         UserError: If there is too little room; nothing has been written.
     """
     parent.mkdir(parents=True, exist_ok=True)
     folders = sorted((p for p in parent.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime)
-    needed = max([expected_bytes, *map(size_of, folders[-1:])])
+    alike = [folder for folder in folders if _weights_only(folder) == weights_only]
+    needed = max([expected_bytes, *map(size_of, alike[-1:])])
     free = shutil.disk_usage(parent).free
     if free < needed:
         last = f"; {folders[-1]} is whole" if folders and size_of(folders[-1]) else ""
@@ -143,7 +144,7 @@ def save(
 
     def begin() -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
-        _check_disk(parent, expected_bytes)
+        _check_disk(parent, expected_bytes, weights_only=weights is not None)
 
     only_main(world, begin)
     fits = {

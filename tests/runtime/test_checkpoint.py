@@ -529,6 +529,14 @@ def test_too_little_disk_is_seen_before_anything_is_written(run: Path, monkeypat
         save(FakeEngine(), run, TrainState(4, 1), ALONE, keep=1)
 
 
+def test_a_checkpoint_of_the_weights_alone_needs_no_room_for_an_optimizer(run: Path, monkeypatch) -> None:
+    """As when a run goes on with train.save_weights_only because its disk is too small."""
+    save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=1)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
+    save(FakeEngine(), run, TrainState(4, 1), ALONE, keep=1, weights=lambda folder: folder.mkdir(parents=True))
+    assert names(run) == ["step-000004"]
+
+
 def test_a_disk_that_is_full_during_the_write_leaves_the_last_checkpoint(run: Path) -> None:
     last = save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=1)
 
