@@ -23,7 +23,7 @@ from dpo.errors import UserError
 from dpo.judge import Case, WinRate, make_judge, win_rate
 from dpo.model import adapters
 from dpo.model.forward import Scorer
-from dpo.model.load import load_model, load_tokenizer
+from dpo.model.load import load_model
 from dpo.runtime.distributed import World
 from dpo.runtime.files import read_records, write_whole
 from dpo.sample import Answer, Decoding, answer_logps, answers_to
@@ -89,9 +89,8 @@ def sample(options: Options) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     judge = make_judge(options.judge, device) if options.judge else None
     setup = _setup(config, device)
-    tokenizer = load_tokenizer(adapters.tokenizer_of(str(run / "final")))
-    prompts, ids = _prompts(options, setup, tokenizer)
-    old, new, own, base = _answers(options, run, setup, tokenizer, ids)
+    prompts, ids = _prompts(options, setup)
+    old, new, own, base = _answers(options, run, setup, ids)
     cases = [Case(prompt, a.text, b.text) for prompt, a, b in zip(prompts, old, new, strict=True)]
     for case in cases[:SHOWN]:
         text = f"\nprompt:    {_text(case.prompt).strip()}\nreference: {case.reference}\npolicy:    {case.policy}"
@@ -136,7 +135,7 @@ def _setup(config: Config, device: torch.device) -> Setup:
     return prepare(plain, World(0, 1, 0, device), None)
 
 
-def _prompts(options: Options, setup: Setup, tokenizer: Any) -> tuple[list[Prompt], list[list[int]]]:
+def _prompts(options: Options, setup: Setup) -> tuple[list[Prompt], list[list[int]]]:
     """What is asked, and its token ids; those of validation prompts are the very ones of training."""
     pairs = setup.train_pairs if setup.validation_pairs is None else setup.validation_pairs
     example, template_options = setup.texts(pairs, 0).prompt, setup.config.data.chat_template_kwargs
@@ -145,7 +144,7 @@ def _prompts(options: Options, setup: Setup, tokenizer: Any) -> tuple[list[Promp
     if nothing:
         asked = list(DEFAULT_PROMPTS)
     dressed = [_dressed(prompt, example) for prompt in asked]
-    ids = [encode_prompt(tokenizer, prompt, template_options=template_options) for prompt in dressed]
+    ids = [encode_prompt(setup.tokenizer, prompt, template_options=template_options) for prompt in dressed]
     count = min(4 if nothing else options.validation or 0, len(pairs))
     asked += [setup.texts(pairs, i).prompt for i in range(count)]
     return asked, ids + [pairs[i].prompt_ids.tolist() for i in range(count)]
@@ -184,7 +183,7 @@ def _from_file(path: Path) -> list[Prompt]:
 
 
 def _answers(
-    options: Options, run: Path, setup: Setup, tokenizer: Any, prompts: Sequence[Sequence[int]]
+    options: Options, run: Path, setup: Setup, prompts: Sequence[Sequence[int]]
 ) -> tuple[list[Answer], list[Answer], np.ndarray, np.ndarray]:
     """Answers of reference and policy, and the log-probs of the policy's answers under policy and reference. (n,) each.
 
@@ -195,7 +194,7 @@ def _answers(
     scorers = [_scorer(path, setup) for path in paths]
     answers: list[list[Answer]] = []
     for scorer in scorers:
-        answers.append(answers_to(prompts, scorer.to(device), tokenizer, how, device))
+        answers.append(answers_to(prompts, scorer.to(device), setup.tokenizer, how, device))
         scorer.to("cpu")
     old, new = answers
     logps = []

@@ -268,6 +268,11 @@ class DataConfig:
             _require(not any(s.weight for s in validation), "data.validation has a weight; every pair is scored once")
             names = [source.name for source in validation]
             _require(
+                self.validation_split is None,
+                f"data.validation_split is {self.validation_split} and data.validation a list; give split to its"
+                f" sources",
+            )
+            _require(
                 len(names) == 1 or (None not in names and len(set(names)) == len(names)),
                 f"data.validation has the names {names}; give each source a name of its own",
             )

@@ -87,6 +87,7 @@ class Hardware:
     """Speed of the disk that checkpoints go to, 1e9 bytes a second over all ranks."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "gpu", self.gpu.lower().replace("-", "_"))
         if self.gpu not in GPUS:
             raise ValueError(f"gpu is {self.gpu}; use {', '.join(GPUS)}")
         for key in ("ranks", "gpus_per_node"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -41,8 +41,9 @@ class Options:
     """Folder to write; default: RUN/export, or RUN/merged, with the checkpoint's name behind it if one is given."""
     merge: bool = False
     """Add the adapter of a LoRA run to the weights beneath it: one plain model."""
-    checkpoint: int | Literal["best"] | None = None
-    """Optimizer step of the checkpoint to take, or best: by validation accuracy. Default: final/."""
+    checkpoint: int | str | None = None
+    """Checkpoint to take: its optimizer step, its name such as step-000500, or best: by validation accuracy. Default:
+    final/."""
 
 
 def export_run(options: Options) -> Path:
@@ -88,20 +89,20 @@ def export_run(options: Options) -> Path:
     return target
 
 
-def _source(run: Path, step: int | Literal["best"] | None) -> Path:
+def _source(run: Path, wanted: int | str | None) -> Path:
     """The folder that holds the weights: final/, or a checkpoint."""
-    if step == "best":
+    if wanted == "best":
         best = checkpoint.best_of(run, checkpoint.checkpoints(run))
         if best is None:
             raise UserError(f"--checkpoint best: no step of {run} was both evaluated and saved; name one by its number")
         return best
-    if step is not None:
-        folder = run / "checkpoints" / checkpoint.step_folder(step)
-        there = [c.name for c in checkpoint.checkpoints(run)]
-        if folder.name not in there:
+    if wanted is not None:
+        name = wanted if isinstance(wanted, str) else checkpoint.step_folder(wanted)
+        there = [folder.name for folder in checkpoint.checkpoints(run)]
+        if name not in there:
             steps = ", ".join(str(int(name.removeprefix("step-"))) for name in there) or "none"
-            raise UserError(f"--checkpoint {step}: {run} has no such checkpoint; it has {steps}")
-        return folder
+            raise UserError(f"--checkpoint {wanted}: {run} has no such checkpoint; it has {steps}")
+        return run / "checkpoints" / name
     if not (run / "final").is_dir():
         raise UserError(f"{run} has no final/ yet; name a checkpoint by --checkpoint STEP, or let the run finish")
     return run / "final"

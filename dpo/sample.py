@@ -100,11 +100,11 @@ def answers_to(
     if context is not None:
         max_tokens = min(max_tokens, context // 2)
         prompts = [_last_tokens(prompt, context - max_tokens, tokenizer.bos_token_id) for prompt in prompts]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     how: dict[str, Any] = {"do_sample": False}
     if decoding.temperature > 0:
         how = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
     stops = sorted({*listed(scorer.model.generation_config.eos_token_id), *end_ids(tokenizer)})
+    pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, *stops, 0) if i is not None)
     plain = type(scorer.model.generation_config)
     settings = plain(max_new_tokens=max_tokens, pad_token_id=pad, eos_token_id=stops or None, **how)
     ends = torch.tensor(stops, device=device)

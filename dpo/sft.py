@@ -93,7 +93,7 @@ def _train(
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     if world.is_main and state.unlogged:
         sums += sums.new_tensor(state.unlogged)
-    tokens_seen, since = state.num_tokens, time.perf_counter()
+    tokens_seen, since, before = state.num_tokens, time.perf_counter(), state.step
     nonfinite = Nonfinite(setup, "sft_step", tracker.say, state.skipped)
     for work in loader.steps(state.step, total):
         lr = learning_rate(
@@ -118,10 +118,10 @@ def _train(
                 }
                 | nonfinite.metrics
             )
-            rate = ((done - 1) % config.log.every + 1) / (now - since)
+            rate = (done - before) / (now - since)
             tracker.progress("SFT", done, total, f"loss {loss:.4f}  {rate:.1f} steps/s")
             sums.zero_()
-            since = now
+            since, before = now, done
         if stop or due(done, config.train.save_every, setup.epochs.steps_per_epoch) and done < total:
             unlogged = tuple(sum_over_ranks(sums.clone()).tolist())
             here = TrainState(done, tokens_seen, unlogged, skipped=nonfinite.count)

@@ -106,7 +106,7 @@ CASES: dict[str, Case] = {
     "beta 0": with_flags(["--loss.beta", "0"], "loss.beta is 0", "use a positive number"),
     "too long for the model": with_flags(["--data.max_length", "4096"], "data.max_length is 4096", "at most 128"),
     "fp16 on a CPU": with_flags(["--train.precision", "fp16"], "train.precision is fp16", "use bf16 or fp32"),
-    "no such model": with_flags(["--model.policy", "./none"], "model.policy ./none: no such folder"),
+    "no such model": with_flags(["--model.policy", "./none"], "model ./none: no such folder"),
     "no DeepSpeed JSON": with_flags(["--config", "none.json"], "--config none.json: no such file", "ds_configs/"),
     "a second owner": json_config('{"gradient_clipping": 5}', "gradient_clipping is 5", "optim.max_grad_norm"),
     "a section that is none": json_config('{"fp16": true}', "fp16 is true"),

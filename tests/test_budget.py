@@ -68,7 +68,8 @@ def test_the_ladder_halves_down_to_the_longest_pair_then_recomputes_then_refuses
 
 SHAPE = Shape(
     parameters=10**6, body=10**6, layers=2, hidden=8, vocabulary=100, linear=10**6, attention_width=16,
-    activations=1000, block_input=100, shared_activations=1100, keys_and_values=100, has_fused_experts=False, largest=800,
+    activations=1000, block_input=100, shared_activations=1100, keys_and_values=100, has_fused_experts=False,
+    largest=800,
 )  # fmt: skip
 RESERVED = 2 * 10 * 100 * 4 + 100 * 8 * 4  # a tile of 10 rows twice, the head's gradient
 

@@ -78,7 +78,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on_once_there_i
         patch.setattr(dpo.train, "_save", filled)
         line = refused()  # seen before the write
         assert "a checkpoint takes 0.00" in line and f"{first} is whole; make room and start again" in line
-        patch.setattr(checkpoint, "_check_disk", lambda *args, **kwargs: None)  # as when another job takes the room meanwhile
+        # As when another job takes the room meanwhile.
+        patch.setattr(checkpoint, "_check_disk", lambda *args, **kwargs: None)
         line = refused()
         assert line.startswith("train_dpo.py: checkpoint ") and "cannot be written by rank 0" in line, line
         assert "the checkpoints before it are whole; make room and start again" in line

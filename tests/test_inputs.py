@@ -56,6 +56,18 @@ def test_a_run_whose_rows_have_changed_is_refused_by_name_until_told_otherwise(t
     assert started(tmp_path, tiny_policy, rows, 2) == 0
 
 
+def test_a_run_is_on_the_ratings_that_it_was_begun_on(tiny_policy, tmp_path, rows, capsys):
+    def rated(by: int) -> None:
+        made = ({"prompt": f"Say {i}:", "completions": [" yes", " no"], "scores": [by + i, 0]} for i in range(8))
+        rows.write_text("".join(json.dumps(row) + "\n" for row in made))
+
+    rated(1)
+    assert started(tmp_path, tiny_policy, rows, 1, "--loss.name", "odpo") == 0
+    rated(2)
+    assert started(tmp_path, tiny_policy, rows, 2, "--loss.name", "odpo") == 2
+    assert "was begun on other inputs: training pairs and validation pairs changed" in capsys.readouterr().err
+
+
 def test_a_run_whose_policy_has_changed_is_refused_by_name(tmp_path, shared_data, rows, capsys, tiny_policy):
     policy = tiny.saved(tmp_path / "policy", "llama", tiny_policy, vocab_size=600)
     assert started(tmp_path, policy, rows, 1) == 0

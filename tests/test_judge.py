@@ -70,6 +70,14 @@ def test_a_reward_model_prefers_what_it_scores_higher(tmp_path: Path) -> None:
     score = load_reward_model(str(tmp_path / "rm"), CPU)
     assert score(PYTHON, "one 0") == score([{"role": "user", "content": PYTHON}], "one 0") == pytest.approx(direct)
 
+    # Beyond the context the question is cut and not the answer, in both forms.
+    long = PYTHON * 9
+    assert score(long, "one 0") != score(long, "another 1")
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "rm")
+    plain = load_reward_model(str(tmp_path / "rm"), CPU)
+    assert len(tokenizer(long)["input_ids"]) > 256 and plain(long, "one 0") != plain(long, "another 1")
+
     config.num_labels = 2
     transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path / "rm")
     with pytest.raises(UserError, match="has 2 outputs; use a reward model, with one"):

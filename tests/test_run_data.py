@@ -13,6 +13,7 @@ import pytest
 import train_dpo
 from dpo.commandline import parse
 from dpo.data import example
+from dpo.errors import UserError
 from dpo.run_data import prepare_data
 from dpo.runtime.tracking import read_lines
 from dpo.setup import model_and_tokenizer
@@ -184,3 +185,9 @@ def test_a_run_without_validation_says_how_to_get_one(tmp_path):
         "no validation: data.validation is not set and data.train has no split validation or test; it has test_prefs:"
         " name one by data.validation_split",
     ]
+
+
+def test_a_split_beside_a_list_of_validation_sources_is_refused(capsys):
+    argv = ["--model.policy", "builtin:tiny", "--data.train", WORLD, "--data.validation_split", "other"]
+    with pytest.raises(UserError, match=r"data.validation_split is other and data.validation a list; give split to"):
+        parse([*argv, "--data.validation", json.dumps([{"path": WORLD, "name": "a"}])])

@@ -81,6 +81,22 @@ def test_answers_stop_where_training_has_ended_them(scorer):
     assert [listed(ends) for ends in (0, [0, 3], None)] == [[0], [0, 3], []]
 
 
+def test_prompts_of_unequal_lengths_are_answered_without_a_pad_token_and_an_end(scorer):
+    """As of a conversation's tokenizer whose template alone ends turns."""
+
+    class Endless(Words):
+        pad_token_id = eos_token_id = None
+
+    own = scorer.model.generation_config
+    scorer.model.generation_config = type(own)()
+    try:
+        found = answers_to([[5], [5, 6, 7]], scorer, Endless(), Decoding(4), CPU)
+        alone = [answers_to([prompt], scorer, Endless(), Decoding(4), CPU)[0] for prompt in ([5], [5, 6, 7])]
+    finally:
+        scorer.model.generation_config = own
+    assert [answer.ids.tolist() for answer in found] == [answer.ids.tolist() for answer in alone]
+
+
 def test_draws_depend_on_the_seed_alone(scorer):
     before = torch.get_rng_state()
     draw = lambda **how: [a.ids.tolist() for a in answers_to(PROMPTS, scorer, Words(), Decoding(8, **how), CPU)]  # noqa: E731

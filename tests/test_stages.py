@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
+import re
 import shutil
 import weakref
 from dataclasses import replace
@@ -95,6 +97,26 @@ def test_a_checkpoint_of_sft_is_not_begun_where_the_disk_lacks_room_for_it(tiny_
     assert train_dpo.main(arguments(tmp_path, tiny_policy, "--train.sft_epochs", "2", "--train.save_every", "1")) == 2
     assert "a checkpoint takes 0.00" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("checkpoints/sft*"))
+
+
+def test_the_speed_of_sft_after_a_resume_counts_the_steps_since(builtin, tmp_path, monkeypatch, capsys):
+    flags = ["--train.sft_epochs", "3", "--train.save_every", "3", "--log.every", "5", "--log.samples", "0"]
+    step = dpo.sft._step
+
+    def killed(policy, work, *rest):
+        if work.step == 3:
+            raise KeyboardInterrupt
+        return step(policy, work, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(dpo.sft, "_step", killed)
+        train_dpo.main(arguments(tmp_path, builtin, *flags))
+    clock = SimpleNamespace(perf_counter=itertools.count().__next__)  # a second from look to look
+    monkeypatch.setattr(dpo.sft, "time", clock)
+    capsys.readouterr()
+    assert train_dpo.main(arguments(tmp_path, builtin, *flags)) == 0
+    said = capsys.readouterr().err
+    assert "continuing SFT" in said and re.search(r"SFT 5/6 loss [\d.]+  2\.0 steps/s", said)
 
 
 def test_ranks_that_would_plan_other_micro_batches_are_stopped(tiny_policy, tmp_path, monkeypatch, capsys):

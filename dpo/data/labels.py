@@ -122,7 +122,7 @@ def _votes(row: Mapping[str, Any]) -> list[dict[str, Any] | Problem]:
     given = row.get("label")
     if given is None:
         given = [row[name] for name in sorted(row) if re.fullmatch(r"annotator\d+", name)]
-    votes = given if isinstance(given, list) else [given]
+    votes = [vote for vote in (given if isinstance(given, list) else [given]) if vote is not None]
     if not votes:
         raise Unusable(MISSING, f"there is neither 'label' nor 'annotator1'; the row has {', '.join(map(str, row))}")
     if wrong := [vote for vote in votes if isinstance(vote, bool) or vote not in (0, 1, 2)]:

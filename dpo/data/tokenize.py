@@ -183,6 +183,9 @@ def _tokenize(job: Job, folder: Path, source: str, stop_at_bad: bool) -> DataRep
         shutil.rmtree(draft, ignore_errors=True)
         raise
     digest.update(np.array(columns["lengths"], dtype=np.int64).tobytes())
+    margins = np.array(columns["margins"], dtype=np.float32)
+    if not np.isnan(margins).all():  # else the digest is that of the same pairs without ratings
+        digest.update(margins.tobytes())
     report.digest, report.pairs = digest.hexdigest(), len(columns["lengths"])
     report.prompt_tokens, report.chosen_tokens, report.rejected_tokens = np.sum(columns["lengths"], axis=0).tolist()
     report.seconds = time.monotonic() - started

@@ -49,7 +49,7 @@ def _explain(what: str, path: str, error: Exception, *, sharded: bool = False) -
     if Path(path).exists():
         where = "the folder, or name another" if not sharded else "zero_optimization in --config, or the folder"
         return UserError(f"{what} {path}: cannot be loaded: {text[:300]}; fix {where}")
-    if "local" in path or path.startswith((".", "/", "~")):
+    if path.startswith((".", "/", "~")):
         return UserError(f"{what} {path}: no such folder")
     return UserError(
         f"{what} {path}: neither a folder nor reachable on the hub; without network run once with --prepare_only where"
@@ -86,7 +86,7 @@ def load_config(path: str, *, revision: str | None = None, trust_remote_code: bo
     try:
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # each architecture's own code reads the values, and checks few of them
-        raise _explain("model.policy", path, error) from None
+        raise _explain("model", path, error) from None
 
 
 def fetch_weights(path: str, *, revision: str | None = None) -> Path | None:
@@ -108,7 +108,7 @@ def fetch_weights(path: str, *, revision: str | None = None) -> Path | None:
             snapshot_download(path, revision=revision, allow_patterns=["*.bin"])
         return folder
     except (OSError, ValueError) as error:
-        raise _explain("model.policy", path, error) from None
+        raise _explain("model", path, error) from None
 
 
 def check_weights(path: str) -> None:
@@ -124,7 +124,7 @@ def check_weights(path: str) -> None:
         return
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*model*.bin"))
     if not files:
-        raise UserError(f"model.policy {path}: no weights there; name a folder with .safetensors or pytorch_model.bin")
+        raise UserError(f"model {path}: no weights there; name a folder with .safetensors or pytorch_model.bin")
     for file in files:
         try:
             load_state_dict(str(file), map_location="meta")
@@ -179,7 +179,7 @@ def load_model(
             path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code, **quantized
         )
     except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError, SafetensorError) as error:
-        raise _explain("model.policy", path, error, sharded=sharded is not None) from None
+        raise _explain("model", path, error, sharded=sharded is not None) from None
     finally:
         del sharded
     modules: list[Any] = list(model.modules())
@@ -189,7 +189,7 @@ def load_model(
             module.support_avx512bf16_for_cpu = False
     fuse_gelu(model)
     if model.get_output_embeddings() is None:
-        raise UserError(f"model.policy {path}: {type(model).__name__} has no output embedding; use a causal LM")
+        raise UserError(f"model {path}: {type(model).__name__} has no output embedding; use a causal LM")
     return model.eval()
 
 

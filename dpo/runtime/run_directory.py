@@ -32,10 +32,11 @@ MAY_CHANGE = (
     "train.export_dtype", "train.resume", "train.output_dir", "train.tokens_per_micro_batch", "train.micro_batch_size",
     "train.sequence_parallel_size", "train.deterministic", "train.layout", "train.static_shapes",
     "model.gradient_checkpointing", "model.attention", "model.loss_in_forward", "model.vocabulary_multiple",
-    "model.compile", "data.workers", "data.cache_dir", "log.every", "log.backends", "log.samples", "log.sample_every",
-    "log.sample_tokens",
+    "model.compile", "data.workers", "data.cache_dir", "reference.cache_dir", "log.every", "log.backends",
+    "log.samples", "log.sample_every", "log.sample_tokens",
 )
-"""Settings that a continued run may change: none of them moves what a step computes."""
+"""Settings that a continued run may change: the steps that are done stay what they were. train.epochs and
+train.max_steps stretch the decay of the learning rate over the steps to come; no other moves what a step computes."""
 
 
 def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -98,7 +98,7 @@ def test_a_list_that_is_not_whole_is_a_bad_row(change: dict[str, Any], kind: str
     [
         ([1, 1, 2], [("x", "y", pytest.approx(1 / 3))]), ([2, 2, 2], [("y", "x", 1.0)]), (2, [("y", "x", 1.0)]),
         ([0, 0, 1], ["tie"]), ([0, 1, 2], ["tie"]), ([1, 2], ["tie"]), (0, ["tie"]),
-        ([2, 0, 2], [("y", "x", pytest.approx(2 / 3))]),
+        ([2, 0, 2], [("y", "x", pytest.approx(2 / 3))]), ([1, None, 1], [("x", "y", 1.0)]), ([None], ["missing field"]),
         ([1, 3], ["not a number"]), ([True], ["not a number"]), ([], ["missing field"]),
     ],
 )  # fmt: skip
