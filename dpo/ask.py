@@ -234,7 +234,10 @@ def _kl(options: Options, logratios: np.ndarray) -> str:
     mean = f"{logratios.mean():.3f} nats an answer"
     if options.temperature == 1 and options.top_p == 1:
         error = logratios.std(ddof=1) / np.sqrt(len(logratios)) if len(logratios) > 1 else float("nan")
-        return f"KL(policy, reference), estimated on {len(logratios)} drawn answers: {mean}, standard error {error:.3f}"
+        return (
+            f"KL(policy, reference) of answers of at most {options.max_tokens} tokens, estimated on {len(logratios)}"
+            f" drawn ones: {mean}, standard error {error:.3f}"
+        )
     how = "greedy" if options.temperature == 0 else f"temperature {options.temperature:g}, top_p {options.top_p:g}"
     return f"mean log-ratio of the policy's answers ({how}; a KL estimate only at temperature 1): {mean}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ def _closing(setup: Setup, tracker: Tracker, seconds: float) -> None:
     if source == "builtin:world" and len(samples) > 1 and all(example.knows(row["prompt"]) for row in samples):
         found = world_rewards(samples)
         rows.append(["reward of greedy answers", f"{found['reference']:.4f}", f"{found['policy']:.4f}"])
-        shares = f"{found['parsed']:.0%} parse, p = {found['p']:.1e}"
+        shares = f"{found['parsed']:.0%} parse" + ("" if math.isnan(found["p"]) else f", p = {found['p']:.1e}")
         tracker.say(f"greedy answers to {len(samples)} held-out prompts: {shares}")
     rows.append(["time of this start", "", f"{seconds / 60:.1f} min"])
     tracker.table("DPO: before and after", rows)

@@ -226,6 +226,8 @@ def start_models(setup: Setup, path: str, say: Callable[[str], None]) -> tuple[P
             deepspeed_engine.stop(score)
         return policy, frozen
     answer = online_with_tokens(scorer) if "tdpo" in setup.config.loss.names else online(score)
+    if wanted.sync_steps is not None:
+        return policy, _moving_reference(setup, policy, scorer, score, dtype, say)
     if mode != "adapter":
         return policy, FrozenReference(answer, answer, dtype, scorer)
     view = adapters.reference_view(model)
@@ -275,15 +277,15 @@ def _without_reference(setup: Setup, policy: Policy, say: Callable[[str], None])
     return policy, frozen
 
 
-def _cached_reference(
+def _scores_by(
     setup: Setup,
     policy: Policy,
     scorer: Scorer,
     score: Callable[[PackedBatch], Tensor],
     dtype: torch.dtype,
     say: Callable[[str], None],
-) -> FrozenReference:
-    """Scores of both data sets and answers to the sample prompts, after which no model is needed."""
+) -> Callable[[Pairs], Reference]:
+    """What a reference says of a data set as it stands, computed once and kept on disk."""
     weights = fingerprint(scorer.model)
     path = policy.attention + (", own head" if scorer.own_head else "")
     if setup.config.loss.ld_alpha is not None:
@@ -297,6 +299,38 @@ def _cached_reference(
         loader = setup.loader(pairs, policy.layout)
         return from_scores(cached_scores(score, loader, manifest, cache, setup.world, say), setup.world.device)
 
+    return scores
+
+
+def _moving_reference(
+    setup: Setup,
+    policy: Policy,
+    scorer: Scorer,
+    score: Callable[[PackedBatch], Tensor],
+    dtype: torch.dtype,
+    say: Callable[[str], None],
+) -> FrozenReference:
+    """A reference that will follow the policy. Evaluations and samples compare with what it says as it starts, since
+    rewards of two steps can be compared under one reference alone."""
+    validation: Reference = nothing
+    if setup.validation_pairs is not None:
+        validation = _scores_by(setup, policy, scorer, score, dtype, say)(setup.validation_pairs)
+    frozen = FrozenReference(online(score), validation, dtype, scorer)
+    if setup.config.log.samples:
+        frozen.answer(setup)
+    return frozen
+
+
+def _cached_reference(
+    setup: Setup,
+    policy: Policy,
+    scorer: Scorer,
+    score: Callable[[PackedBatch], Tensor],
+    dtype: torch.dtype,
+    say: Callable[[str], None],
+) -> FrozenReference:
+    """Scores of both data sets and answers to the sample prompts, after which no model is needed."""
+    scores = _scores_by(setup, policy, scorer, score, dtype, say)
     train = scores(setup.train_pairs)
     validation = train if setup.validation_pairs is None else scores(setup.validation_pairs)
     frozen = FrozenReference(train, validation, dtype, scorer)

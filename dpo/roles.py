@@ -93,6 +93,11 @@ def check_roles(config: Config, zero: dict[str, Any], *, for_elsewhere: bool) ->
             f"reference.sync_steps with reference.path {reference.path}: only the policy's own start can follow it;"
             f" leave one out"
         )
+    if reference.sync_steps is not None and "tdpo" in config.loss.names:
+        raise UserError(
+            "reference.sync_steps with loss.name tdpo, whose evaluations would need the whole distributions of the"
+            " reference as it was at the start; leave one out"
+        )
     if config.train.save_weights_only and adapted:
         raise UserError(
             "train.save_weights_only with adapters, whose checkpoints are small: the frozen weights are not in them;"

@@ -195,7 +195,7 @@ def world_rewards(rows: Sequence[dict[str, str]]) -> dict[str, float]:
         rows: As in `write_samples`; at least two.
     Returns:
         `reference` and `policy`: mean rewards; `parsed`: share of policy answers that are sentences of the world;
-        `p`: one-sided p-value of a paired test that the policy's are higher (normal approximation).
+        `p`: one-sided p-value of a paired test that the policy's are higher, a normal approximation; NaN below 30 rows.
     """
     before = [example.reward(row["prompt"], row["reference"]) for row in rows]
     after = [example.reward(row["prompt"], row["policy"]) for row in rows]
@@ -207,5 +207,5 @@ def world_rewards(rows: Sequence[dict[str, str]]) -> dict[str, float]:
         "reference": statistics.fmean(before),
         "policy": statistics.fmean(after),
         "parsed": statistics.fmean(float(example.parses(row["policy"])) for row in rows),
-        "p": 1 - statistics.NormalDist().cdf(z),
+        "p": 1 - statistics.NormalDist().cdf(z) if len(rows) >= 30 else math.nan,
     }

@@ -2,7 +2,9 @@
 
     reference <- alpha policy + (1 - alpha) reference        after every reference.sync_steps optimizer steps
 
-alpha 1 is the paper's hard update, less than 1 its soft one. Gorbatovski et al. 2024, arXiv:2404.09656, equations 3, 4.
+alpha 1 is the paper's hard update, less than 1 its soft one. The training loss is that of the reference as it stands;
+evaluations, and the answers beside the policy's, are of the reference as it was at the start. Gorbatovski et al. 2024,
+arXiv:2404.09656, equations 3 and 4.
 """
 
 from __future__ import annotations
@@ -24,13 +26,12 @@ def move_reference(reference: FrozenReference, policy: Policy, alpha: float) -> 
     """Move the reference towards the policy as it stands; collective.
 
     Args:
-        reference: With weights of its own; what is remembered of it is forgotten.
+        reference: With weights of its own.
         policy: Of the same architecture.
         alpha: Weight of the policy, in (0, 1].
     """
     assert reference.scorer is not None
     mix_into(reference.scorer, policy.scorer, alpha)
-    reference.answers = None
 
 
 def save_reference(reference: FrozenReference, world: World, folder: Path) -> None:

@@ -253,7 +253,6 @@ def _train_dpo(
             step = work.step + 1
             if sync_steps is not None and step % sync_steps == 0:
                 move_reference(reference, policy, config.reference.sync_alpha)
-                known_reference = remembered(reference.validation)
             tokens = state.num_tokens + work.num_tokens
             state = TrainState(step, tokens, running=loss.running, skipped=nonfinite.count)
             if step % config.log.every == 0 or step == total:

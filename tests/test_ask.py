@@ -167,7 +167,7 @@ def test_every_command_of_the_docs_runs(run: Path, tmp_path: Path, monkeypatch: 
         assert main([*words[3:], "--max_tokens", "3", "--output", "out.jsonl"]) == 0
         counts.append(len(read_records(tmp_path / "out.jsonl")[0]))
     assert counts == [len(DEFAULT_PROMPTS) + 4, 2, 2, 4]
-    assert "KL(policy, reference), estimated on 2 drawn answers" in capsys.readouterr().out
+    assert "tokens, estimated on 2 drawn ones" in capsys.readouterr().out
     judged = [words for words in commands if "--judge" in words]
     assert {words[words.index("--judge") + 1].split(":")[0] for words in judged} == {"heuristic", "reward", "openai"}
 

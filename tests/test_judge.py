@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 
 from dpo.errors import UserError
 from dpo.judge import Case, length_controlled, make_judge, wilson, win_rate
+from dpo.model.reward import load_reward_model
 from tests.data.tiny_tokenizers import tokenizer_of
 
 CPU = torch.device("cpu")
@@ -65,8 +67,6 @@ def test_a_reward_model_prefers_what_it_scores_higher(tmp_path: Path) -> None:
     text = f"<user>{PYTHON}<assistant>one 0"
     with torch.no_grad():
         direct = float(model(input_ids=torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])).logits)
-    from dpo.model.reward import load_reward_model
-
     score = load_reward_model(str(tmp_path / "rm"), CPU)
     assert score(PYTHON, "one 0") == score([{"role": "user", "content": PYTHON}], "one 0") == pytest.approx(direct)
 
@@ -78,10 +78,47 @@ def test_a_reward_model_prefers_what_it_scores_higher(tmp_path: Path) -> None:
     plain = load_reward_model(str(tmp_path / "rm"), CPU)
     assert len(tokenizer(long)["input_ids"]) > 256 and plain(long, "one 0") != plain(long, "another 1")
 
+    # Where the question has not enough to give, the answer loses its beginning.
+    assert plain("?", "one 0" * 99) != plain("?", "one 1" * 99)
+
     config.num_labels = 2
     transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path / "rm")
     with pytest.raises(UserError, match="has 2 outputs; use a reward model, with one"):
         make_judge(f"reward:{tmp_path}/rm", CPU)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_a_reward_model_gets_all_that_its_tokenizer_says(family: str, tmp_path: Path) -> None:
+    """BERT is told which text a token is of; RoBERTa has two positions fewer than its config says."""
+    words = {word: i for i, word in enumerate(["[UNK]", "[PAD]", "[CLS]", "[SEP]", *"abcdefgh"])}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = ["input_ids", *(["token_type_ids"] if family == "bert" else []), "attention_mask"]
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", model_input_names=names
+    )
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        family, vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=32, num_labels=1, pad_token_id=1, type_vocab_size=2 if family == "bert" else 1,
+        initializer_range=0.5,
+    )  # fmt: skip
+    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    model.save_pretrained(tmp_path / "rm")
+    tokenizer.save_pretrained(tmp_path / "rm")
+    score = load_reward_model(str(tmp_path / "rm"), CPU)
+
+    def own(prompt: str, answer: str) -> float:
+        with torch.no_grad():
+            return float(model(**tokenizer(prompt, answer, return_tensors="pt")).logits)
+
+    assert score("a b c", "d e") == pytest.approx(own("a b c", "d e"), abs=1e-6)
+    kept = 32 - 3 - 4 - (2 if family == "roberta" else 0)
+    cut = ("a b c " * 20)[-2 * kept :]
+    assert score("h " * 50 + "a b c " * 20, "d e f g") == pytest.approx(own(cut, "d e f g"), abs=1e-6)
 
 
 class Endpoint(ThreadingHTTPServer):

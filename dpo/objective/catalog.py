@@ -115,6 +115,12 @@ def complaint(names: Sequence[LossName], given: dict[str, Any]) -> str | None:
         return f"loss.name is {', '.join(names)}: sampo leaves tokens out, for every loss of a sum; use it alone"
     if given.get("reference_free") and "f_divergence" in given:
         return "loss.f_divergence is set with loss.reference_free; a divergence needs a reference, drop one of them"
+    squared = [name for name in names if name in ("ipo", "ipo_sum")]
+    if squared and given.get("f_divergence") in ("forward_kl", "alpha"):
+        return (
+            f"loss.f_divergence is {given['f_divergence']} with loss.name {squared[0]}, which squares it: e^45 has no"
+            f" square in fp32, and log-ratios of 45 nats are nothing unusual; use js or reverse_kl"
+        )
     return None
 
 

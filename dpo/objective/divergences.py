@@ -15,9 +15,15 @@ from torch.nn.functional import logsigmoid
 
 from dpo.objective.catalog import Divergence
 
-LARGEST_EXPONENT = 80.0
-"""exp of more is infinite in fp32: what holds an exponential saturates here, so that no difference of two infinities
-becomes NaN. TRL does so for the alpha divergence."""
+LARGEST_EXPONENT = 40.0
+"""From here on an exponential is its tangent: finite in fp32 for any log-ratio of an answer, and with a gradient that
+still says where to go."""
+
+
+def steady_exp(x: Tensor) -> Tensor:
+    """e^x, and beyond LARGEST_EXPONENT its tangent there."""
+    near = x.clamp(max=LARGEST_EXPONENT)
+    return near.exp() * (1 + x - near)
 
 
 def score(logratios: Tensor, divergence: Divergence, alpha: float = 0.5) -> Tensor:
@@ -40,10 +46,9 @@ def score(logratios: Tensor, divergence: Divergence, alpha: float = 0.5) -> Tens
     if divergence == "reverse_kl" or (divergence == "alpha" and abs(alpha - 1) < 1e-6):
         return logratios
     if divergence == "forward_kl":
-        return 1 - (-logratios).clamp(max=LARGEST_EXPONENT).exp()
+        return 1 - steady_exp(-logratios)
     if divergence == "js":
         return math.log(2) + logsigmoid(logratios)
     if divergence == "alpha":
-        exponents = ((alpha - 1) * logratios).clamp(max=LARGEST_EXPONENT)
-        return (exponents.exp() - 1) / (alpha - 1)
+        return (steady_exp((alpha - 1) * logratios) - 1) / (alpha - 1)
     raise KeyError(divergence)

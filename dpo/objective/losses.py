@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from dpo.objective.divergences import LARGEST_EXPONENT
+from dpo.objective.divergences import steady_exp
 
 
 def sigmoid(chosen: Tensor, rejected: Tensor, beta: float | Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -172,7 +172,7 @@ def discopop(chosen: Tensor, rejected: Tensor, beta: float, tau: float = 0.05) -
     """
     margins = beta * (chosen - rejected)
     blend = (margins / tau).sigmoid()
-    return -(1 - blend) * logsigmoid(margins) + blend * (-margins).clamp(max=LARGEST_EXPONENT).exp()
+    return -(1 - blend) * logsigmoid(margins) + blend * steady_exp(-margins)
 
 
 def dpop(chosen: Tensor, rejected: Tensor, beta: float, penalty: float = 50.0) -> Tensor:

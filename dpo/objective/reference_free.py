@@ -47,7 +47,8 @@ def simpo(
 
 
 def log_odds(mean_logps: Tensor) -> Tensor:
-    """log(p / (1 - p)) of p = exp(mean_logps), (P,); finite below log-prob 0."""
+    """log(p / (1 - p)) of p = exp(mean_logps), (P,); for a p that rounds to 1, infinite odds, the largest there are."""
+    mean_logps = mean_logps.clamp(max=-torch.finfo(mean_logps.dtype).eps)
     # log(1 - exp(x)), accurate on both sides of x = -log 2 (Maechler 2012, "Accurately computing log(1 - exp(-|a|))").
     small = mean_logps > -0.6931
     near_zero = torch.log(-torch.expm1(torch.where(small, mean_logps, torch.full_like(mean_logps, -0.5))))

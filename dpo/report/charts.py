@@ -16,7 +16,7 @@ CHARTS: tuple[tuple[str, tuple[tuple[str, str], ...], bool], ...] = (
     ("Accuracy", (("rewards/accuracies", ""),), False),
     ("Log-prob of a completion, nats", (("logps/chosen", "chosen"), ("logps/rejected", "rejected")), False),
     ("Reward", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected")), False),
-    ("KL estimate on the policy's answers, nats", (("samples/kl", ""),), False),
+    ("Log-ratio of the policy's answers, nats", (("samples/kl", ""),), False),
     ("Answers, tokens", (("samples/policy_tokens", "policy"), ("samples/reference_tokens", "reference")), False),
     ("Gradient norm, before clipping", (("grad_norm", ""),), True),
     ("Learning rate", (("learning_rate", ""),), False),

@@ -222,7 +222,7 @@ def _of_several(runs: Sequence[Content]) -> dict[str, Any]:
     return {"rows": rows, "changed": _changed_settings(runs), "shared": _shared_answers(runs)}
 
 
-FACTS = ("chosen log-prob fell, share", "margin and length, correlation", "calibration error", "KL estimate on answers")
+FACTS = ("chosen log-prob fell, share", "margin and length, correlation", "calibration error", "log-ratio of answers")
 
 
 def _facts(run: Content) -> dict[str, float | None]:

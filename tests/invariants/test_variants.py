@@ -138,12 +138,12 @@ def test_the_moving_reference_changes_what_follows_its_first_move_and_nothing_be
     moving, plain = ([line["loss"] for line in runs[name].lines if "loss" in line] for name in ("moving", "plain"))
     assert moving[:2] == plain[:2]
     assert all(abs(a - b) > 1e-3 for a, b in zip(moving[2:], plain[2:], strict=True))
-    # The evaluation after step 2 is made against the reference that has moved.
+    # The evaluation after step 2 is made against the reference as it was at the start.
     after = [
         [line["eval_loss"] for line in runs[name].lines if "eval_loss" in line and line["step"] == 2]
         for name in ("moving", "plain")
     ]
-    assert abs(after[0][0] - after[1][0]) > 1e-3
+    assert after[0] == after[1] and len(after[0]) == 1
 
 
 def moving_run(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -203,10 +203,18 @@ def test_a_checkpoint_without_the_moving_reference_is_refused(tiny_policy, tmp_p
     assert "is not used: reference.safetensors is missing; there is no whole checkpoint" in capsys.readouterr().err
 
 
-def test_samples_after_a_move_are_answers_of_the_reference_that_moved(tiny_policy, tmp_path):
+def test_after_a_move_evaluations_and_samples_compare_with_the_reference_of_the_start(tiny_policy, tmp_path):
+    """alpha 1: after step 2 the reference is the policy, under which every reward were 0; a resume changes nothing."""
     argv = [*common(tmp_path, tiny_policy), "--reference.sync_steps", "2", "--reference.sync_alpha", "1"]
     argv += ["--log.sample_every", "1", "--log.samples", "4", "--log.sample_tokens", "8", "--optim.lr", "1e-2"]
-    assert train_dpo.main([*argv, "--train.max_steps", "2", "--train.output_dir", str(tmp_path / "run")]) == 0
+    argv += ["--train.eval_every", "1", "--train.save_every", "1", "--train.output_dir", str(tmp_path / "run")]
+    for limit in ("3", "4"):
+        assert train_dpo.main([*argv, "--train.max_steps", limit]) == 0
     rows = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
-    same = {step: [r["reference"] == r["policy"] for r in rows if r["step"] == step] for step in (1, 2)}
-    assert not all(same[1]) and len(same[2]) == 4 and all(same[2])  # alpha 1: the reference is the policy
+    answers = {step: [row["reference"] for row in rows if row["step"] == step] for step in (1, 2, 3, 4)}
+    assert len(answers[1]) == 4 and all(answers[step] == answers[1] for step in answers)
+    lines = {line["step"]: line for line in read_lines(tmp_path / "run") if "eval_loss" in line}
+    assert lines[0]["eval_rewards/margins"] == 0
+    for line in (lines[step] for step in (1, 2, 3, 4)):
+        gained = line["eval_logps/chosen"] - lines[0]["eval_logps/chosen"]
+        assert line["eval_rewards/chosen"] == pytest.approx(0.1 * gained, abs=1e-4) and abs(gained) > 1e-2

@@ -43,6 +43,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"name": "dpop", "reference_free": True}, "loss.reference_free is True with loss.name dpop; it belongs to"),
     "a divergence from nothing": (
         {"reference_free": True, "f_divergence": "js"}, "loss.f_divergence is set with loss.reference_free; a diverg"),
+    "an exponential that is squared": (
+        {"name": ("sft", "ipo"), "f_divergence": "forward_kl"}, "loss.f_divergence is forward_kl with loss.name ipo,"),
     "sampled tokens for another loss": ({"name": ("sampo", "hinge")}, "loss.name is sampo, hinge: sampo leaves"),
     "twice the same": ({"name": ("sigmoid", "sigmoid")}, "loss.name names a loss twice (sigmoid, sigmoid); name it"),
     "weights that do not match": (

@@ -15,7 +15,7 @@ from dpo.objective.catalog import LOSSES
 from dpo.objective.divergences import score
 from dpo.objective.metrics import NAMES, averages, sums
 from dpo.objective.objective import Objective
-from dpo.objective.reference_free import log_odds
+from dpo.objective.reference_free import log_odds, orpo
 from dpo.types import Context, LossOutput, PairLogps
 
 LENGTHS = torch.tensor([2, 4]), torch.tensor([5, 1])
@@ -237,8 +237,9 @@ def test_a_divergence_is_0_and_of_slope_1_or_a_half_where_models_agree(divergenc
     assert value.item() == pytest.approx(0, abs=1e-15)
     assert z.grad.item() == pytest.approx(0.5 if divergence == "js" else 1.0)
     far = torch.tensor([-1e4], requires_grad=True)
-    if divergence == "alpha":  # saturates instead of overflowing
-        assert score(far, divergence, 0.5).isfinite().all()
+    value = score(far, divergence)
+    value.backward()
+    assert value.isfinite().all() and far.grad.item() > 0 or divergence == "js"
 
 
 @pytest.mark.parametrize("sides", [(-200.0, 0.0), (-200.0, -300.0)])
@@ -250,6 +251,16 @@ def test_exponentials_saturate_where_they_would_be_infinite(sides, settings):
     loss = Objective(LossConfig(beta=1.0, **settings))(policy, reference, Context(MEAN_LENGTH, {})).losses.sum()
     loss.backward()
     assert loss.isfinite() and chosen.grad.isfinite() and rejected.grad.isfinite()
+
+
+@pytest.mark.parametrize("logps", [(0.0, -1.0), (-1e-9, -1.0), (0.0, 0.0), (-1.0, 0.0)])
+def test_a_completion_that_is_certain_leaves_orpo_finite(logps):
+    """In fp32 a token's log-prob is 0 once its probability is above 1 - 6e-8."""
+    chosen, rejected = (torch.tensor([logp], requires_grad=True) for logp in logps)
+    one = torch.ones(1)
+    value = orpo(chosen, rejected, one, one, 1.0, 0.1)
+    value.sum().backward()
+    assert value.isfinite() and chosen.grad.isfinite() and rejected.grad.isfinite() and chosen.grad.item() < 0
 
 
 def test_log_odds_are_accurate_for_certain_and_for_hopeless_completions():
