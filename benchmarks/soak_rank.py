@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-import dpo.policy
+import dpo.frozen
 import dpo.reference_cache
 import dpo.runtime.checkpoint
 import dpo.runtime.engine
@@ -97,7 +97,7 @@ def run_rank(rank: int, world_size: int, port: int, folder: str, argv: list[str]
     _traced(dpo.train, "take_step", "step", write)
     _traced(dpo.train, "evaluate", "evaluation", write)
     _traced(dpo.train, "run_sft", "sft", write)
-    _traced(dpo.policy, "cached_scores", _build_or_check, write)
+    _traced(dpo.frozen, "cached_scores", _build_or_check, write)
     _traced(dpo.runtime.checkpoint, "save", "checkpoint", write)
     dpo.sft.save = dpo.runtime.checkpoint.save
     _traced(dpo.runtime.engine, "step", "update", write)

@@ -6,7 +6,9 @@ transcripts, else as they stand.
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,13 +22,14 @@ from dpo.commandline import parse
 from dpo.config import Config
 from dpo.data.boundary import encode_prompt
 from dpo.errors import UserError
+from dpo.inputs import changed_pairs
 from dpo.judge import Case, WinRate, make_judge, win_rate
 from dpo.model import adapters
 from dpo.model.forward import Scorer
 from dpo.model.load import load_model
 from dpo.runtime.distributed import World
 from dpo.runtime.files import read_records, write_whole
-from dpo.sample import Answer, Decoding, answer_logps, answers_to
+from dpo.sample import Answer, Decoding, answer_logps, answers_to, side_by_side
 from dpo.setup import Setup, prepare
 from dpo.types import Message
 
@@ -65,7 +68,9 @@ class Options:
     judge: str | None = None
     """Win rate by heuristic, reward:FOLDER or openai:MODEL."""
     output: str | None = None
-    """File for the answers; default: answers.jsonl in the run directory."""
+    """File for the answers; default: answers.jsonl in the run directory, or answers-2.jsonl and so on beside it."""
+    policy: str | None = None
+    """Model to ask in place of final/, such as an export of a checkpoint."""
 
     def __post_init__(self) -> None:
         checks = {
@@ -85,22 +90,28 @@ def sample(options: Options) -> None:
         UserError: The run, a prompt file, the judge or an option cannot be used; before a model is loaded.
     """
     run, out = Path(options.run), Console(highlight=False, soft_wrap=True)
-    config = _config(run)
+    config, output = _config(run, options.policy), _output(options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     judge = make_judge(options.judge, device) if options.judge else None
     setup = _setup(config, device)
+    for name in changed_pairs(setup):
+        out.print(f"{name} of {run} have changed since it was begun", markup=False)
     prompts, ids = _prompts(options, setup)
     old, new, own, base = _answers(options, run, setup, ids)
     cases = [Case(prompt, a.text, b.text) for prompt, a, b in zip(prompts, old, new, strict=True)]
     for case in cases[:SHOWN]:
-        text = f"\nprompt:    {_text(case.prompt).strip()}\nreference: {case.reference}\npolicy:    {case.policy}"
-        out.print(text, markup=False)
+        out.print(side_by_side(_text(case.prompt), case.reference, case.policy), markup=False)
+    decode = setup.tokenizer.decode
     rows: list[dict[str, Any]] = [
-        {"prompt": case.prompt, "reference": case.reference, "policy": case.policy, "logratio": float(p - r)}
-        for case, p, r in zip(cases, own, base, strict=True)
-    ]
-    output = Path(options.output or run / "answers.jsonl")
+        {
+            "prompt": case.prompt, "read": decode(answer.prompt_ids.tolist()), "reference": case.reference,
+            "policy": case.policy, "logratio": float(p - r),
+        }
+        for case, answer, p, r in zip(cases, new, own, base, strict=True)
+    ]  # fmt: skip
     _write(output, rows)
+    if options.validation is not None and len(setup.validation_pairs or ()) < options.validation:
+        out.print(f"\n{run} has no more than {len(setup.validation_pairs or ())} validation pairs", markup=False)
     out.print(f"\n{_kl(options, own - base)}\n{len(rows)} answers of each: {output}", markup=False)
     if judge:
         verdicts = judge(cases)
@@ -115,11 +126,28 @@ def _write(output: Path, rows: Sequence[dict[str, Any]]) -> None:
         raise UserError(f"{output} cannot be written: {error.strerror or error}; name another by --output") from None
 
 
-def _config(run: Path) -> Config:
+def _output(options: Options) -> Path:
+    """Where the answers go.
+
+    Raises:
+        UserError: If nothing can be written there.
+    """
+    numbered = (Path(options.run) / f"answers{'' if i == 1 else f'-{i}'}.jsonl" for i in itertools.count(1))
+    output = Path(options.output) if options.output else next(path for path in numbered if not path.exists())
+    if not os.access(output.parent, os.W_OK):
+        why = "cannot be written to" if output.parent.is_dir() else "is no folder"
+        raise UserError(f"{output}: {output.parent} {why}; name another file by --output")
+    return output
+
+
+def _config(run: Path, policy: str | None) -> Config:
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is no run directory: it has no config.yaml; give the folder of a run")
-    if not (run / "final").is_dir():
-        raise UserError(f"{run} has no final/: the run has not finished; give it the rest of its steps first")
+    if policy is None and not (run / "final").is_dir():
+        raise UserError(
+            f"{run} has no final/: the run has not finished; give it the rest of its steps, or --policy with an export"
+            f" of a checkpoint"
+        )
     return parse(["--recipe", str(run / "config.yaml")]).config
 
 
@@ -137,17 +165,21 @@ def _setup(config: Config, device: torch.device) -> Setup:
 
 def _prompts(options: Options, setup: Setup) -> tuple[list[Prompt], list[list[int]]]:
     """What is asked, and its token ids; those of validation prompts are the very ones of training."""
-    pairs = setup.train_pairs if setup.validation_pairs is None else setup.validation_pairs
-    example, template_options = setup.texts(pairs, 0).prompt, setup.config.data.chat_template_kwargs
+    pairs = setup.validation_pairs
+    if options.validation is not None and pairs is None:
+        raise UserError(f"--validation: {options.run} has no validation pairs; give --prompt or --file")
+    example, template_options = setup.texts(setup.train_pairs, 0).prompt, setup.config.data.chat_template_kwargs
     asked: list[Prompt] = [*options.prompt, *(_from_file(Path(options.file)) if options.file else [])]
     nothing = not asked and options.validation is None
     if nothing:
         asked = list(DEFAULT_PROMPTS)
     dressed = [_dressed(prompt, example) for prompt in asked]
     ids = [encode_prompt(setup.tokenizer, prompt, template_options=template_options) for prompt in dressed]
-    count = min(4 if nothing else options.validation or 0, len(pairs))
-    asked += [setup.texts(pairs, i).prompt for i in range(count)]
-    return asked, ids + [pairs[i].prompt_ids.tolist() for i in range(count)]
+    if pairs is not None:
+        count = min(4 if nothing else options.validation or 0, len(pairs))
+        asked += [setup.texts(pairs, i).prompt for i in range(count)]
+        ids += [pairs[i].prompt_ids.tolist() for i in range(count)]
+    return asked, ids
 
 
 def _dressed(prompt: Prompt, example: Prompt) -> Prompt:
@@ -189,7 +221,7 @@ def _answers(
 
     One model is on the device at a time.
     """
-    device, paths = setup.world.device, (_start_of(run, setup.config), str(run / "final"))
+    device, paths = setup.world.device, (_start_of(run, setup.config), options.policy or str(run / "final"))
     how = Decoding(options.max_tokens, options.temperature, options.top_p, options.seed, options.batch_size)
     scorers = [_scorer(path, setup) for path in paths]
     answers: list[list[Answer]] = []

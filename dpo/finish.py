@@ -15,9 +15,10 @@ from torch import Tensor
 from dpo.config import to_dict
 from dpo.data import example
 from dpo.data.mixture import Mixture
+from dpo.frozen import FrozenReference
 from dpo.model.forward import whole_rows
 from dpo.model.load import uncompiled
-from dpo.policy import FrozenReference, Policy
+from dpo.policy import Policy
 from dpo.report.card import closing_rows, model_card
 from dpo.report.figures import plot
 from dpo.report.page import Refresher, write_or_say
@@ -30,7 +31,7 @@ from dpo.runtime.files import read_records, write_whole
 from dpo.runtime.run_directory import versions
 from dpo.runtime.status import write_status
 from dpo.runtime.tracking import Tracker, read_lines
-from dpo.sample import Decoding, answer_logps, answers_to, world_rewards, write_samples
+from dpo.sample import Decoding, answer_logps, answers_to, side_by_side, world_rewards, write_samples
 from dpo.setup import Setup
 from dpo.types import PackedBatch
 
@@ -144,9 +145,8 @@ def _closing(setup: Setup, tracker: Tracker, seconds: float) -> None:
     lines = read_lines(run)
     plot(lines, run / "training_metrics.png")
     samples = _last_samples(run)
-    differing = [row for row in samples if row["reference"] != row["policy"]]
-    for row in (differing + samples)[:2]:
-        tracker.say(f"\nprompt:    {row['prompt'].strip()}\nreference: {row['reference']}\npolicy:    {row['policy']}")
+    for row in sorted(samples, key=lambda row: row["reference"] == row["policy"])[:2]:
+        tracker.say(side_by_side(row["prompt"], row["reference"], row["policy"]))
     rows = closing_rows(lines)
     source = setup.config.data.validation or setup.config.data.train
     if source == "builtin:world" and len(samples) > 1 and all(example.knows(row["prompt"]) for row in samples):

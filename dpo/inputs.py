@@ -35,11 +35,22 @@ def check_inputs(setup: Setup) -> None:
     only_main(setup.world, lambda: _check(setup))
 
 
-def _check(setup: Setup) -> None:
-    path, config = setup.run / "inputs.json", setup.config
-    now: dict[str, Any] = {
+def changed_pairs(setup: Setup) -> list[str]:
+    """Names of the data sets of a run that are no longer what it was begun on, as far as that is written down."""
+    before = _read(setup.run / "inputs.json") or {}
+    return [name for name, digests in _pairs(setup).items() if before.get(name, digests) != digests]
+
+
+def _pairs(setup: Setup) -> dict[str, list[str]]:
+    return {
         "training pairs": [one.report.digest for one in setup.data.train],
         "validation pairs": [one.report.digest for one in setup.data.validation],
+    }
+
+
+def _check(setup: Setup) -> None:
+    path, config = setup.run / "inputs.json", setup.config
+    now: dict[str, Any] = _pairs(setup) | {
         f"reference.path {config.reference.path}": _weights(config, config.reference.path, is_policy=False),
     }
     if setup.trains_adapters or not (setup.run / "reference").is_dir():  # after SFT its result is the start

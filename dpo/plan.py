@@ -18,8 +18,9 @@ from dpo.data.planner import num_tokens
 from dpo.errors import UserError, printable
 from dpo.estimate import STATES, memory
 from dpo.forecast import Rows, forecast, prepare_for
+from dpo.frozen import FrozenReference
 from dpo.objective.objective import Objective
-from dpo.policy import FrozenReference, Policy
+from dpo.policy import Policy
 from dpo.room import costliest
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.weights import num_parameters

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -186,6 +187,12 @@ def write_samples(run: Path, step: int, rows: Sequence[dict[str, str]]) -> None:
     kept = [row for row in read_records(path)[0] if row["step"] < step]
     lines = kept + [{"step": step} | row for row in rows]
     write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def side_by_side(prompt: str, reference: str, policy: str) -> str:
+    """A prompt and both answers for a terminal; runs of line breaks, which some policies end in, are two."""
+    texts = (re.sub(r"(\s*\n){3,}", "\n\n", text) for text in (prompt.strip(), reference, policy))
+    return "\nprompt:    {}\nreference: {}\npolicy:    {}".format(*texts)
 
 
 def world_rewards(rows: Sequence[dict[str, str]]) -> dict[str, float]:

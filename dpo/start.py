@@ -18,10 +18,11 @@ import torch
 from dpo.context import Scored, contexts_of, look_ahead
 from dpo.data.loader import StepBatches
 from dpo.errors import UserError
+from dpo.frozen import FrozenReference
 from dpo.model.check import counted_tokens
 from dpo.model.products import HALF
 from dpo.objective.objective import Objective
-from dpo.policy import FrozenReference, Policy
+from dpo.policy import Policy
 from dpo.runtime import distributed
 from dpo.runtime.tracking import Tracker
 from dpo.setup import Setup

@@ -14,12 +14,13 @@ from torch import Tensor
 from dpo.context import contexts_of, look_ahead
 from dpo.data.loader import StepBatches
 from dpo.estimate import peak_tflops, useful_flops
+from dpo.frozen import FrozenReference
 from dpo.model.forward import halves
 from dpo.model.shape import Shape, shape_of
 from dpo.nonfinite import Nonfinite, spoil
 from dpo.objective.metrics import averages, sums
 from dpo.objective.objective import Objective
-from dpo.policy import FrozenReference, Policy
+from dpo.policy import Policy
 from dpo.runtime import distributed, heartbeat
 from dpo.runtime import engine as deepspeed_engine
 from dpo.setup import Setup

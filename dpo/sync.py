@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dpo.errors import UserError
-from dpo.policy import FrozenReference, Policy
+from dpo.frozen import FrozenReference
+from dpo.policy import Policy
 from dpo.runtime.distributed import World, only_main, together
 from dpo.runtime.weights import full_state, mix_into, set_state
 

@@ -24,6 +24,7 @@ from dpo.errors import UserError
 from dpo.evaluate import ValidationShare, evaluate
 from dpo.export import final_dtype, save_checkpoint, write_weights
 from dpo.finish import card_of, closing, keep_evaluation, take_samples
+from dpo.frozen import FrozenReference, start_models
 from dpo.inputs import check_inputs
 from dpo.load_models import read_whole
 from dpo.model import adapters
@@ -33,7 +34,7 @@ from dpo.nonfinite import Nonfinite
 from dpo.objective.objective import Objective
 from dpo.out_of_memory import lowered_budget
 from dpo.plan import show_plan
-from dpo.policy import FrozenReference, Policy, start_models, start_policy
+from dpo.policy import Policy, start_policy
 from dpo.report.page import Refresher
 from dpo.runtime import checkpoint, distributed, heartbeat, preemption, run_directory
 from dpo.runtime import engine as deepspeed_engine

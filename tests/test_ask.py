@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from dpo.errors import UserError
 from dpo.model.head import logps_of_logits
 from dpo.runtime.files import read_records
 from dpo.runtime.tracking import read_lines
+from dpo.sample import side_by_side
 from tests import tiny
 from tests.data.tiny_tokenizers import tokenizer_of
 from tests.report.runs import HOSTILE
@@ -161,13 +163,14 @@ def test_every_command_of_the_docs_runs(run: Path, tmp_path: Path, monkeypatch: 
     found = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     commands = [shlex.split(line) for block in found for line in block.replace("\\\n", " ").splitlines()]
     local = [words for words in commands if words[0] == "python" and "--judge" not in words]
-    assert len(local) == 4
+    assert len(local) == 6 and main(local[0][3:]) == 0  # the export
     counts = []
-    for words in local:
+    for words in local[1:]:
         assert main([*words[3:], "--max_tokens", "3", "--output", "out.jsonl"]) == 0
         counts.append(len(read_records(tmp_path / "out.jsonl")[0]))
-    assert counts == [len(DEFAULT_PROMPTS) + 4, 2, 2, 4]
-    assert "tokens, estimated on 2 drawn ones" in capsys.readouterr().out
+    assert counts == [4, len(DEFAULT_PROMPTS) + 4, 2, 2, 4]
+    said = capsys.readouterr().out
+    assert "tokens, estimated on 2 drawn ones" in said and "has no more than 4 validation pairs" in said
     judged = [words for words in commands if "--judge" in words]
     assert {words[words.index("--judge") + 1].split(":")[0] for words in judged} == {"heuristic", "reward", "openai"}
 
@@ -214,7 +217,50 @@ def test_answers_are_kept_where_the_judge_fails(run, tmp_path, monkeypatch, caps
     asked = ["--prompt", "Hi", "--judge", "heuristic", "--max_tokens", "5", "--output", str(output)]
     assert main(["sample", str(run), *asked]) == 2
     (row,) = read_records(output)[0]
-    assert set(row) == {"prompt", "reference", "policy", "logratio"} and "the judge is ill" in capsys.readouterr().err
+    assert set(row) == {"prompt", "read", "reference", "policy", "logratio"}
+    assert "the judge is ill" in capsys.readouterr().err
+
+
+def test_answers_that_are_there_already_are_kept(run, capsys):
+    before = {path.name: path.read_text() for path in run.glob("answers*.jsonl")}
+    for _ in range(2):
+        assert main(["sample", str(run), "--prompt", "Hi", "--max_tokens", "2"]) == 0
+    made = sorted(path.name for path in run.glob("answers*.jsonl") if path.name not in before)
+    assert len(made) == 2 and f"{run}/{made[1]}" in capsys.readouterr().out
+    assert all((run / name).read_text() == text for name, text in before.items())
+    for name in made:
+        (run / name).unlink()
+
+
+def test_validation_prompts_are_never_those_of_training(run, tmp_path, capsys):
+    alone = changed(run, tmp_path / "run", data={"validation": None, "validation_split": None})
+    assert main(["sample", str(alone), "--validation", "2", "--max_tokens", "2"]) == 2
+    assert "has no validation pairs; give --prompt or --file" in capsys.readouterr().err
+    output = tmp_path / "out.jsonl"
+    assert main(["sample", str(alone), "--max_tokens", "2", "--output", str(output)]) == 0
+    assert [row["prompt"] for row in read_records(output)[0]] == list(DEFAULT_PROMPTS)
+
+
+def test_a_prompt_is_kept_as_it_was_read_and_changed_data_is_told(run, tmp_path, capsys):
+    short = changed(run, tmp_path / "run", data={"max_length": 60, "max_prompt_length": 30})
+    shutil.copy(run / "inputs.json", short / "inputs.json")
+    output = tmp_path / "out.jsonl"
+    assert main(["sample", str(short), "--validation", "1", "--max_tokens", "2", "--output", str(output)]) == 0
+    (row,) = read_records(output)[0]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run / "final")
+    assert len(tokenizer(row["read"], add_special_tokens=False)["input_ids"]) <= 60 < len(row["prompt"][0]["content"])
+    assert "validation pairs of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("texts", "shown"),
+    [
+        (("a ", "b\n\n\n \n\nc", "\n" * 40), "\nprompt:    a\nreference: b\n\nc\npolicy:    \n\n"),
+        (("a", "b\n\nc", "d"), "b\n\nc"),
+    ],
+)
+def test_line_breaks_without_end_do_not_fill_the_terminal(texts: tuple[str, str, str], shown: str) -> None:
+    assert shown in side_by_side(*texts)
 
 
 def test_the_default_prompts_hold_the_one_that_everybody_asks() -> None:
@@ -234,6 +280,7 @@ def test_the_default_prompts_hold_the_one_that_everybody_asks() -> None:
         (["RUN", "--temperature", "-1"], "--temperature is -1.0; use 0 or more"),
         (["RUN", "--top_p", "0"], "--top_p is 0.0; use a number above 0, at most 1"),
         (["RUN", "--max_tokens", "0"], "--max_tokens is 0; use at least 1"),
+        (["RUN", "--output", "no/x.jsonl"], "no/x.jsonl: no is no folder; name another file by --output"),
         (["RUN", "--prompt"], "--prompt: expected one argument"),
         ([], "run"),
     ],

@@ -197,6 +197,10 @@ def test_a_verb_does_what_is_shown(command, inside, capsys):
             shutil.copytree("runs/mine", run, dirs_exist_ok=True)
         else:
             have(run)
+    if "--to" in rest:
+        shutil.rmtree(rest[rest.index("--to") + 1], ignore_errors=True)
+    if "--policy" in rest and not Path(rest[rest.index("--policy") + 1]).is_dir():
+        shutil.copytree("runs/mine/final", rest[rest.index("--policy") + 1])
     rest += [word for pair in SMALL.get(verb, {}).items() for word in pair]
     assert main([verb, *rest]) == 0
     assert capsys.readouterr().out.strip()

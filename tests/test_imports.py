@@ -25,8 +25,8 @@ ORDER = [
     "runtime.trackers", "runtime.tracking",
     "report.pairs", "report.content", "report.figures", "report.charts", "report.panels", "report.card", "report.page",
     "reference_cache", "sample", "estimate", "run_data", "roles", "setup", "audit", "inputs", "load_models", "policy",
-    "room", "out_of_memory", "budget", "sync", "nonfinite", "context", "start", "step", "export", "sft", "evaluate",
-    "spread", "forecast", "plan", "judge", "ask", "export_run", "finish", "train", "__main__",
+    "frozen", "room", "out_of_memory", "budget", "sync", "nonfinite", "context", "start", "step", "export", "sft",
+    "evaluate", "spread", "forecast", "plan", "judge", "ask", "export_run", "finish", "train", "__main__",
 ]  # fmt: skip
 OWNERS = {
     "datasets": {"data.sources"},

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-import dpo.policy
+import dpo.frozen
 import dpo.train
 import train_dpo
 from dpo import reference_cache
@@ -191,7 +191,7 @@ def test_a_copy_made_to_score_is_freed_before_training(tiny_policy, tmp_path, mo
         alive.append(copies[0]() is not None)
         step(*args)
 
-    monkeypatch.setattr(dpo.policy.load, "frozen_copy", copied)
+    monkeypatch.setattr(dpo.frozen.load, "frozen_copy", copied)
     monkeypatch.setattr(dpo.train, "take_step", looked)
     for mode in ("cached", "online"):
         copies.clear()
@@ -218,7 +218,7 @@ def test_scores_of_products_in_fp32_and_in_bf16_have_caches_of_their_own(tiny_po
 
 
 def test_a_sharded_copy_made_to_score_gives_its_memory_back_before_training(tiny_policy, tmp_path, monkeypatch):
-    start, step = dpo.policy.deepspeed_engine.start_frozen, dpo.train.take_step
+    start, step = dpo.frozen.deepspeed_engine.start_frozen, dpo.train.take_step
     parameters: list[torch.nn.Parameter] = []
     held: list[int] = []
 
@@ -231,7 +231,7 @@ def test_a_sharded_copy_made_to_score_gives_its_memory_back_before_training(tiny
         held.append(sum(p.ds_tensor.untyped_storage().nbytes() + p.untyped_storage().nbytes() for p in parameters))
         return step(*args)
 
-    monkeypatch.setattr(dpo.policy.deepspeed_engine, "start_frozen", started)
+    monkeypatch.setattr(dpo.frozen.deepspeed_engine, "start_frozen", started)
     monkeypatch.setattr(dpo.train, "take_step", looked)
     code = train_dpo.main(arguments(
         tmp_path, tiny_policy, "--config", "ds_configs/zero3.json", "--reference.mode", "cached", "--reference.dtype",

@@ -143,7 +143,7 @@ def test_samples_with_any_text_are_one_line_each_and_can_be_read_again(tmp_path:
 OTHER_ANSWERS = """
 import sys
 import torch.distributed as dist
-import dpo.finish, dpo.policy, train_dpo
+import dpo.finish, dpo.frozen, train_dpo
 from dataclasses import replace
 from tests.invariants.jobs import without_drawings
 without_drawings()
@@ -154,7 +154,7 @@ def scored(score, after, before, *more):
     sizes = [len(answer.ids) for answer in [*after, *before]]
     print(f"rank {dist.get_rank()} scores {sizes}", flush=True)
     return answer_logps(score, after, before, *more)
-dpo.finish.answers_to = dpo.policy.answers_to = own
+dpo.finish.answers_to = dpo.frozen.answers_to = own
 dpo.finish.answer_logps = scored
 sys.exit(train_dpo.main(sys.argv[1:]))
 """

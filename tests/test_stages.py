@@ -18,8 +18,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import dpo.ask
+import dpo.frozen
 import dpo.load_models
-import dpo.policy
 import dpo.setup
 import dpo.sft
 import dpo.train
@@ -51,7 +51,7 @@ def arguments(folder: Path, policy: object, *more: str) -> list[str]:
 def test_a_reference_that_overflows_in_fp16_takes_the_policys_dtype(tiny_policy, tmp_path, monkeypatch, capsys):
     """fp16 is what auto takes on a GPU; an embedding of 1e5 is infinite in it."""
     policy, half = shutil.copytree(tiny_policy, tmp_path / "policy"), torch.float16
-    monkeypatch.setattr(dpo.policy, "reference_dtype", lambda *_, **__: (half, "half the memory"))
+    monkeypatch.setattr(dpo.frozen, "reference_dtype", lambda *_, **__: (half, "half the memory"))
     assert train_dpo.main(arguments(tmp_path / "plain", policy)) == 0
     assert "reference: online, float16 (half the memory)" in capsys.readouterr().err
     weights = load_file(policy / "model.safetensors")
@@ -190,13 +190,13 @@ def test_under_zero_3_the_reference_has_the_dtype_asked_for(
     tiny_policy, sharded, precision, dtype, tmp_path, monkeypatch
 ):
     seen = []
-    start = dpo.policy.deepspeed_engine.start_frozen
+    start = dpo.frozen.deepspeed_engine.start_frozen
 
     def looked(module, config):
         seen.extend({str(p.dtype) for p in module.parameters()})
         return start(module, config)
 
-    monkeypatch.setattr(dpo.policy.deepspeed_engine, "start_frozen", looked)
+    monkeypatch.setattr(dpo.frozen.deepspeed_engine, "start_frozen", looked)
     flags = ["--config", sharded, "--train.precision", precision, "--reference.dtype", dtype]
     assert train_dpo.main(arguments(tmp_path, tiny_policy, *flags)) == 0
     assert seen == [{"bf16": "torch.bfloat16", "fp32": "torch.float32"}[dtype]]
