@@ -486,7 +486,7 @@ class TrainConfig:
     """Precision of the policy's weights and products (some CPUs multiply bf16 in fp32). auto: bf16 on a GPU that has
     it, else fp16; fp32 on a CPU."""
     eval_every: int | Literal["epoch"] = "epoch"
-    """Steps between evaluations, or epoch; there is always one at the start and one at the end."""
+    """Steps between evaluations, of SFT too, or epoch; there is always one at the start and one at the end."""
     save_every: int | Literal["epoch"] = "epoch"
     """Steps between checkpoints, or epoch."""
     keep_checkpoints: int = 2

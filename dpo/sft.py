@@ -1,6 +1,7 @@
 """Supervised fine-tuning on chosen completions before DPO; its result is frozen as the reference.
 
-The loss of a step is the mean negative log-prob of the chosen completion tokens of its global batch, in nats per token.
+The loss of a step is the mean negative log-prob of the chosen completion tokens of its global batch, in nats per token;
+that of validation is the same over the chosen completions of all validation pairs.
 The stage writes `reference/` in the run directory. A run killed before that folder is whole continues the stage from
 its newest checkpoint; one killed after never repeats it, and never takes later weights for the reference.
 """
@@ -9,13 +10,15 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dpo.budget import fit_budget
-from dpo.data.loader import StepBatches
+from dpo.data.loader import StepBatches, whole_pass
 from dpo.data.planner import Layout, num_tokens
 from dpo.export import save_checkpoint, write_weights
 from dpo.load_models import read_whole
@@ -29,9 +32,9 @@ from dpo.runtime.distributed import only_main, sum_over_ranks
 from dpo.runtime.folders import drop
 from dpo.runtime.schedule import due, learning_rate
 from dpo.runtime.status import write_status
-from dpo.runtime.tracking import Tracker, keep_lines
+from dpo.runtime.tracking import Tracker, keep_lines, read_lines
 from dpo.setup import Setup
-from dpo.types import TrainState
+from dpo.types import PackedBatch, TrainState
 
 
 def run_sft(setup: Setup, tracker: Tracker) -> None:
@@ -39,7 +42,8 @@ def run_sft(setup: Setup, tracker: Tracker) -> None:
 
     Args:
         setup: The run; train.sft_epochs >= 1.
-        tracker: For progress and metrics, under sft_ names.
+        tracker: For progress and metrics: `sft_step`, `sft_epoch`, `sft_loss`, of validation `eval_sft_loss`, and
+            `grad_norm`, `learning_rate`, `num_tokens`.
     Raises:
         Preempted: On every rank, if any was asked to stop; the stage is checkpointed.
         UserError: If a loss or gradient is not finite and the run is not to go on.
@@ -95,6 +99,18 @@ def _train(
         sums += sums.new_tensor(state.unlogged)
     tokens_seen, since, before = state.num_tokens, time.perf_counter(), state.step
     nonfinite = Nonfinite(setup, "sft_step", tracker.say, state.skipped)
+    held_out, per_epoch = _held_out(setup, layout), setup.epochs.steps_per_epoch
+
+    def evaluate_after(step: int) -> None:
+        if not held_out or not (step == total or due(step, config.train.eval_every, per_epoch)):
+            return
+        heartbeat.at(f"in the evaluation after SFT step {step}")
+        loss = _loss_of(policy, held_out, world.device)
+        tracker.record({"sft_step": step, "sft_epoch": step / per_epoch, "eval_sft_loss": loss})
+        tracker.say(f"SFT step {step}: eval_sft_loss {loss:.4f}")
+
+    if not only_main(world, lambda: any(_is_evaluation_of(line, state.step) for line in read_lines(setup.run))):
+        evaluate_after(state.step)
     for work in loader.steps(state.step, total):
         lr = learning_rate(
             work.step, total=total, peak=config.optim.peak_sft_lr, schedule=config.optim.schedule,
@@ -110,7 +126,7 @@ def _train(
             tracker.record(
                 {
                     "sft_step": done,
-                    "sft_epoch": done / setup.epochs.steps_per_epoch,
+                    "sft_epoch": done / per_epoch,
                     "sft_loss": loss,
                     "grad_norm": grad_norm,
                     "learning_rate": lr,
@@ -122,7 +138,9 @@ def _train(
             tracker.progress("SFT", done, total, f"loss {loss:.4f}  {rate:.1f} steps/s")
             sums.zero_()
             since, before = now, done
-        if stop or due(done, config.train.save_every, setup.epochs.steps_per_epoch) and done < total:
+        if not stop:
+            evaluate_after(done)
+        if stop or due(done, config.train.save_every, per_epoch) and done < total:
             unlogged = tuple(sum_over_ranks(sums.clone()).tolist())
             here = TrainState(done, tokens_seen, unlogged, skipped=nonfinite.count)
             save_checkpoint(setup, policy, here, kind="sft")
@@ -131,6 +149,27 @@ def _train(
         preemption.stop_if(stop)
         heartbeat.at(f"waiting for the rows of SFT step {done + 1}", in_step=True)
     heartbeat.at("writing the result of SFT")
+
+
+def _is_evaluation_of(line: dict[str, Any], step: int) -> bool:
+    return line.get("sft_step") == step and "eval_sft_loss" in line
+
+
+def _held_out(setup: Setup, layout: Layout) -> list[PackedBatch]:
+    """This rank's micro-batches of the validation pairs' chosen completions."""
+    pairs = setup.validation_pairs
+    return [] if pairs is None else whole_pass(setup.loader(pairs, layout), range(len(pairs)))
+
+
+@torch.no_grad()
+def _loss_of(policy: Policy, batches: Sequence[PackedBatch], device: torch.device) -> float:
+    """Mean negative log-prob of the target tokens of all ranks' batches, nats a token; collective."""
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for batch in batches:
+        sums[0] -= policy.score(batch.to(device)).sum()
+        sums[1] += len(batch.target_ids)
+    nll, tokens = sum_over_ranks(sums).tolist()
+    return nll / tokens
 
 
 def _step(

@@ -30,6 +30,7 @@ from dpo.data.planner import Costs
 from dpo.errors import UserError
 from dpo.model import products
 from dpo.model.shape import steady_length
+from dpo.report.pairs import COLUMNS, read_pairs
 from dpo.roles import reference_dtype
 from dpo.runtime import checkpoint
 from dpo.runtime.tracking import read_lines
@@ -97,6 +98,38 @@ def test_a_checkpoint_of_sft_is_not_begun_where_the_disk_lacks_room_for_it(tiny_
     assert train_dpo.main(arguments(tmp_path, tiny_policy, "--train.sft_epochs", "2", "--train.save_every", "1")) == 2
     assert "a checkpoint takes 0.00" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("checkpoints/sft*"))
+
+
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_sft_is_evaluated_as_dpo_finds_its_result_and_a_resume_repeats_no_evaluation(layout, builtin, tmp_path):
+    flags = ["--train.sft_epochs", "2", "--train.eval_every", "3", "--train.save_every", "3", "--log.samples", "0"]
+    flags += ["--train.layout", layout, "--data.validation_limit", "7"]
+    assert train_dpo.main(arguments(tmp_path, builtin, *flags)) == 0
+    lines = read_lines(tmp_path / "run")
+    found = {line["sft_step"]: line["eval_sft_loss"] for line in lines if "eval_sft_loss" in line}
+    assert list(found) == [0, 3, 4] and found[0] > found[3] > found[4]
+    first, _ = read_pairs(tmp_path / "run")
+    of = dict(zip(COLUMNS, first.values.T, strict=True))
+    mean = -of["reference_chosen_logps"].sum() / of["chosen_length"].sum()
+    assert first.step == 0 and len(first.values) == 7 and found[4] == pytest.approx(mean, rel=1e-6)
+
+
+def test_an_evaluation_of_sft_that_a_stop_kept_from_being_made_is_made_by_the_next_start(
+    builtin, tmp_path, monkeypatch
+):
+    flags = ["--train.sft_epochs", "2", "--train.eval_every", "2", "--train.save_every", "9", "--log.samples", "0"]
+    step = dpo.sft._step
+
+    def stopped(policy, work, *rest):
+        return step(policy, work, *rest)[0], work.step == 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dpo.sft, "_step", stopped)
+        assert train_dpo.main(arguments(tmp_path, builtin, *flags)) == 75
+    for _ in range(2):
+        assert train_dpo.main(arguments(tmp_path, builtin, *flags)) == 0
+        steps = [line["sft_step"] for line in read_lines(tmp_path / "run") if "eval_sft_loss" in line]
+        assert steps == [0, 2, 4]
 
 
 def test_the_speed_of_sft_after_a_resume_counts_the_steps_since(builtin, tmp_path, monkeypatch, capsys):

@@ -184,7 +184,11 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
     axes = list(figure.subplots(1, len(panels) + bool(sft)))
     if sft:
         axis = axes.pop(0)
-        axis.plot([line["sft_step"] for line in sft], [line["sft_loss"] for line in sft], label="train")
+        axis.plot(*series(lines, "sft_loss", "sft_step"), label="train")
+        steps, values = series(lines, "eval_sft_loss", "sft_step")
+        if steps:
+            axis.plot(steps, values, marker="o", label="validation")
+            axis.legend()
         axis.set(title="SFT loss (nats per token)", xlabel="SFT step")
         axis.grid(alpha=0.3)
     for axis, (name, title) in zip(axes, panels, strict=True):

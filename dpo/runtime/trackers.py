@@ -40,7 +40,7 @@ def named(line: Line) -> tuple[str, int, dict[str, float]]:
     axis = "sft/step" if "sft_step" in line else "step"
     numbers = {k: v for k, v in line.items() if isinstance(v, int | float) and k not in ("step", "sft_step")}
     if axis == "sft/step":
-        numbers = {f"sft/{name.removeprefix('sft_')}": value for name, value in numbers.items()}
+        numbers = {f"sft/{name.replace('sft_', '')}": value for name, value in numbers.items()}
     return axis, int(line["sft_step" if axis == "sft/step" else "step"]), numbers
 
 

@@ -64,6 +64,7 @@ EXPECTED = {
 def test_sft_has_names_and_an_axis_of_its_own() -> None:
     assert named({"step": 4, "loss": None, "x": 0.5}) == ("step", 4, {"x": 0.5})
     line = {"sft_step": 6, "sft_loss": 2.0, "sft_epoch": 0.5, "learning_rate": 1e-3}
+    assert named({"sft_step": 6, "eval_sft_loss": 2.5}) == ("sft/step", 6, {"sft/eval_loss": 2.5})
     assert named(line) == ("sft/step", 6, {"sft/loss": 2.0, "sft/epoch": 0.5, "sft/learning_rate": 1e-3})
 
 
