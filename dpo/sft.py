@@ -54,6 +54,8 @@ def run_sft(setup: Setup, tracker: Tracker) -> None:
     policy = start_policy(setup, config.model.policy, for_sft=True)
     for note in policy.notes:
         tracker.say(note)
+    derived = "" if config.optim.sft_lr is not None else ", 20 x optim.lr (optim.sft_lr)"
+    tracker.say(f"SFT: {config.train.sft_epochs} epochs, learning rate {config.optim.peak_sft_lr:g}{derived}")
     total = config.train.sft_epochs * setup.epochs.steps_per_epoch
     state = _resume(setup, policy, total, tracker)
     # One causal call per row serves a model that cannot attend in segments; else chosen sequences are packed.

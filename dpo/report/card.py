@@ -62,18 +62,19 @@ def model_card(
     sft = f" after {config['train']['sft_epochs']} SFT epoch(s)" if config["train"]["sft_epochs"] else ""
     loss = config["loss"]
     names: list[Any] = [loss["name"]] if isinstance(loss["name"], str) else loss["name"]
-    method = "by Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290), loss"
+    method, by = "by Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290), loss", "DPO"
     if names != ["sigmoid"]:
         method = "under the objective"
+    beta = "" if names == ["sft"] else f", beta {loss['beta']}"
     gained = "gained more log-probability over the reference"
     if not needs_reference(names, loss.get("reference_free", False)):
+        by = code(" + ".join(names))
         gained = "has the higher reward (beta times its log-probability, per token for simpo and orpo)"
     known = _table([["", ""], *([name, code(value)] for name, value in facts.items())]) if facts else ""
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        f"# {_escaped(Path(policy).name)} trained with DPO",
-        f"{code(policy)} trained{what}{sft} on the preferences of {data} {method} {code(' + '.join(names))},"
-        f" beta {loss['beta']}.",
+        f"# {_escaped(Path(policy).name)} trained with {by}",
+        f"{code(policy)} trained{what}{sft} on the preferences of {data} {method} {code(' + '.join(names))}{beta}.",
         "## Metrics",
         _table(closing_rows(lines)),
         f"Accuracy: share of pairs whose chosen completion {gained} than the rejected one; a tie counts one half."

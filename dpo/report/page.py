@@ -17,6 +17,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from dpo.config import OptimConfig
 from dpo.errors import UserError
 from dpo.report import panels
 from dpo.report.card import closing_rows
@@ -216,10 +217,12 @@ def _of_several(runs: Sequence[Content]) -> dict[str, Any]:
     for name, title in (("loss", "loss"), ("rewards/margins", "reward margin"), ("rewards/accuracies", "accuracy")):
         for kind, prefix in (("validation", "eval_"), ("training", "")):
             rows.append((f"{title}, {kind}, last", [_last_value(run, prefix + name) for run in runs]))
+    rows.append(("accuracy, validation, best", [_best(run, "eval_rewards/accuracies") for run in runs]))
     of_pairs = [_facts(run) for run in runs]
     rows += [(title, [facts.get(title) for facts in of_pairs]) for title in FACTS]
     rows.append(("pairs a second, last", [_last_value(run, "perf/pairs_per_second") for run in runs]))
-    return {"rows": rows, "changed": _changed_settings(runs), "shared": _shared_answers(runs)}
+    changed = _changed_settings(runs)
+    return {"rows": rows, "changed": changed, "warnings": _warnings(runs, changed), "shared": _shared_answers(runs)}
 
 
 FACTS = ("chosen log-prob fell, share", "margin and length, correlation", "calibration error", "log-ratio of answers")
@@ -238,9 +241,39 @@ def _last_value(run: Content, name: str) -> float | None:
     return next((line[name] for line in reversed(run.lines) if line.get(name) is not None), None)
 
 
+def _best(run: Content, name: str) -> str | None:
+    """The highest value of a metric and its step, the later of equals."""
+    found = [(line[name], line["step"]) for line in run.lines if line.get(name) is not None]
+    return "{:.4g} at step {}".format(*max(found)) if found else None
+
+
+OF_SFT = ("model.", "data.", "optim.", "train.")
+"""Sections whose settings an SFT stage depends on."""
+
+
+def _warnings(runs: Sequence[Content], changed: Sequence[tuple[str, list[Any]]]) -> list[str]:
+    """What cannot be compared between the runs."""
+    names, found = [name for name, _ in changed], []
+    if any(name.startswith("loss.") for name in names):
+        found.append(
+            "The objectives differ: their losses cannot be compared, margins scale with beta, and accuracies can be"
+            " compared where all have a reference or none has."
+        )
+    own = [run for run in runs if run.setting("train.sft_epochs")]
+    if own and any(name.startswith(OF_SFT) for name in names):
+        found.append(
+            "A run with train.sft_epochs has made the reference that its rewards are measured from, under settings"
+            " that differ here. To share one: --model.policy RUN/reference --train.sft_epochs 0."
+        )
+    return found
+
+
 def _changed_settings(runs: Sequence[Content]) -> list[tuple[str, list[Any]]]:
-    """Settings in which the runs differ, output_dir aside."""
+    """Settings in which the runs differ, output_dir aside; where there was an SFT stage, with the rate that it took."""
     flat = [{f"{s}.{k}": v for s, keys in run.config.items() for k, v in (keys or {}).items()} for run in runs]
+    for settings in flat:
+        if settings.get("train.sft_epochs") and settings.get("optim.sft_lr") is None and "optim.lr" in settings:
+            settings["optim.sft_lr"] = float(f"{OptimConfig(lr=settings['optim.lr']).peak_sft_lr:.9g}")
     names = [name for name in dict.fromkeys(n for f in flat for n in f) if name != "train.output_dir"]
     rows = [(name, [f.get(name) for f in flat]) for name in names]
     return [(name, values) for name, values in rows if any(value != values[0] for value in values)]

@@ -226,8 +226,10 @@ def _candidates(run: Path, resume: str, kind: str) -> list[Path]:
         return folders[::-1]
     folder = Path(resume).resolve()
     if folder not in [c.resolve() for c in folders]:
+        there = ", ".join(found.name for found in folders)
         raise UserError(
-            f"train.resume {resume} is no checkpoint of {run}; give a folder such as {run}/checkpoints/step-000200"
+            f"train.resume {resume} is no checkpoint of {run}; "
+            + (f"it has {there} in {run}/checkpoints" if there else "it has none")
         )
     return [run / "checkpoints" / folder.name]
 

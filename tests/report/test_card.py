@@ -10,7 +10,7 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from dpo.config import Config, DataConfig, ModelConfig, TrainConfig, to_dict
+from dpo.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig, to_dict
 from dpo.report.card import closing_rows, code, model_card
 from dpo.report.figures import plot
 from tests.report.runs import HOSTILE
@@ -70,9 +70,9 @@ def test_without_validation_the_closing_table_holds_first_and_last_step() -> Non
     assert closing_rows([])[1] == ["accuracy", "-", "-"]
 
 
-def card_of(policy: str, **train: Any) -> tuple[dict[str, Any], str]:
+def card_of(policy: str, loss: LossConfig = LossConfig(), **train: Any) -> tuple[dict[str, Any], str]:  # noqa: B008
     config = Config(
-        model=ModelConfig(policy=policy), data=DataConfig(train="owner/pairs"), train=TrainConfig(**train)
+        model=ModelConfig(policy=policy), data=DataConfig(train="owner/pairs"), loss=loss, train=TrainConfig(**train)
     )
     card = model_card(to_dict(config), WITH_VALIDATION, VERSIONS)
     _, front, body = card.split("---\n", 2)
@@ -107,6 +107,15 @@ def test_the_card_says_from_what_how_and_what_came_out() -> None:
     settings = yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])
     assert settings["loss"]["beta"] == 0.1 and settings["train"]["sft_epochs"] == 2
     assert "SFT" not in card_of("gpt2")[1].split("<details>")[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [("sft", "`sft`"), ("orpo", "`orpo`"), ("ipo", "DPO")]
+)
+def test_the_card_of_another_objective_does_not_say_dpo(name: Any, method: str) -> None:
+    body = card_of("gpt2", LossConfig(name=name))[1]
+    assert f"# gpt2 trained with {method}\n" in body
+    assert (f"under the objective `{name}`, beta 0.1." in body) == (name != "sft")
 
 
 class Elements(HTMLParser):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -179,13 +180,17 @@ def test_what_is_left_of_a_run_killed_at_its_start_is_reported(tmp_path: Path) -
 def test_several_runs_are_compared_in_one_page(tmp_path: Path, monkeypatch: Any, open_page: Open) -> None:
     runs = [make_run(tmp_path / name, steps=steps, pairs=30, samples=2) for name, steps in (("a", 20), ("b", 30))]
     text = (runs[1] / "config.yaml").read_text()
-    (runs[1] / "config.yaml").write_text(text.replace("beta: 0.1", "beta: 0.25"))
+    text = text.replace("beta: 0.1", "beta: 0.25").replace("sft_epochs: 0", "sft_epochs: 1")
+    (runs[1] / "config.yaml").write_text(text)
     (runs[1] / "finished.json").unlink()
     monkeypatch.chdir(tmp_path)
     assert main(["report", "a", "b"]) == 0
     page = open_page(tmp_path / "report.html", viewport={"width": 390, "height": 844})
     shown = page.evaluate("() => document.body.innerText")
     assert "loss.beta\t0.1\t0.25" in shown and "train.output_dir" not in shown
+    assert "optim.sft_lr\tnull\t2e-05" in shown
+    assert "The objectives differ: their losses" in shown and "To share one: --model.policy RUN/reference" in shown
+    assert re.search(r"accuracy, validation, best\t[\d.]+ at step 20\t[\d.]+ at step 30", shown)
     assert "state\tfinished\tunfinished" in shown and "steps\t20\t30" in shown
     assert "b: This run has not finished" in shown and "Answers to the same prompts" in shown
     assert page.evaluate("() => document.documentElement.scrollWidth") <= 390

@@ -301,7 +301,7 @@ def test_a_checkpoint_without_engine_state_is_refused(run: Path) -> None:
 
 def test_a_checkpoint_of_another_run_is_refused(run: Path, tmp_path: Path) -> None:
     other = save(FakeEngine(), tmp_path / "other", TrainState(2, 1), ALONE, keep=1)
-    with pytest.raises(UserError, match="is no checkpoint of .*; give a folder such as"):
+    with pytest.raises(UserError, match="is no checkpoint of .*; it has none"):
         newest(run, str(other))
 
 
@@ -354,7 +354,10 @@ def test_a_checkpoint_that_was_not_finished_is_never_taken(run: Path, monkeypatc
 
 def test_nothing_to_resume_is_no_error_but_a_named_checkpoint_must_be_there(run: Path) -> None:
     assert newest(run, "auto") is None
-    with pytest.raises(UserError, match="train.resume .*none is no checkpoint of .*; give a folder such as"):
+    with pytest.raises(UserError, match="train.resume .*none is no checkpoint of .*; it has none"):
+        newest(run, str(run / "none"))
+    save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=1)
+    with pytest.raises(UserError, match=f"train.resume .*none is no checkpoint of .*; it has step-000002 in {run}"):
         newest(run, str(run / "none"))
 
 
