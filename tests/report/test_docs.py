@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_command_runs(folder: Path, capsys: Any) -> None:
-    commands = [shlex.split(line) for block in blocks("bash") for line in block.splitlines()]
-    assert len(commands) == 2 and all(words[:3] == ["python", "-m", "dpo"] for words in commands)
+    lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
+    commands = [words for words in map(shlex.split, lines) if words[0] != "deepspeed"]  # tests/test_docs_commands.py
+    assert len(commands) == 3 and all(words[:3] == ["python", "-m", "dpo"] for words in commands)
+    for name in ("beta-0.1", "beta-0.3"):
+        shutil.copytree(folder / "runs/mine", folder / "runs" / name)
     for words in commands:
         assert main(words[3:]) == 0
-    assert capsys.readouterr().out.split() == ["runs/mine/report.html", "comparison.html"]
+    assert capsys.readouterr().out.split() == ["runs/mine/report.html", "comparison.html", "betas.html"]
     assert (folder / "runs/mine/report.html").exists() and (folder / "comparison.html").exists()
 
 
