@@ -60,10 +60,10 @@ def _sample(argv: list[str]) -> None:
         known, rest = own.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UserError(f"--prompt: {error.message}") from None
-    from dpo import ask
+    from dpo import sample as verb
 
     given = ["--prompt", json.dumps(known.prompt)] if known.prompt else []
-    ask.sample(parse_options([*rest, *given], "sample", SAMPLE, ask.Options))
+    verb.sample(parse_options([*rest, *given], "sample", SAMPLE, verb.Options))
 
 
 VERBS = {

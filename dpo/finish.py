@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpo.answers import Decoding, answer_logps, answers_to, side_by_side, world_rewards, write_samples
 from dpo.config import to_dict
 from dpo.data import example
 from dpo.data.mixture import Mixture
@@ -31,7 +32,6 @@ from dpo.runtime.files import read_records, write_whole
 from dpo.runtime.run_directory import versions
 from dpo.runtime.status import write_status
 from dpo.runtime.tracking import Tracker, read_lines
-from dpo.sample import Decoding, answer_logps, answers_to, side_by_side, world_rewards, write_samples
 from dpo.setup import Setup
 from dpo.types import PackedBatch
 

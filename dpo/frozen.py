@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo.answers import Answer, Decoding, answers_to
 from dpo.data.mixture import Pairs
 from dpo.errors import UserError
 from dpo.load_models import load_weights
@@ -24,7 +25,6 @@ from dpo.roles import check_distributions, has_own_weights, reference_dtype
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import gather, only_main, together
 from dpo.runtime.weights import fingerprint
-from dpo.sample import Answer, Decoding, answers_to
 from dpo.setup import Setup
 from dpo.types import PackedBatch, PairLogps
 

@@ -1,218 +1,283 @@
-"""Answers of the reference and of the policy to the same prompts, side by side, and how likely both find them."""
+"""python -m dpo sample: prompts from anywhere -> answers of reference and policy, and a judge's verdict.
+
+Prompts are dressed as in training: by the chat template where the data is conversations, as a Human turn where it is
+transcripts, else as they stand.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
-import math
-import re
-import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from rich.console import Console
 
-from dpo.data import example
-from dpo.data.batch import collate
-from dpo.data.chat import end_ids, listed
-from dpo.data.planner import Layout, plan_batch
-from dpo.model.forward import Scorer, pair_logps
-from dpo.model.load import context_length, uncompiled
-from dpo.runtime.engine import is_sharded
+from dpo.answers import Answer, Decoding, answer_logps, answers_to, side_by_side
+from dpo.commandline import parse
+from dpo.config import Config
+from dpo.data.boundary import encode_prompt
+from dpo.errors import UserError
+from dpo.inputs import changed_pairs
+from dpo.judge import Case, WinRate, make_judge, win_rate
+from dpo.model import adapters
+from dpo.model.forward import Scorer
+from dpo.model.load import load_model
+from dpo.runtime.distributed import World
 from dpo.runtime.files import read_records, write_whole
-from dpo.types import PackedBatch, TokenizedPair
+from dpo.setup import Setup, prepare
+from dpo.types import Message
 
-SCORED_TOKENS = 4096
-"""Tokens of a forward pass that scores answers."""
-
-
-@contextmanager
-def _generating(scorer: Scorer, settings: Any) -> Iterator[None]:
-    """The model's own attention, layers that may keep a cache although checkpointing marks them as training, no
-    compiled code, and none of the model's own settings, such as a penalty on repetition: it answers as it is scored."""
-    training = [module for module in scorer.model.modules() if module.training]
-    for module in training:
-        module.training = False
-    own, scorer.model.generation_config = scorer.model.generation_config, settings
-    try:
-        with scorer.own_attention(), uncompiled(scorer):
-            yield
-    finally:
-        scorer.model.generation_config = own
-        for module in training:
-            module.training = True
+Prompt = str | list[Message]
+DEFAULT_PROMPTS = (
+    "What are the main differences between Python and C++?",
+    "Explain to a child why the sky is blue.",
+    "My flight was cancelled. Write a short, polite message that asks for a refund.",
+    "How do I pick a lock?",
+)
+SHOWN = 8
 
 
 @dataclass(frozen=True)
-class Decoding:
-    """How answers are drawn.
+class Options:
+    """Arguments of python -m dpo sample."""
 
-    Attributes:
-        max_tokens: Longest answer; at most half of the model's context.
-        temperature: 0 is greedy; 1 draws from the model as it is.
-        top_p: Only the likeliest tokens that hold this share together are drawn from; 1: all.
-        seed: Of the draws.
-        batch_size: Prompts answered at once.
-    """
-
-    max_tokens: int
+    run: str
+    """Run directory with a final/."""
+    prompt: list[str] = field(default_factory=list)
+    """A prompt; may be given several times."""
+    file: str | None = None
+    """Prompts from a file: .txt, one a line, or .jsonl with a field prompt (text or messages)."""
+    validation: int | None = None
+    """Prompts of this many validation pairs of the run; default: 4, beside four of our own, if no other is named."""
     temperature: float = 0.0
+    """0: greedy. 1: drawn from the model as it is, which makes the KL estimate one."""
     top_p: float = 1.0
+    """Draw only from the likeliest tokens that hold this share together."""
+    max_tokens: int = 256
+    """Longest answer."""
     seed: int = 0
-    batch_size: int = 32
+    """Of the draws."""
+    batch_size: int = 16
+    """Prompts answered at once."""
+    judge: str | None = None
+    """Win rate by heuristic, reward:FOLDER or openai:MODEL."""
+    output: str | None = None
+    """File for the answers; default: answers.jsonl in the run directory, or answers-2.jsonl and so on beside it."""
+    policy: str | None = None
+    """Model to ask in place of final/, such as an export of a checkpoint."""
+
+    def __post_init__(self) -> None:
+        checks = {
+            "temperature": self.temperature >= 0, "top_p": 0 < self.top_p <= 1, "max_tokens": self.max_tokens >= 1,
+            "batch_size": self.batch_size >= 1, "validation": self.validation is None or self.validation >= 1,
+        }  # fmt: skip
+        allowed = {"temperature": "0 or more", "top_p": "a number above 0, at most 1"}
+        for name, fine in checks.items():
+            if not fine:
+                raise ValueError(f"--{name} is {getattr(self, name)}; use {allowed.get(name, 'at least 1')}")
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a model said to a prompt.
+def sample(options: Options) -> None:
+    """Answer prompts by both models of a run, print and write the answers, and judge them.
 
-    Attributes:
-        text: Without special tokens.
-        prompt_ids: (p,) int32: the prompt as the model saw it.
-        ids: (c,) int32, c >= 1, the end token included where the model gave one.
+    Raises:
+        UserError: The run, a prompt file, the judge or an option cannot be used; before a model is loaded.
     """
+    run, out = Path(options.run), Console(highlight=False, soft_wrap=True)
+    config, output = _config(run, options.policy), _output(options)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    judge = make_judge(options.judge, device) if options.judge else None
+    setup = _setup(config, device)
+    for name in changed_pairs(setup):
+        out.print(f"{name} of {run} have changed since it was begun", markup=False)
+    prompts, ids = _prompts(options, setup)
+    old, new, own, base = _answers(options, run, setup, ids)
+    cases = [Case(prompt, a.text, b.text) for prompt, a, b in zip(prompts, old, new, strict=True)]
+    for case in cases[:SHOWN]:
+        out.print(side_by_side(_text(case.prompt), case.reference, case.policy), markup=False)
+    decode = setup.tokenizer.decode
+    rows: list[dict[str, Any]] = [
+        {
+            "prompt": case.prompt, "read": decode(answer.prompt_ids.tolist()), "reference": case.reference,
+            "policy": case.policy, "logratio": float(p - r),
+        }
+        for case, answer, p, r in zip(cases, new, own, base, strict=True)
+    ]  # fmt: skip
+    _write(output, rows)
+    if options.validation is not None and len(setup.validation_pairs or ()) < options.validation:
+        out.print(f"\n{run} has no more than {len(setup.validation_pairs or ())} validation pairs", markup=False)
+    out.print(f"\n{_kl(options, own - base)}\n{len(rows)} answers of each: {output}", markup=False)
+    if judge:
+        verdicts = judge(cases)
+        _write(output, [row | {"verdict": verdict} for row, verdict in zip(rows, verdicts, strict=True)])
+        out.print(f"{options.judge}: {_verdict(win_rate(cases, verdicts))}", markup=False)
 
-    text: str
-    prompt_ids: np.ndarray
-    ids: np.ndarray
+
+def _write(output: Path, rows: Sequence[dict[str, Any]]) -> None:
+    try:
+        write_whole(output, "".join(json.dumps(row) + "\n" for row in rows))
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error.strerror or error}; name another by --output") from None
 
 
-@torch.no_grad()
-def answers_to(
-    prompts: Sequence[Sequence[int]], scorer: Scorer, tokenizer: Any, decoding: Decoding, device: torch.device
-) -> list[Answer]:
-    """Complete token-id prompts, in batches padded on the left.
+def _output(options: Options) -> Path:
+    """Where the answers go.
 
-    Args:
-        prompts: Token ids, as in training; what does not fit the model's context beside the answer loses its start.
-        scorer: Around the model; collective under ZeRO-3, where every rank gives the same prompts.
-        tokenizer: Of the model.
-        decoding: How.
-        device: Of the model.
-    Returns:
-        One answer per prompt. The random state outside is left as it was.
+    Raises:
+        UserError: If nothing can be written there.
     """
-    context = context_length(scorer.model.config)
-    max_tokens = decoding.max_tokens
-    if context is not None:
-        max_tokens = min(max_tokens, context // 2)
-        prompts = [_last_tokens(prompt, context - max_tokens, tokenizer.bos_token_id) for prompt in prompts]
-    how: dict[str, Any] = {"do_sample": False}
-    if decoding.temperature > 0:
-        how = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
-    stops = sorted({*listed(scorer.model.generation_config.eos_token_id), *end_ids(tokenizer)})
-    pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, *stops, 0) if i is not None)
-    plain = type(scorer.model.generation_config)
-    settings = plain(max_new_tokens=max_tokens, pad_token_id=pad, eos_token_id=stops or None, **how)
-    ends = torch.tensor(stops, device=device)
-    answers: list[Answer] = []
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), _generating(scorer, settings):
-        torch.manual_seed(decoding.seed)
-        for start in range(0, len(prompts), decoding.batch_size):
-            chunk = prompts[start : start + decoding.batch_size]
-            ids, mask = _padded_left(chunk, pad, device)
-            made = scorer.model.generate(
-                input_ids=ids, attention_mask=mask, synced_gpus=is_sharded(scorer)
-            )[:, ids.shape[1] :]
-            texts = tokenizer.batch_decode(made, skip_special_tokens=True)
-            for text, prompt, row in zip(texts, chunk, made, strict=True):
-                ended = torch.isin(row, ends).nonzero()
-                kept = row[: int(ended[0]) + 1] if len(ended) else row
-                answers.append(Answer(text, np.array(prompt, dtype=np.int32), kept.cpu().numpy().astype(np.int32)))
-    return answers
+    numbered = (Path(options.run) / f"answers{'' if i == 1 else f'-{i}'}.jsonl" for i in itertools.count(1))
+    output = Path(options.output) if options.output else next(path for path in numbered if not path.exists())
+    if not os.access(output.parent, os.W_OK):
+        why = "cannot be written to" if output.parent.is_dir() else "is no folder"
+        raise UserError(f"{output}: {output.parent} {why}; name another file by --output")
+    return output
 
 
-def _padded_left(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and mask, (prompts, longest) int64 each."""
-    width = max(len(p) for p in prompts)
-    ids = torch.full((len(prompts), width), pad, dtype=torch.int64, device=device)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.as_tensor(list(prompt), device=device)
-        mask[row, width - len(prompt) :] = 1
-    return ids, mask
+def _config(run: Path, policy: str | None) -> Config:
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is no run directory: it has no config.yaml; give the folder of a run")
+    if policy is None and not (run / "final").is_dir():
+        raise UserError(
+            f"{run} has no final/: the run has not finished; give it the rest of its steps, or --policy with an export"
+            f" of a checkpoint"
+        )
+    return parse(["--recipe", str(run / "config.yaml")]).config
 
 
-@torch.no_grad()
-def answer_logps(
-    score: Callable[[PackedBatch], Tensor],
-    of_policy: Sequence[Answer],
-    of_reference: Sequence[Answer],
-    layout: Layout,
-    device: torch.device,
-) -> np.ndarray:
-    """Log-probs under one model of the answers of both.
+def _setup(config: Config, device: torch.device) -> Setup:
+    """The run's data as it was tokenised; what concerns its own hardware is left out."""
+    plain = replace(
+        config,
+        model=replace(config.model, load_in_4bit=False),
+        optim=replace(config.optim, name="adamw"),
+        train=replace(config.train, precision="auto", sequence_parallel_size=1),
+        log=replace(config.log, backends=()),
+    )
+    return prepare(plain, World(0, 1, 0, device), None)
 
-    Args:
-        score: A Scorer, or an engine around one; collective under ZeRO-3.
-        of_policy, of_reference: Answers to the same prompts.
-        layout: One that is exact for the model.
-        device: Of the model.
-    Returns:
-        (n, 2) fp64: summed log-probs of the policy's and of the reference's answers, nats.
+
+def _prompts(options: Options, setup: Setup) -> tuple[list[Prompt], list[list[int]]]:
+    """What is asked, and its token ids; those of validation prompts are the very ones of training."""
+    pairs = setup.validation_pairs
+    if options.validation is not None and pairs is None:
+        raise UserError(f"--validation: {options.run} has no validation pairs; give --prompt or --file")
+    example, template_options = setup.texts(setup.train_pairs, 0).prompt, setup.config.data.chat_template_kwargs
+    asked: list[Prompt] = [*options.prompt, *(_from_file(Path(options.file)) if options.file else [])]
+    nothing = not asked and options.validation is None
+    if nothing:
+        asked = list(DEFAULT_PROMPTS)
+    dressed = [_dressed(prompt, example) for prompt in asked]
+    ids = [encode_prompt(setup.tokenizer, prompt, template_options=template_options) for prompt in dressed]
+    if pairs is not None:
+        count = min(4 if nothing else options.validation or 0, len(pairs))
+        asked += [setup.texts(pairs, i).prompt for i in range(count)]
+        ids += [pairs[i].prompt_ids.tolist() for i in range(count)]
+    return asked, ids
+
+
+def _dressed(prompt: Prompt, example: Prompt) -> Prompt:
+    """A prompt in the form of the training data."""
+    if isinstance(prompt, list):
+        return prompt
+    if isinstance(example, list):
+        return [{"role": "user", "content": prompt}]
+    return f"\n\nHuman: {prompt}\n\nAssistant:" if "Human:" in example and "Assistant:" in example else prompt
+
+
+def _from_file(path: Path) -> list[Prompt]:
+    """The prompts of a .txt or .jsonl file.
+
+    Raises:
+        UserError: It cannot be read, or holds none.
     """
-    pairs = [
-        TokenizedPair(index, new.prompt_ids, new.ids, old.ids)
-        for index, (new, old) in enumerate(zip(of_policy, of_reference, strict=True))
-    ]
-    lengths = np.array([[len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)] for p in pairs])
-    (plan,) = plan_batch(range(len(pairs)), lengths, world_size=1, token_budget=SCORED_TOKENS, layout=layout)
-    found = np.zeros((len(pairs), 2))
-    for ids in plan:
-        logps = pair_logps(score, collate([pairs[i] for i in ids], layout).to(device))
-        found[ids] = torch.stack((logps.chosen, logps.rejected), dim=1).double().cpu().numpy()
+    try:
+        if path.suffix == ".jsonl":
+            rows, torn = read_records(path)
+            if not path.is_file():
+                raise FileNotFoundError(2, "No such file or directory")
+            if torn or not all(isinstance(row.get("prompt"), str | list) for row in rows):
+                raise UserError(f"--file {path}: every line must be an object with a field prompt, text or messages")
+            found: list[Prompt] = [row["prompt"] for row in rows]
+        else:
+            found = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--file {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if not found:
+        raise UserError(f"--file {path}: holds no prompt")
     return found
 
 
-def _last_tokens(prompt: Sequence[int], room: int, bos: int | None) -> Sequence[int]:
-    """The end of a prompt that is longer than the room; a BOS stays at its start."""
-    if len(prompt) <= room:
-        return prompt
-    return [prompt[0], *prompt[len(prompt) - room + 1 :]] if prompt[0] == bos else prompt[-room:]
+def _answers(
+    options: Options, run: Path, setup: Setup, prompts: Sequence[Sequence[int]]
+) -> tuple[list[Answer], list[Answer], np.ndarray, np.ndarray]:
+    """Answers of reference and policy, and the log-probs of the policy's answers under policy and reference. (n,) each.
 
-
-def write_samples(run: Path, step: int, rows: Sequence[dict[str, str]]) -> None:
-    """Add the answers after a step to samples.jsonl, in place of older ones of the same step.
-
-    Args:
-        run: The run directory.
-        step: Optimizer steps done.
-        rows: prompt, reference, policy, and the data's chosen answer.
+    One model is on the device at a time.
     """
-    path = run / "samples.jsonl"
-    kept = [row for row in read_records(path)[0] if row["step"] < step]
-    lines = kept + [{"step": step} | row for row in rows]
-    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    device, paths = setup.world.device, (_start_of(run, setup.config), options.policy or str(run / "final"))
+    how = Decoding(options.max_tokens, options.temperature, options.top_p, options.seed, options.batch_size)
+    scorers = [_scorer(path, setup) for path in paths]
+    answers: list[list[Answer]] = []
+    for scorer in scorers:
+        answers.append(answers_to(prompts, scorer.to(device), setup.tokenizer, how, device))
+        scorer.to("cpu")
+    old, new = answers
+    logps = []
+    for scorer in scorers:
+        logps.append(answer_logps(scorer.to(device), new, old, "padded", device)[:, 0])
+        scorer.to("cpu")
+    return old, new, logps[1], logps[0]
 
 
-def side_by_side(prompt: str, reference: str, policy: str) -> str:
-    """A prompt and both answers for a terminal; runs of line breaks, which some policies end in, are two."""
-    texts = (re.sub(r"(\s*\n){3,}", "\n\n", text) for text in (prompt.strip(), reference, policy))
-    return "\nprompt:    {}\nreference: {}\npolicy:    {}".format(*texts)
+def _start_of(run: Path, config: Config) -> str:
+    """The reference of a run, as it was at the start of DPO."""
+    after_sft = run / "reference"
+    return str(config.reference.path or (after_sft if after_sft.is_dir() else config.model.policy))
 
 
-def world_rewards(rows: Sequence[dict[str, str]]) -> dict[str, float]:
-    """Ground-truth rewards of answers to prompts of the built-in world.
+def _scorer(path: str, setup: Setup) -> Scorer:
+    """The model of a folder or hub id, with its adapter if it is one; padded batches go through the model's own head,
+    which is exact for every model."""
+    model = setup.config.model
+    base, revision = adapters.base_of(path, setup.config.revision_of(path, is_policy=False))
+    loaded = load_model(
+        base, dtype=setup.dtype, seed=setup.config.train.seed, trust_remote_code=model.trust_remote_code,
+        revision=revision,
+    )  # fmt: skip
+    if adapters.is_adapter(path):
+        adapters.take_up(loaded, path)
+    scorer = Scorer(loaded)
+    scorer.own_head = True
+    return scorer
 
-    Args:
-        rows: As in `write_samples`; at least two.
-    Returns:
-        `reference` and `policy`: mean rewards; `parsed`: share of policy answers that are sentences of the world;
-        `p`: one-sided p-value of a paired test that the policy's are higher, a normal approximation; NaN below 30 rows.
-    """
-    before = [example.reward(row["prompt"], row["reference"]) for row in rows]
-    after = [example.reward(row["prompt"], row["policy"]) for row in rows]
-    gains = [b - a for a, b in zip(before, after, strict=True)]
-    spread = statistics.stdev(gains) / math.sqrt(len(gains))
-    mean = statistics.fmean(gains)
-    z = mean / spread if spread > 0 else math.copysign(math.inf, mean) if mean else 0.0
-    return {
-        "reference": statistics.fmean(before),
-        "policy": statistics.fmean(after),
-        "parsed": statistics.fmean(float(example.parses(row["policy"])) for row in rows),
-        "p": 1 - statistics.NormalDist().cdf(z) if len(rows) >= 30 else math.nan,
-    }
+
+def _text(prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
+def _kl(options: Options, logratios: np.ndarray) -> str:
+    mean = f"{logratios.mean():.3f} nats an answer"
+    if options.temperature == 1 and options.top_p == 1:
+        error = logratios.std(ddof=1) / np.sqrt(len(logratios)) if len(logratios) > 1 else float("nan")
+        return (
+            f"KL(policy, reference) of answers of at most {options.max_tokens} tokens, estimated on {len(logratios)}"
+            f" drawn ones: {mean}, standard error {error:.3f}"
+        )
+    how = "greedy" if options.temperature == 0 else f"temperature {options.temperature:g}, top_p {options.top_p:g}"
+    return f"mean log-ratio of the policy's answers ({how}; a KL estimate only at temperature 1): {mean}"
+
+
+def _verdict(found: WinRate) -> str:
+    counts = f"{found.wins} won, {found.ties} tied, {found.losses} lost"
+    unread = f", {found.unread} verdicts could not be read" if found.unread else ""
+    return (
+        f"win rate {found.rate:.1%} (95% interval {found.low:.1%} to {found.high:.1%}; {counts}{unread});"
+        f" at equal length {found.length_controlled:.1%}"
+    )

@@ -1,171 +1,298 @@
-"""Answers: drawn reproducibly, scored by both models, and written so that every line can be read again."""
+"""python -m dpo sample, and all that a run leaves of a data set full of markup."""
 
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+import transformers
+import yaml
 
-from dpo.data.chat import listed
-from dpo.model.check import use_layout
-from dpo.model.forward import Scorer
+import train_dpo
+from dpo import sample as verb
+from dpo.__main__ import main
+from dpo.answers import side_by_side
+from dpo.commandline import parse
+from dpo.data.boundary import encode_prompt
+from dpo.errors import UserError
 from dpo.model.head import logps_of_logits
 from dpo.runtime.files import read_records
-from dpo.sample import Decoding, answer_logps, answers_to, write_samples
-from tests import ranks, tiny
-from tests.test_stages import arguments
+from dpo.runtime.tracking import read_lines
+from dpo.sample import DEFAULT_PROMPTS
+from tests import tiny
+from tests.data.tiny_tokenizers import tokenizer_of
+from tests.report.runs import HOSTILE
 
-CPU = torch.device("cpu")
-PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "sampling.md"
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
-class Words:
-    """The little that answers_to asks of a tokenizer."""
-
-    pad_token_id, eos_token_id, bos_token_id = None, 0, None
-
-    def batch_decode(self, ids: Any, skip_special_tokens: bool) -> list[str]:
-        assert skip_special_tokens
-        return [" ".join(str(int(i)) for i in row if int(i) != 0) for row in ids]
+def user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
 
 
 @pytest.fixture(scope="module")
-def scorer() -> Scorer:
-    return Scorer(tiny.model("llama"))
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SFT and DPO on conversations whose every text is an attack; evaluated, sampled, finished."""
+    folder = tmp_path_factory.mktemp("ask")
+    tokenizer = tokenizer_of("byte")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder / "policy")
+    # The random start of the other tests, with a context for the attack.
+    tiny.saved(folder / "policy", "llama", vocab_size=len(tokenizer), max_position_embeddings=1024)
+    for name, count in (("train", 8), ("validation", 4)):
+        rows = [
+            {
+                "prompt": user(f"{i} {HOSTILE}"),
+                "chosen": [{"role": "assistant", "content": f"yes {i} {HOSTILE}"}],
+                "rejected": [{"role": "assistant", "content": f"no {i} {HOSTILE}"}],
+            }
+            for i in range(count)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code = train_dpo.main([
+        "--config", "ds_configs/zero2.json", "--model.policy", str(folder / "policy"),
+        "--data.train", str(folder / "train.jsonl"), "--data.validation", str(folder / "validation.jsonl"),
+        "--data.cache_dir", str(folder / "cache"), "--data.max_length", "1024", "--train.sft_epochs", "1",
+        "--train.max_steps", "2", "--train.global_batch_size", "4", "--train.epochs", "2", "--optim.lr", "2e-3",
+        "--optim.warmup_steps", "0", "--train.output_dir", str(folder / "run"), "--log.samples", "3",
+        "--log.sample_tokens", "12", "--train.precision", "fp32",
+    ])  # fmt: skip
+    assert code == 0
+    return folder / "run"
 
 
-def greedy_by_hand(model: Any, prompt: list[int], most: int) -> list[int]:
+def load(path: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+
+
+def answered(model: Any, prompt: list[int], most: int) -> list[int]:
+    """A greedy answer, token by token."""
     ids = list(prompt)
-    while len(ids) - len(prompt) < most:
-        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-        if ids[-1] == 0:
-            break
+    with torch.no_grad():
+        while len(ids) - len(prompt) < most:
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] == model.generation_config.eos_token_id:
+                break
     return ids[len(prompt) :]
 
 
-def test_greedy_answers_are_those_of_one_prompt_at_a_time_and_end_with_their_end_token(scorer):
-    prompts = [[i] for i in range(1, 61)]
-    found = answers_to(prompts, scorer, Words(), Decoding(12, batch_size=25), CPU)
-    by_hand = [greedy_by_hand(scorer.model, prompt, 12) for prompt in prompts]
-    assert [answer.ids.tolist() for answer in found] == by_hand
-    assert any(ids[-1] == 0 and len(ids) < 12 for ids in by_hand), "no answer of this model ends by itself"
-    assert [answer.text for answer in found] == [" ".join(str(i) for i in ids if i != 0) for ids in by_hand]
+def logratio(models: list[Any], prompt: list[int], answer: list[int]) -> float:
+    found = []
+    with torch.no_grad():
+        for model in models:
+            logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+            found.append(float(logps_of_logits(logits, torch.tensor(answer)).sum()))
+    return found[1] - found[0]
 
 
-def test_answers_follow_none_of_the_models_own_settings(scorer):
-    """A model of the hub may bring a penalty on repetition, and then it answers as it is not scored."""
-    plain = [answer.ids.tolist() for answer in answers_to(PROMPTS, scorer, Words(), Decoding(8), CPU)]
-    own = scorer.model.generation_config
-    scorer.model.generation_config = type(own)(repetition_penalty=1.8, no_repeat_ngram_size=1, eos_token_id=0)
-    try:
-        found = answers_to(PROMPTS, scorer, Words(), Decoding(8), CPU)
-        assert scorer.model.generation_config.repetition_penalty == 1.8
-    finally:
-        scorer.model.generation_config = own
-    assert [answer.ids.tolist() for answer in found] == plain
-    assert any(len(set(ids)) < len(ids) for ids in plain), "no answer repeats a token"
+def test_the_kl_of_a_run_is_the_mean_log_ratio_of_its_greedy_answers(run: Path) -> None:
+    models = [load(run / "reference"), load(run / "final")]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run / "final")
+    prompts = [encode_prompt(tokenizer, user(f"{i} {HOSTILE}")) for i in range(3)]
+    answers = [answered(models[1], prompt, 12) for prompt in prompts]
+    expected = sum(logratio(models, p, a) for p, a in zip(prompts, answers, strict=True)) / 3
+    (line,) = [line for line in read_lines(run) if "samples/kl" in line]
+    assert line["step"] == 2 and line["samples/kl"] == pytest.approx(expected, abs=2e-3) and abs(expected) > 0.05
+    assert line["samples/policy_tokens"] == sum(map(len, answers)) / 3
 
 
-def test_answers_stop_where_training_has_ended_them(scorer):
-    ends_at = int(answers_to(PROMPTS, scorer, Words(), Decoding(8), CPU)[0].ids[2])
-
-    class Other(Words):
-        eos_token_id = ends_at
-
-    found = answers_to(PROMPTS, scorer, Other(), Decoding(8), CPU)
-    assert found[0].ids.tolist().index(ends_at) == len(found[0].ids) - 1 <= 2
-    assert [listed(ends) for ends in (0, [0, 3], None)] == [[0], [0, 3], []]
-
-
-def test_prompts_of_unequal_lengths_are_answered_without_a_pad_token_and_an_end(scorer):
-    """As of a conversation's tokenizer whose template alone ends turns."""
-
-    class Endless(Words):
-        pad_token_id = eos_token_id = None
-
-    own = scorer.model.generation_config
-    scorer.model.generation_config = type(own)()
-    try:
-        found = answers_to([[5], [5, 6, 7]], scorer, Endless(), Decoding(4), CPU)
-        alone = [answers_to([prompt], scorer, Endless(), Decoding(4), CPU)[0] for prompt in ([5], [5, 6, 7])]
-    finally:
-        scorer.model.generation_config = own
-    assert [answer.ids.tolist() for answer in found] == [answer.ids.tolist() for answer in alone]
+def test_nothing_that_the_run_wrote_lets_markup_through(run: Path) -> None:
+    page = (run / "report.html").read_text()
+    assert "<script>" not in page and "<img" not in page
+    assert page.count("&lt;script&gt;window.broken") >= 3  # the prompts of the samples
+    rows, torn = read_records(run / "samples.jsonl")
+    assert len(rows) == 3 and not torn and all(HOSTILE in row["prompt"] and HOSTILE in row["chosen"] for row in rows)
+    worst, _ = read_records(run / "worst_pairs.jsonl")
+    assert all(HOSTILE in row["prompt"][0]["content"] for row in worst)
+    card = (run / "final/README.md").read_text()
+    assert "| training data | `8 pairs` |" in card and "| validation data | `4 pairs` |" in card
+    assert "1 x CPU, ZeRO-2, fp32" in card and "chosen log-prob fell" in card and "transformers 5" in card
 
 
-def test_draws_depend_on_the_seed_alone(scorer):
-    before = torch.get_rng_state()
-    draw = lambda **how: [a.ids.tolist() for a in answers_to(PROMPTS, scorer, Words(), Decoding(8, **how), CPU)]  # noqa: E731
-    first = draw(temperature=1.0, seed=3)
-    assert draw(temperature=1.0, seed=3) == first and draw(temperature=1.0, seed=4) != first
-    assert torch.equal(torch.get_rng_state(), before)
-    greedy = draw()
-    assert draw(temperature=1.0, top_p=1e-6, seed=3) == greedy and draw(temperature=1e-4, seed=5) == greedy != first
+def test_answers_on_request_are_those_of_both_folders_under_the_training_template(
+    run: Path, tmp_path: Path, capsys: Any
+) -> None:
+    argv = ["sample", str(run), "--prompt", "1", "--prompt", "[x", "--validation", "2", "--max_tokens", "7"]
+    assert main([*argv, "--judge", "heuristic", "--output", str(tmp_path / "out.jsonl"), "--batch_size", "3"]) == 0
+    rows, _ = read_records(tmp_path / "out.jsonl")
+    texts = ["1", "[x", f"0 {HOSTILE}", f"1 {HOSTILE}"]
+    assert [row["prompt"] for row in rows] == ["1", "[x", user(texts[2]), user(texts[3])]
+    models = [load(run / "reference"), load(run / "final")]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run / "final")
+    for text, row in zip(texts, rows, strict=True):
+        rendered = f"<|user|>{text}{tokenizer.eos_token}<|assistant|>"
+        prompt = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        ids = [answered(model, prompt, 7) for model in models]
+        expected = [tokenizer.decode(i, skip_special_tokens=True) for i in ids]
+        assert [row["reference"], row["policy"]] == expected
+        assert row["logratio"] == pytest.approx(logratio(models, prompt, ids[1]), abs=2e-3)
+        assert row["verdict"] in (0.0, 0.5, 1.0)
+    said = capsys.readouterr().out
+    assert "mean log-ratio of the policy's answers (greedy; a KL estimate only at temperature 1)" in said
+    assert re.search(r"heuristic: win rate \d+\.\d% \(95% interval .* won, .* tied, .* lost\); at equal length", said)
+    assert said.count("policy:    ") == 4
 
 
-def test_draws_at_temperature_one_have_the_frequencies_of_the_model(scorer):
-    drawn = [int(a.ids[0]) for a in answers_to([[5]] * 4000, scorer, Words(), Decoding(1, 1.0, batch_size=4000), CPU)]
-    truth = scorer.model(input_ids=torch.tensor([[5]])).logits[0, -1].softmax(-1).detach().numpy()
-    found = np.bincount(drawn, minlength=len(truth)) / len(drawn)
-    assert np.abs(found - truth).max() < 4 * np.sqrt(0.25 / len(drawn))
+@pytest.mark.parametrize("other", [[], ["--reference.path", "other"]])
+@pytest.mark.parametrize("after_sft", [False, True])
+def test_answers_of_the_reference_are_those_of_the_one_that_dpo_had(other, after_sft, tmp_path):
+    config = parse(["--model.policy", "start", "--data.train", "rows", *other]).config
+    if after_sft:
+        (tmp_path / "reference").mkdir()
+    begin = "other" if other else str(tmp_path / "reference") if after_sft else "start"
+    assert verb._start_of(tmp_path, config) == begin
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_answers_are_scored_as_the_models_own_logits_do(scorer, layout):
-    own = answers_to(PROMPTS, scorer, Words(), Decoding(6), CPU)
-    other = answers_to(PROMPTS, scorer, Words(), Decoding(9, temperature=1.0), CPU)
-    judge = Scorer(tiny.model("llama", seed=1))
-    use_layout(judge, layout, own_head=False)
-    found = answer_logps(judge, own, other, layout, CPU)
-    use_layout(judge, "padded", own_head=False)
-    for row, (a, b) in enumerate(zip(own, other, strict=True)):
-        for column, answer in enumerate((a, b)):
-            ids = torch.tensor([[*PROMPTS[row], *answer.ids.tolist()]])
-            logits = judge.model(input_ids=ids).logits[0, len(PROMPTS[row]) - 1 : -1]
-            expected = logps_of_logits(logits, torch.tensor(answer.ids.astype("int64"))).sum()
-            assert found[row, column] == pytest.approx(float(expected.detach()), abs=1e-9)
+def test_every_command_of_the_docs_runs(run: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/mine").symlink_to(run)
+    (tmp_path / "prompts.txt").write_text("How are you?\n\nWhat is 2 + 2?\n")
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": user("Hello")}) + "\n" + '{"prompt": "Hi"}\n')
+    monkeypatch.chdir(tmp_path)
+    text = DOCS.read_text(encoding="utf-8")
+    found = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    commands = [shlex.split(line) for block in found for line in block.replace("\\\n", " ").splitlines()]
+    local = [words for words in commands if words[0] == "python" and "--judge" not in words]
+    assert len(local) == 6 and main(local[0][3:]) == 0  # the export
+    counts = []
+    for words in local[1:]:
+        assert main([*words[3:], "--max_tokens", "3", "--output", "out.jsonl"]) == 0
+        counts.append(len(read_records(tmp_path / "out.jsonl")[0]))
+    assert counts == [4, len(DEFAULT_PROMPTS) + 4, 2, 2, 4]
+    said = capsys.readouterr().out
+    assert "tokens, estimated on 2 drawn ones" in said and "has no more than 4 validation pairs" in said
+    judged = [words for words in commands if "--judge" in words]
+    assert {words[words.index("--judge") + 1].split(":")[0] for words in judged} == {"heuristic", "reward", "openai"}
 
 
-def test_samples_with_any_text_are_one_line_each_and_can_be_read_again(tmp_path: Path):
-    text = "<script>alert(1)</script> \u2028 \u2029 \x85 \x0b \n \r \"quoted\" \\ {{ x }} | `x`"
-    row = {"prompt": text, "reference": text, "policy": text + "!", "chosen": text}
-    write_samples(tmp_path, 2, [row, row])
-    write_samples(tmp_path, 4, [row])
-    write_samples(tmp_path, 4, [row])  # after a resume
-    assert read_records(tmp_path / "samples.jsonl") == ([{"step": step} | row for step in (2, 2, 4)], False)
-    assert all(json.loads(line) for line in (tmp_path / "samples.jsonl").read_bytes().splitlines())
+def changed(run: Path, folder: Path, **sections: dict[str, Any]) -> Path:
+    """The run as one that was trained under other settings."""
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    for section, values in sections.items():
+        settings[section] |= values
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    for name in ("final", "reference"):
+        (folder / name).symlink_to(run / name)
+    return folder
 
 
-OTHER_ANSWERS = """
-import sys
-import torch.distributed as dist
-import dpo.finish, dpo.frozen, train_dpo
-from dataclasses import replace
-from tests.invariants.jobs import without_drawings
-without_drawings()
-answers_to, answer_logps = dpo.finish.answers_to, dpo.finish.answer_logps
-def own(*inputs):
-    return [replace(a, ids=a.ids[: 1 + dist.get_rank()]) for a in answers_to(*inputs)]
-def scored(score, after, before, *more):
-    sizes = [len(answer.ids) for answer in [*after, *before]]
-    print(f"rank {dist.get_rank()} scores {sizes}", flush=True)
-    return answer_logps(score, after, before, *more)
-dpo.finish.answers_to = dpo.frozen.answers_to = own
-dpo.finish.answer_logps = scored
-sys.exit(train_dpo.main(sys.argv[1:]))
-"""
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"train": {"sequence_parallel_size": 2}},
+        {"optim": {"name": "adamw_8bit"}},
+        {"model": {"load_in_4bit": True}},
+        {"data": {"streaming": True}},
+    ],
+    ids=str,
+)
+def test_a_run_is_asked_whatever_machine_and_stream_it_was_trained_on(sections, run, tmp_path, monkeypatch):
+    monkeypatch.setattr("dpo.roles.find_spec", lambda name: None)  # no bitsandbytes here
+    answers = []
+    for folder in (run, changed(run, tmp_path / "run", **sections)):
+        output = tmp_path / "out.jsonl"
+        asked = ["--prompt", "Hi", "--validation", "2", "--max_tokens", "5", "--output", str(output)]
+        assert main(["sample", str(folder), *asked]) == 0
+        answers.append([(row["policy"], row["logratio"]) for row in read_records(output)[0]])
+    assert answers[0] == answers[1] and len(answers[0]) == 3
 
 
-def test_all_ranks_score_the_answers_of_rank_0(tiny_policy, tmp_path):
-    """Of two equal logits another GPU may take the other, and under ZeRO-3 all ranks score together."""
-    (tmp_path / "other.py").write_text(OTHER_ANSWERS)
-    argv = arguments(tmp_path, tiny_policy, "--log.samples", "3", "--train.max_steps", "1")
-    done = ranks.run([str(tmp_path / "other.py"), *argv], ranks=2)
-    assert done.codes == [0, 0], done.output
-    assert {line for line in done.output.splitlines() if " scores " in line} == {
-        f"rank {rank} scores {[1] * 6}" for rank in (0, 1)
-    }
+def test_answers_are_kept_where_the_judge_fails(run, tmp_path, monkeypatch, capsys):
+    def out_of_order(cases: Any) -> Any:
+        raise UserError("the judge is ill")
+
+    monkeypatch.setattr(verb, "make_judge", lambda name, device: out_of_order)
+    output = tmp_path / "out.jsonl"
+    asked = ["--prompt", "Hi", "--judge", "heuristic", "--max_tokens", "5", "--output", str(output)]
+    assert main(["sample", str(run), *asked]) == 2
+    (row,) = read_records(output)[0]
+    assert set(row) == {"prompt", "read", "reference", "policy", "logratio"}
+    assert "the judge is ill" in capsys.readouterr().err
+
+
+def test_answers_that_are_there_already_are_kept(run, capsys):
+    before = {path.name: path.read_text() for path in run.glob("answers*.jsonl")}
+    for _ in range(2):
+        assert main(["sample", str(run), "--prompt", "Hi", "--max_tokens", "2"]) == 0
+    made = sorted(path.name for path in run.glob("answers*.jsonl") if path.name not in before)
+    assert len(made) == 2 and f"{run}/{made[1]}" in capsys.readouterr().out
+    assert all((run / name).read_text() == text for name, text in before.items())
+    for name in made:
+        (run / name).unlink()
+
+
+def test_validation_prompts_are_never_those_of_training(run, tmp_path, capsys):
+    alone = changed(run, tmp_path / "run", data={"validation": None, "validation_split": None})
+    assert main(["sample", str(alone), "--validation", "2", "--max_tokens", "2"]) == 2
+    assert "has no validation pairs; give --prompt or --file" in capsys.readouterr().err
+    output = tmp_path / "out.jsonl"
+    assert main(["sample", str(alone), "--max_tokens", "2", "--output", str(output)]) == 0
+    assert [row["prompt"] for row in read_records(output)[0]] == list(DEFAULT_PROMPTS)
+
+
+def test_a_prompt_is_kept_as_it_was_read_and_changed_data_is_told(run, tmp_path, capsys):
+    short = changed(run, tmp_path / "run", data={"max_length": 60, "max_prompt_length": 30})
+    shutil.copy(run / "inputs.json", short / "inputs.json")
+    output = tmp_path / "out.jsonl"
+    assert main(["sample", str(short), "--validation", "1", "--max_tokens", "2", "--output", str(output)]) == 0
+    (row,) = read_records(output)[0]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run / "final")
+    assert len(tokenizer(row["read"], add_special_tokens=False)["input_ids"]) <= 60 < len(row["prompt"][0]["content"])
+    assert "validation pairs of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("texts", "shown"),
+    [
+        (("a ", "b\n\n\n \n\nc", "\n" * 40), "\nprompt:    a\nreference: b\n\nc\npolicy:    \n\n"),
+        (("a", "b\n\nc", "d"), "b\n\nc"),
+    ],
+)
+def test_line_breaks_without_end_do_not_fill_the_terminal(texts: tuple[str, str, str], shown: str) -> None:
+    assert shown in side_by_side(*texts)
+
+
+def test_the_default_prompts_hold_the_one_that_everybody_asks() -> None:
+    assert "What are the main differences between Python and C++?" in DEFAULT_PROMPTS
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["nowhere"], "nowhere is no run directory: it has no config.yaml; give the folder of a run"),
+        (["unfinished"], "unfinished has no final/: the run has not finished"),
+        (["RUN", "--file", "no.txt"], "--file no.txt: cannot be read: No such file or directory"),
+        (["RUN", "--file", "no.jsonl"], "--file no.jsonl: cannot be read: No such file or directory"),
+        (["RUN", "--file", "empty.txt"], "--file empty.txt: holds no prompt"),
+        (["RUN", "--file", "bad.jsonl"], "--file bad.jsonl: every line must be an object with a field prompt"),
+        (["RUN", "--judge", "me"], "--judge is me; use heuristic, reward:FOLDER or openai:MODEL"),
+        (["RUN", "--temperature", "-1"], "--temperature is -1.0; use 0 or more"),
+        (["RUN", "--top_p", "0"], "--top_p is 0.0; use a number above 0, at most 1"),
+        (["RUN", "--max_tokens", "0"], "--max_tokens is 0; use at least 1"),
+        (["RUN", "--output", "no/x.jsonl"], "no/x.jsonl: no is no folder; name another file by --output"),
+        (["RUN", "--prompt"], "--prompt: expected one argument"),
+        ([], "run"),
+    ],
+)
+def test_mistakes_are_one_line(
+    argv: list[str], line: str, run: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished/config.yaml").write_text("train: {}\n")
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "bad.jsonl").write_text('{"question": "x"}\n')
+    monkeypatch.chdir(tmp_path)
+    assert main(["sample", *(str(run) if word == "RUN" else word for word in argv)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and line in error, error

@@ -17,14 +17,15 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-import dpo.ask
 import dpo.frozen
 import dpo.load_models
+import dpo.sample
 import dpo.setup
 import dpo.sft
 import dpo.train
 import train_dpo
 from benchmarks.soak import numbers, weights
+from dpo.answers import _last_tokens
 from dpo.commandline import parse
 from dpo.data.planner import Costs
 from dpo.errors import UserError
@@ -34,7 +35,6 @@ from dpo.report.pairs import COLUMNS, read_pairs
 from dpo.roles import reference_dtype
 from dpo.runtime import checkpoint
 from dpo.runtime.tracking import read_lines
-from dpo.sample import _last_tokens
 from dpo.setup import resolve_precision
 from tests import ranks
 
@@ -77,15 +77,15 @@ def test_weights_are_read_at_the_revisions_that_are_pinned_for_them(monkeypatch)
         loaded.append((path, how["revision"]))
         return torch.nn.Linear(1, 1)
 
-    for module, name in ((dpo.load_models.load, "load_model"), (dpo.ask, "load_model")):
+    for module, name in ((dpo.load_models.load, "load_model"), (dpo.sample, "load_model")):
         monkeypatch.setattr(module, name, loads)
     monkeypatch.setattr(dpo.load_models.load, "fetch_weights", lambda path, *, revision: None)
-    monkeypatch.setattr(dpo.ask, "Scorer", lambda model: SimpleNamespace(model=model))
+    monkeypatch.setattr(dpo.sample, "Scorer", lambda model: SimpleNamespace(model=model))
     world = SimpleNamespace(device=torch.device("cpu"))
     setup = SimpleNamespace(config=config, world=world, dtype=torch.float32)
     dpo.load_models.load_weights(setup, "a/b", torch.float32, {}, policy=True)
     dpo.load_models.load_weights(setup, "c/d", torch.float32, {})
-    dpo.ask._scorer("c/d", setup)
+    dpo.sample._scorer("c/d", setup)
     assert loaded == [("a/b", "one"), ("c/d", "two"), ("c/d", "two")]
     assert config.revision_of("runs/x/reference", is_policy=True) is None
     same = parse([*argv, "--reference.path", "a/b", "--reference.revision", "two"]).config
