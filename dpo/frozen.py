@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dpo.answers import Answer, Decoding, answers_to
+from dpo.checks import check_distributions
 from dpo.data.mixture import Pairs
 from dpo.errors import UserError
 from dpo.load_models import load_weights
@@ -21,7 +22,7 @@ from dpo.model.forward import Scorer, own_logits_logps
 from dpo.model.reference import Reference, from_scores, nothing, online, online_with_tokens
 from dpo.policy import Policy, middling_pairs, settled_layout, start_policy
 from dpo.reference_cache import cached_scores, manifest_of
-from dpo.roles import check_distributions, has_own_weights, reference_dtype
+from dpo.roles import has_own_weights, reference_dtype
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import gather, only_main, together
 from dpo.runtime.weights import fingerprint

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo import roles
+from dpo import checks, roles
 from dpo.config import Config, check_world_size
 from dpo.data.chat import read_chat_template
 from dpo.data.epochs import Epochs
@@ -240,7 +240,7 @@ def model_and_tokenizer(config: Config) -> tuple[Any, Any]:
     if model.chat_template is not None:
         tokenizer.chat_template = read_chat_template(model.chat_template)  # final/ takes it along
     vocabulary = model_config.get_text_config().vocab_size
-    if not roles.reads(vocabulary, tokenizer):
+    if not checks.reads(vocabulary, tokenizer):
         raise UserError(
             f"model.tokenizer has {len(tokenizer)} tokens, the policy {vocabulary}; use the policy's own tokenizer"
         )
@@ -263,7 +263,7 @@ def prepare(config: Config, world: World, deepspeed_json: str | None, *, for_els
 
     def work() -> Setup:
         check_world_size(config, world.world_size)
-        roles.check_backends(config)
+        checks.check_backends(config)
         wanted = config.train.precision
         precision = wanted if for_elsewhere and wanted != "auto" else resolve_precision(wanted, world.device)
         engine_config = deepspeed_engine.build_config(
@@ -274,26 +274,17 @@ def prepare(config: Config, world: World, deepspeed_json: str | None, *, for_els
             micro_batch_size=config.train.micro_batch_size,
             name=deepspeed_json or "--config",
         )
-        if config.model.compile and deepspeed_engine.zero_stage(engine_config) == 3:
-            raise UserError("model.compile is true under ZeRO-3, which gathers weights within the blocks; use stage 2")
-        if "tdpo" in config.loss.names and deepspeed_engine.zero_stage(engine_config) == 3:
-            raise UserError("loss.name tdpo needs whole weights of the reference, ZeRO-3 shards them; use stage 1 or 2")
-        looks = deepspeed_engine.looks_at_gradient(engine_config, precision)
-        if config.train.on_nonfinite == "skip" and not looks:
-            raise UserError(
-                "train.on_nonfinite is skip and --config tells DeepSpeed not to look whether gradients are finite; take"
-                " zero_optimization.compute_grad_norm and bf16.check_grad_overflow out of it, or use stop"
-            )
+        checks.check_engine(config, engine_config, precision)
         zero = engine_config.get("zero_optimization", {})
-        roles.check_roles(config, zero, for_elsewhere=for_elsewhere)
+        checks.check_settings(config, zero, for_elsewhere=for_elsewhere)
         model_config, tokenizer = model_and_tokenizer(config)
-        roles.check_sequence(config, model_config)
+        checks.check_sequence(config, model_config)
         if not for_elsewhere:
             for path in filter(None, (config.model.policy, config.reference.path)):
                 load.check_weights(path)  # of the adapter, where it is one
                 load.check_weights(adapters.base_of(path)[0])
-        longest = roles.max_length(config, model_config)
-        roles.check_reference_path(config, tokenizer, longest)
+        longest = checks.max_length(config, model_config)
+        checks.check_reference_path(config, tokenizer, longest)
         data = prepare_data(config, tokenizer, longest)
         made = Setup(
             config=config, world=world, engine_config=engine_config, precision=precision, tokenizer=tokenizer,
@@ -305,7 +296,7 @@ def prepare(config: Config, world: World, deepspeed_json: str | None, *, for_els
             ),
             costs=_costs(config, model_config, world.world_size),
         )
-        roles.check_ids(tokenizer, model_config.get_text_config().vocab_size, made.train_pairs, made.validation_pairs)
+        checks.check_ids(tokenizer, model_config.get_text_config().vocab_size, made.train_pairs, made.validation_pairs)
         return made
 
     setup = together(work)

@@ -198,7 +198,7 @@ def changed(run: Path, folder: Path, **sections: dict[str, Any]) -> Path:
     ids=str,
 )
 def test_a_run_is_asked_whatever_machine_and_stream_it_was_trained_on(sections, run, tmp_path, monkeypatch):
-    monkeypatch.setattr("dpo.roles.find_spec", lambda name: None)  # no bitsandbytes here
+    monkeypatch.setattr("dpo.checks.find_spec", lambda name: None)  # no bitsandbytes here
     answers = []
     for folder in (run, changed(run, tmp_path / "run", **sections)):
         output = tmp_path / "out.jsonl"

@@ -11,6 +11,7 @@ import torch
 
 import dpo.__main__
 import dpo.context
+from dpo.checks import check_sequence
 from dpo.config import Config, DataConfig, LogConfig, LossConfig, ModelConfig, TrainConfig, check_world_size
 from dpo.context import contexts_of
 from dpo.data.batch import collate
@@ -19,7 +20,6 @@ from dpo.model.check import settle
 from dpo.model.forward import Scorer
 from dpo.model.sequence import SequenceGroup
 from dpo.objective.objective import Objective
-from dpo.roles import check_sequence
 from dpo.runtime.distributed import World
 from dpo.types import PairLogps
 from tests import tiny
