@@ -68,9 +68,9 @@ def contexts_of(
     Returns:
         One context a micro-batch.
     """
-    with_margins = "odpo" in loss.config.names
-    margins = [batch.margins[:, None].to(world.device, non_blocking=True) for batch in batches] if with_margins else []
-    of_data = [{"odpo": own} for own in margins] or [{} for _ in batches]
+    of_data: list[dict[str, Tensor]] = [{} for _ in batches]
+    if "odpo" in loss.config.names:
+        of_data = [{"odpo": batch.margins[:, None].to(world.device, non_blocking=True)} for batch in batches]
     if not loss.couples:
         return [Context(chosen_length, own) for own in of_data]
     assert scored is not None

@@ -80,7 +80,7 @@ def _weights(config: Config, path: str | None, *, is_policy: bool) -> Any:
         return None
     base, revision = adapters.base_of(path, config.revision_of(path, is_policy=is_policy))
     found: dict[str, str] = {}
-    for place, at in {path: None, base: revision}.items():
+    for place, at in [(base, revision)] + ([(path, None)] if path != base else []):
         folder = load.fetch_weights(place, revision=at)
         if folder is not None:
             files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*model*.bin"))

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dpo.data.kinds import transcript
 from dpo.errors import UserError
 from dpo.model.reward import load_reward_model
 from dpo.types import Message
@@ -154,8 +155,7 @@ def _openai_judge(model: str) -> Judge:
 
 def _question(prompt: str | list[Message], first: str, second: str) -> list[dict[str, str]]:
     """The messages that ask which of two answers is better."""
-    question = prompt if isinstance(prompt, str) else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-    content = f"<prompt>\n{question}\n</prompt>\n\n<A>\n{first}\n</A>\n\n<B>\n{second}\n</B>"
+    content = f"<prompt>\n{transcript(prompt)}\n</prompt>\n\n<A>\n{first}\n</A>\n\n<B>\n{second}\n</B>"
     return [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": content}]
 
 

@@ -51,9 +51,9 @@ class Policy:
         assert self.scorer.router_loss is not None
         return self.router_coefficient * share * self.scorer.router_loss
 
-    def score(self, batch: PackedBatch, *terms: Any) -> Tensor:
+    def score(self, batch: PackedBatch, **terms: Any) -> Tensor:
         """Log-probs of a batch through the engine; see `Scorer.forward`."""
-        return self.engine(batch, *terms)
+        return self.engine(batch, **terms)
 
     def takes_loss_in_forward(self, batch: PackedBatch, reference: PairLogps) -> bool:
         """Whether the gradient of a loss is taken in the forward pass of the head.

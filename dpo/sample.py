@@ -22,6 +22,7 @@ from dpo.answers import Answer, Decoding, answer_logps, answers_to, side_by_side
 from dpo.commandline import parse
 from dpo.config import Config
 from dpo.data.boundary import encode_prompt
+from dpo.data.kinds import transcript
 from dpo.errors import UserError
 from dpo.inputs import changed_pairs
 from dpo.judge import Case, WinRate, make_judge, win_rate
@@ -100,7 +101,7 @@ def sample(options: Options) -> None:
     old, new, own, base = _answers(options, run, setup, ids)
     cases = [Case(prompt, a.text, b.text) for prompt, a, b in zip(prompts, old, new, strict=True)]
     for case in cases[:SHOWN]:
-        out.print(side_by_side(_text(case.prompt), case.reference, case.policy), markup=False)
+        out.print(side_by_side(transcript(case.prompt), case.reference, case.policy), markup=False)
     decode = setup.tokenizer.decode
     rows: list[dict[str, Any]] = [
         {
@@ -256,10 +257,6 @@ def _scorer(path: str, setup: Setup) -> Scorer:
     scorer = Scorer(loaded)
     scorer.own_head = True
     return scorer
-
-
-def _text(prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 
 def _kl(options: Options, logratios: np.ndarray) -> str:

@@ -136,7 +136,7 @@ def losses_of(
         mine = PairLogps(chosen, rejected, known.chosen_lengths, known.rejected_lengths)
         return loss(mine, known, context.of(pairs)).losses
 
-    total, sums = policy.score(batch, None, False, pair_losses)
+    total, sums = policy.score(batch, pair_losses=pair_losses)
     logps = halves(sums, batch)
     return total, loss(logps, reference, context), logps
 

@@ -81,11 +81,12 @@ def _run(command: Command, world: World) -> None:
     start = str(setup.run / "reference") if config.train.sft_epochs else config.model.policy
     assert start is not None
     if command.dry_run:
-        path = config.model.policy or start
+        assert config.model.policy is not None
         if setup.reference_mode == "cached":  # a look at the plan should not score the whole data set
-            policy, reference = start_policy(setup, path), FrozenReference(nothing, nothing, setup.dtype, None)
+            policy = start_policy(setup, config.model.policy)
+            reference = FrozenReference(nothing, nothing, setup.dtype, None)
         else:
-            policy, reference = start_models(setup, path, lambda note: None)
+            policy, reference = start_models(setup, config.model.policy, lambda note: None)
         say = partial(print, file=sys.stderr) if world.is_main else lambda line: None
         setup = fit_budget(setup, policy, reference.train, say, layout=policy.layout, name=None)
         show_plan(setup, command, policy, reference)

@@ -63,6 +63,11 @@ def content_of(part: str | list[Message]) -> str:
     return "".join(message["content"] + called for message, called in zip(part, calls, strict=True))
 
 
+def transcript(prompt: str | list[Message]) -> str:
+    """A prompt as a person or a judge reads it: messages with their roles."""
+    return prompt if isinstance(prompt, str) else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
 def text_problems(row: PreferenceRow) -> list[Problem]:
     """Find what is odd about the texts of a row, each side looked at by itself."""
     problems = []

@@ -23,7 +23,7 @@ class Mixture:
 
     Attributes:
         parts, names: The sources, and what to call them.
-        lengths, targets, row_numbers, characters, margins: As of `TokenizedPairs`, one source behind the other.
+        lengths, targets, row_numbers, margins: As of `TokenizedPairs`, one source behind the other.
         key: Hash of the sources' keys.
     """
 
@@ -33,7 +33,6 @@ class Mixture:
         self.lengths = np.concatenate([part.lengths for part in parts])
         self.targets = np.concatenate([part.targets for part in parts])
         self.row_numbers = np.concatenate([part.row_numbers for part in parts])
-        self.characters = np.concatenate([part.characters for part in parts])
         self.margins = np.concatenate([part.margins for part in parts])
         self.key = hashlib.sha256(" ".join(part.key for part in parts).encode()).hexdigest()[:32]
         self._starts = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).tolist()

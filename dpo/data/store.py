@@ -168,9 +168,6 @@ class TokenizedPairs:
         scored[self.unscored[first:last] - start] = False
         return TokenizedPair(pair_id, *ids, margin, scored[prompt : prompt + chosen], scored[prompt + chosen :])
 
-    def __reduce__(self) -> tuple[type[TokenizedPairs], tuple[Path]]:
-        return TokenizedPairs, (self.path,)
-
     def texts(self, pair_id: int) -> PreferenceRow | None:
         """Return a pair as it was before tokenisation, nothing cut: text, or messages.
 
@@ -192,14 +189,12 @@ class TokenizedPairs:
 # --- the cache -------------------------------------------------------------------------------------------------------
 
 
-def cache_folder(cache_dir: str | Path | None) -> Path:
-    """Return the folder for tokenised data, made if need be; by default in the user's cache folder.
+def cache_folder(cache_dir: str | Path) -> Path:
+    """Return the folder for tokenised data, made if need be.
 
     Raises:
         UserError: It cannot be made or not be written to.
     """
-    if cache_dir is None:
-        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dpo" / "tokenized"
     try:
         folder = Path(os.path.expanduser(cache_dir))
         folder.mkdir(parents=True, exist_ok=True)

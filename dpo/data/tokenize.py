@@ -49,6 +49,7 @@ def prepare_pairs(
     path: str | Path,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    cache_dir: str | Path,
     subset: str | None = None,
     data_dir: str | None = None,
     revision: str | None = None,
@@ -63,7 +64,6 @@ def prepare_pairs(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     streaming: bool = False,
     workers: int | None = None,
-    cache_dir: str | Path | None = None,
 ) -> tuple[TokenizedPairs, DataReport]:
     """Read and tokenise one split of preference data, or open it where this was done before.
 
@@ -73,6 +73,7 @@ def prepare_pairs(
     Args:
         path, subset, data_dir, revision, split, limit: As for `sources.load_source`.
         tokenizer: The policy's tokenizer; not changed.
+        cache_dir: Folder for tokenised data.
         format: "auto" (told from the first rows), "hh", "prompt", "conversation", "ranked" or "votes".
         max_length: Most tokens of a prompt and one completion together, end token included, >= 2.
         max_prompt_length: In a pair that exceeds `max_length`, the prompt may lose its start down to this many tokens
@@ -85,7 +86,6 @@ def prepare_pairs(
         streaming: Read the rows one by one, once, and keep no text: for sources that fit neither disk nor memory. The
             cache is then keyed by `sources.source_identity` and not by the rows.
         workers: Processes that tokenise; None: one per 4,096 rows, no more than the CPUs, nor 16.
-        cache_dir: Folder for tokenised data; None: dpo/tokenized in the user's cache folder (XDG_CACHE_HOME).
     Returns:
         The pairs, in row order, and what was found in the data.
     Raises:

@@ -60,6 +60,7 @@ class Scorer(nn.Module):
     def forward(
         self,
         batch: PackedBatch,
+        *,
         frozen: FrozenTokens | None = None,
         certain: bool = False,
         pair_losses: PairLosses | None = None,
@@ -201,7 +202,7 @@ def pair_logps(
     """
     if frozen is None and not certain:
         return halves(score(batch), batch)
-    logps, sums = score(batch, frozen, certain)  # (S,), (S,)
+    logps, sums = score(batch, frozen=frozen, certain=certain)  # (S,), (S,)
     pairs = halves(logps, batch)
     if frozen is not None:
         return replace(pairs, kls=torch.stack(sums.tensor_split(2)))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -55,18 +56,34 @@ def chunks_of(completion_sizes: tuple[int, ...], chunk_rows: int) -> list[Chunk]
     starts = [0]
     for size in completion_sizes:
         starts.append(starts[-1] + size)
-    chunks: list[Chunk] = []
-    first, rows = 0, 0
-    for pair in range(num_pairs + 1):
-        size = completion_sizes[pair] + completion_sizes[num_pairs + pair] if pair < num_pairs else chunk_rows
+    first_pairs, rows = [0], 0
+    for pair in range(num_pairs):
+        size = completion_sizes[pair] + completion_sizes[num_pairs + pair]
         if size > chunk_rows:
             return None
-        if rows + size > chunk_rows and pair > first:
-            chosen = slice(starts[first], starts[pair])
-            chunks.append(Chunk(slice(first, pair), chosen, slice(starts[num_pairs + first], starts[num_pairs + pair])))
-            first, rows = pair, 0
+        if rows + size > chunk_rows:
+            first_pairs.append(pair)
+            rows = 0
         rows += size
-    return chunks or None
+    if num_pairs == 0:
+        return None
+    return [
+        Chunk(
+            slice(first, end),
+            slice(starts[first], starts[end]),
+            slice(starts[num_pairs + first], starts[num_pairs + end]),
+        )
+        for first, end in pairwise([*first_pairs, num_pairs])
+    ]
+
+
+def _rows(of_tokens: Tensor, chunk: Chunk) -> Tensor:
+    """What a chunk's tokens have, chosen completions first."""
+    return torch.cat((of_tokens[chunk.chosen], of_tokens[chunk.rejected]))
+
+
+def _rescaled(products: Tensor, by: Tensor | None) -> Tensor:
+    return products if by is None else products.mul_(by)
 
 
 class _LossInForward(torch.autograd.Function):
@@ -89,9 +106,8 @@ class _LossInForward(torch.autograd.Function):
         d_weight = torch.zeros(weight.shape, dtype=wide, device=hidden.device) if wants_weight else None
         d_bias = torch.zeros(len(weight), dtype=wide, device=hidden.device) if wants_bias else None
         for chunk in chunks:
-            take = lambda x, c=chunk: torch.cat((x[c.chosen], x[c.rejected]))  # noqa: E731
-            h, targets, sequences = take(hidden), take(batch.target_ids), take(batch.sequence_ids)
-            weights = None if batch.token_weights is None else take(batch.token_weights)
+            h, targets, sequences = (_rows(x, chunk) for x in (hidden, batch.target_ids, batch.sequence_ids))
+            weights = None if batch.token_weights is None else _rows(batch.token_weights, chunk)
             softmax = softmax_of(h, weight, bias, logit_map, targets)
             # Of this chunk's sequences alone the others' sums are still, or already, what they are.
             sums.index_add_(0, sequences, (softmax.logps if weights is None else softmax.logps * weights).double())
@@ -106,15 +122,15 @@ class _LossInForward(torch.autograd.Function):
             of_row = (per_row if largest is None else per_row / largest)[:, None]
             dz = logps_gradient_(softmax, targets, of_row, logit_map).to(hidden.dtype)
             del softmax
-            scaled = lambda x, by=largest: x if by is None else x.mul_(by)  # noqa: E731
-            rows = scaled(product(dz, weight))
+            rows = _rescaled(product(dz, weight), largest)
             middle = chunk.chosen.stop - chunk.chosen.start
             d_hidden[chunk.chosen], d_hidden[chunk.rejected] = rows[:middle], rows[middle:]
             if d_weight is not None:
                 for tokens in range(0, len(weight), SLICE):
-                    d_weight[tokens : tokens + SLICE] += scaled(product(dz[:, tokens : tokens + SLICE].T, h))
+                    of_slice = product(dz[:, tokens : tokens + SLICE].T, h)
+                    d_weight[tokens : tokens + SLICE] += _rescaled(of_slice, largest)
             if d_bias is not None:
-                d_bias += scaled(dz.sum(dim=0, dtype=wide))
+                d_bias += _rescaled(dz.sum(dim=0, dtype=wide), largest)
             del dz  # before the next chunk makes its tile
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtypes = hidden.dtype, weight.dtype

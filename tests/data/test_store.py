@@ -126,9 +126,3 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(np, "save", fail)
     with pytest.raises(UserError, match="cannot write tokenised data to .*: No space left on device"):
         prepare_pairs(written(tmp_path, plain_rows(3)), tokenizer_of("byte"), cache_dir=tmp_path / "c")
-
-
-def test_the_default_cache_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
-    pairs, _ = prepare_pairs(written(tmp_path, plain_rows(3)), tokenizer_of("byte"))
-    assert pairs.path.parent == tmp_path / "x" / "dpo" / "tokenized"

@@ -46,7 +46,7 @@ def paths(shared_data, tmp_path_factory):
         for some in batches:
             batch = collate(some, layout)
             if way == "in_forward":
-                total, logps = scorer(batch, None, False, losses)
+                total, logps = scorer(batch, pair_losses=losses)
             elif way == "full":
                 logits = scorer.model(input_ids=batch.input_ids.view(batch.num_rows, -1), use_cache=False).logits
                 rows_of = logits.reshape(-1, logits.shape[-1])[batch.score_index]

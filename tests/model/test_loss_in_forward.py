@@ -163,7 +163,7 @@ def test_every_gradient_of_a_model_is_that_of_the_plain_path(family, tied):
         use_layout(scorer, "shared")
         batch = collate(pairs, "shared")
         if in_forward:
-            total, _ = scorer(batch, None, False, per_pair)
+            total, _ = scorer(batch, pair_losses=per_pair)
         else:
             total = per_pair(*scorer(batch).tensor_split(2), slice(None)).sum()
         total.backward()
