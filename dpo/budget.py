@@ -41,6 +41,7 @@ from dpo.policy import Policy
 from dpo.room import Room, costliest, first_step_bytes, largest, wanted_tokens
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import gather, only_main
+from dpo.runtime.files import write_whole
 from dpo.runtime.weights import num_parameters
 from dpo.setup import Setup
 from dpo.types import PackedBatch, PairLogps
@@ -219,7 +220,7 @@ def fit_budget(
         found = key | _find(setup, policy, reference, say, layout)
         if path is not None:
             content = json.dumps(found)
-            only_main(world, lambda: path.write_text(content, encoding="utf-8"))
+            only_main(world, lambda: write_whole(path, content))
     else:
         if found["recomputed"] and not load.recomputes_activations(model):
             load.checkpoint_activations(model)

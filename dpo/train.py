@@ -27,6 +27,7 @@ from dpo.finish import card_of, closing, keep_evaluation, take_samples
 from dpo.frozen import FrozenReference, start_models
 from dpo.inputs import check_inputs
 from dpo.load_models import read_whole
+from dpo.meter import meter_for
 from dpo.model import adapters
 from dpo.model.load import fetch_weights
 from dpo.model.reference import nothing, remembered
@@ -46,7 +47,7 @@ from dpo.runtime.tracking import Recorder, Silent, Tracker, keep_lines, read_lin
 from dpo.setup import Setup, prepare
 from dpo.sft import run_sft
 from dpo.start import check_start
-from dpo.step import meter_for, take_step
+from dpo.step import take_step
 from dpo.sync import move_reference, restore_reference, save_reference
 from dpo.types import TrainState
 

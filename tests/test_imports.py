@@ -25,8 +25,9 @@ ORDER = [
     "runtime.trackers", "runtime.tracking",
     "report.pairs", "report.content", "report.figures", "report.charts", "report.panels", "report.card", "report.page",
     "reference_cache", "answers", "estimate", "run_data", "roles", "checks", "setup", "audit", "inputs", "load_models",
-    "policy", "frozen", "room", "out_of_memory", "budget", "sync", "nonfinite", "context", "start", "step", "export",
-    "sft", "evaluate", "spread", "forecast", "plan", "judge", "sample", "export_run", "finish", "train", "__main__",
+    "policy", "frozen", "room", "out_of_memory", "budget", "sync", "nonfinite", "context", "start", "meter", "step",
+    "export", "sft", "evaluate", "spread", "forecast", "plan", "judge", "sample", "export_run", "finish", "train",
+    "__main__",
 ]  # fmt: skip
 OWNERS = {
     "datasets": {"data.sources"},

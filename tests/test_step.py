@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import dpo.meter
 import dpo.model.attention
 import dpo.model.forward
 import dpo.model.load
@@ -22,11 +23,11 @@ import dpo.train
 import train_dpo
 from dpo.data.batch import collate
 from dpo.estimate import peak_tflops
+from dpo.meter import Meter
 from dpo.model.check import use_layout
 from dpo.model.forward import Scorer
 from dpo.runtime import distributed
 from dpo.runtime.tracking import read_lines
-from dpo.step import Meter
 from tests import tiny
 from tests.test_stages import arguments
 
@@ -113,8 +114,9 @@ def test_speed_counts_the_last_update_which_a_gpu_is_still_busy_with(monkeypatch
         now[0] += 0.25
         return totals
 
-    monkeypatch.setattr(dpo.step.distributed, "sum_over_ranks", late)
-    monkeypatch.setattr(dpo.step, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(dpo.meter.distributed, "sum_over_ranks", late)
+    for module in (dpo.step, dpo.meter):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     assert meter.line(torch.device("cpu"))["perf/pairs_per_second"] == pytest.approx(10 / 1.25, rel=1e-9)
     assert meter.seconds == 0
 
@@ -371,9 +373,10 @@ def test_mfu_is_the_operations_of_the_formula_over_time_and_the_peak_beside_it(
     assert train_dpo.main(arguments(tmp_path / "unknown", tiny_policy, *flags)) == 0
     assert not [k for line in read_lines(tmp_path / "unknown/run") for k in line if "mfu" in k or "peak_tflops" in k]
     lengths = []
-    monkeypatch.setattr(dpo.step, "peak_tflops", lambda name, precision: 2.0)
-    original = dpo.step.useful_flops
-    monkeypatch.setattr(dpo.step, "useful_flops", lambda x, **sizes: lengths.append((x, sizes)) or original(x, **sizes))
+    monkeypatch.setattr(dpo.meter, "peak_tflops", lambda name, precision: 2.0)
+    original = dpo.meter.useful_flops
+    seen = lambda x, **sizes: lengths.append((x, sizes)) or original(x, **sizes)  # noqa: E731
+    monkeypatch.setattr(dpo.meter, "useful_flops", seen)
     assert train_dpo.main(arguments(tmp_path / "known", tiny_policy, *flags)) == 0
     (line,) = [line for line in read_lines(tmp_path / "known/run") if "loss" in line]
     assert line["perf/peak_tflops"] == 2.0
@@ -402,9 +405,9 @@ def test_waiting_for_batches_counts_as_time_of_training(tiny_policy, tmp_path, m
 
 
 def test_mixtures_of_experts_have_no_mfu(tiny_policy, tmp_path, monkeypatch):
-    monkeypatch.setattr(dpo.step, "peak_tflops", lambda name, precision: 2.0)
-    of = dpo.step.shape_of
-    monkeypatch.setattr(dpo.step, "shape_of", lambda *a, **k: replace(of(*a, **k), has_fused_experts=True))
+    monkeypatch.setattr(dpo.meter, "peak_tflops", lambda name, precision: 2.0)
+    of = dpo.meter.shape_of
+    monkeypatch.setattr(dpo.meter, "shape_of", lambda *a, **k: replace(of(*a, **k), has_fused_experts=True))
     assert train_dpo.main(arguments(tmp_path, tiny_policy, "--log.samples", "0", "--train.max_steps", "1")) == 0
     assert not [k for line in read_lines(tmp_path / "run") for k in line if "mfu" in k or "peak_tflops" in k]
 

@@ -24,6 +24,7 @@ import dpo.model.forward
 from dpo.config import Config, DataConfig, LogConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from dpo.data.loader import whole_pass
 from dpo.evaluate import ValidationShare, evaluate
+from dpo.meter import Meter
 from dpo.nonfinite import Nonfinite
 from dpo.objective.objective import Objective
 from dpo.run_data import RunData
@@ -32,7 +33,7 @@ from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import World
 from dpo.setup import Setup
 from dpo.start import check_start
-from dpo.step import Meter, take_step
+from dpo.step import take_step
 from tests import tiny
 from tests.invariants import cut
 
