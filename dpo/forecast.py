@@ -6,6 +6,7 @@ the ranks would follow; memory parts are exact for what DeepSpeed keeps, times a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -147,9 +148,19 @@ def memory_parts(setup: Setup, machine: Machine, schedule: Schedule) -> dict[str
     if machine.stage == 3:
         live = min(shape.parameters, zero.get("stage3_max_live_parameters", 1e9))
         parts["gathered weights, at most"] = live * machine.width / GIB
-    early = setup.loss_in_forward
-    parts |= batch_parts(shape, schedule, setup.config.train.layout, machine.width, early, not setup.trains_adapters)
+    early, of_gpu = setup.loss_in_forward, _of_one_gpu(schedule, setup.config.train.sequence_parallel_size)
+    parts |= batch_parts(shape, of_gpu, setup.config.train.layout, machine.width, early, not setup.trains_adapters)
     return parts
+
+
+def _of_one_gpu(schedule: Schedule, ranks_of_row: int) -> Schedule:
+    """The largest micro-batch as one of the ranks that compute its rows together holds it; all its completion tokens
+    may stand in one cut."""
+    largest = math.ceil(schedule.largest / ranks_of_row)
+    return replace(
+        schedule, largest=largest, largest_prompts=math.ceil(schedule.largest_prompts / ranks_of_row),
+        largest_completions=min(schedule.largest_completions, largest),
+    )  # fmt: skip
 
 
 def batch_parts(
@@ -230,24 +241,42 @@ def speed_rows(setup: Setup, machine: Machine, schedule: Schedule, hardware: Har
         width=machine.width, reference_width=machine.reference_bytes, trained=machine.trained,
         to_owner=not zero.get("use_multi_rank_bucket_allreduce", True),
     )
-    within = ranks <= hardware.gpus_per_node
-    link = gpu.link_gb if within else min(gpu.link_gb, hardware.network_gb)
+    within, of_row = ranks <= hardware.gpus_per_node, setup.config.train.sequence_parallel_size
+    link, slow = gpu.link_gb, min(gpu.link_gb, hardware.network_gb)
+    exchanged = _exchanged(machine, schedule.tokens / ranks, of_row)
     peak = gpu.tflops * (1 if machine.half else FP32_SHARE)
     waits = schedule.waits if machine.stage >= 2 else schedule.imbalances
     compute = schedule.flops / ranks * float(waits.mean()) / (peak * 1e12 * hardware.peak_share)
-    moving = sum(sent.values()) / (link * 1e9)
+    moving = sum(sent.values()) / ((link if within else slow) * 1e9)
+    moving += exchanged / ((link if of_row <= hardware.gpus_per_node else slow) * 1e9)
+    sent |= {"queries, keys, values, outputs exchanged": exchanged} if exchanged else {}
     step = compute + moving
-    hours = setup.total_steps * step / 3600
+    hours, over = setup.total_steps * step / 3600, link if within else slow
     where = "within a node" if within else "between nodes"
     speed = f"{hardware.peak_share:.0%} of {peak:,.0f} TFLOP/s"
     return [
         *((f"sent a step and rank: {name}", f"{_number(count / 1e9)} GB") for name, count in sent.items()),
         ("operations a step, all ranks", f"{_number(schedule.flops / 1e12)} TFLOP"),
         ("computing", f"{_number(compute)} s at {speed}, the slowest rank"),
-        ("sending", f"{_number(moving)} s at {link:g} GB/s ({where}), none of it hidden behind computing"),
+        ("sending", f"{_number(moving)} s at {over:g} GB/s ({where}), none of it hidden behind computing"),
         ("a step, estimate", f"{_number(step)} s, {_number(schedule.pairs / step)} pairs/s"),
         ("all DPO steps, estimate", f"{_number(hours)} h, evaluation and checkpoints not counted"),
     ]
+
+
+def _exchanged(machine: Machine, tokens: float, ranks_of_row: int) -> float:
+    """Bytes that a rank sends in a step's attention: it trades tokens for heads (Ulysses), of queries, keys and values
+    before and of outputs after, forward and back, and again for the reference and where activations are recomputed.
+
+    Args:
+        machine: The policy.
+        tokens: Of the rank's cuts, over the step.
+        ranks_of_row: That compute a row together.
+    """
+    shape = machine.shape
+    of_token = 2 * shape.attention_width * machine.width + shape.keys_and_values
+    passes = 2 + machine.recompute + machine.reference_bytes / machine.width
+    return (1 - 1 / ranks_of_row) * passes * of_token * tokens
 
 
 def _room(setup: Setup, machine: Machine, hardware: Hardware) -> Room:
@@ -261,8 +290,9 @@ def _room(setup: Setup, machine: Machine, hardware: Hardware) -> Room:
         zero, world_size=ranks, width=machine.width, trained=machine.trained,
         largest=min(machine.shape.largest, machine.trained), states=STATES[setup.config.optim.name],
     )  # fmt: skip
-    longest = int(num_tokens(setup.train_pairs.lengths, train.layout).max())
-    return Room(machine.shape, setup.dtype, int(free), machine.stage, machine.trained, longest, train.layout)
+    of_row = train.sequence_parallel_size
+    longest = math.ceil(num_tokens(setup.train_pairs.lengths, train.layout).max() / of_row)
+    return Room(machine.shape, setup.dtype, int(free), machine.stage, machine.trained, longest, train.layout, of_row)
 
 
 def forecast(setup: Setup, hardware: Hardware) -> dict[str, Rows]:

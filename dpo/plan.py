@@ -15,7 +15,7 @@ from rich.table import Table
 from dpo.commandline import Command
 from dpo.context import contexts_of, look_ahead
 from dpo.data.planner import num_tokens
-from dpo.errors import UserError, printable
+from dpo.errors import printable
 from dpo.estimate import STATES, memory
 from dpo.forecast import Rows, forecast, prepare_for
 from dpo.frozen import FrozenReference
@@ -105,8 +105,6 @@ def show_forecast(command: Command) -> None:
     Raises:
         UserError: As the run itself would, before its first step.
     """
-    if command.config.train.sequence_parallel_size > 1:
-        raise UserError("train.sequence_parallel_size is not known to python -m dpo plan; leave it out")
     setup = prepare_for(command)
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     for note in setup.notes:

@@ -26,7 +26,7 @@ class Schedule:
         imbalances, waits: (looked_at,) see `estimate.imbalance` and `estimate.waiting`.
         last: Imbalance of the epoch's last step if that has fewer pairs and is not counted above; else None.
         padding: Share of the tokens computed that are padding.
-        pairs: In a whole step.
+        pairs, tokens: In a whole step, over all ranks; tokens with their padding, a mean.
         largest: Tokens of the largest micro-batch.
         largest_completions, largest_prompts: Most completion and most prompt tokens of a micro-batch.
         flops: Mean operations of a whole step over all ranks, given what is recomputed.
@@ -40,6 +40,7 @@ class Schedule:
     last: float | None
     padding: float
     pairs: int
+    tokens: float
     largest: int
     largest_completions: int
     largest_prompts: int
@@ -80,15 +81,15 @@ def schedule_of(setup: Setup, shape: Shape, *, recompute: bool, reference: bool)
                 lengths[ids], layout, tokens=int(tokens.sum()), recompute=recompute, reference=reference,
                 look_ahead=couples_pairs(setup.config.loss.names), **shape.sizes,
             )
-            shapes.append((tokens.shape[1], imbalance(costs), waiting(costs), spent))
+            shapes.append((tokens.shape[1], imbalance(costs), waiting(costs), spent, int(tokens.sum())))
         computed, real = computed + int(tokens.sum()), real + int(packed[ids].sum())
         largest = max(largest, int(tokens.max()))
         completions = max(completions, *(int(lengths[b, 1:].sum()) for rank in plan for b in rank if b))
         prompts = max(prompts, *(int(lengths[b, 0].sum()) for rank in plan for b in rank if b))
-    counts, imbalances, waits, flops = np.array(shapes).T
+    counts, imbalances, waits, flops, whole = np.array(shapes).T
     return Schedule(
         epochs.steps_per_epoch, len(looked_at), counts, imbalances, waits, last, 1 - real / computed,
-        min(size, len(lengths)), largest, completions, prompts, float(flops.mean()),
+        min(size, len(lengths)), float(whole.mean()), largest, completions, prompts, float(flops.mean()),
     )  # fmt: skip
 
 

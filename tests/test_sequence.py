@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 import dpo.__main__
 import dpo.context
+import dpo.forecast
 from dpo.checks import check_sequence
 from dpo.config import Config, DataConfig, LogConfig, LossConfig, ModelConfig, TrainConfig, check_world_size
 from dpo.context import contexts_of
@@ -21,6 +23,7 @@ from dpo.model.forward import Scorer
 from dpo.model.sequence import SequenceGroup
 from dpo.objective.objective import Objective
 from dpo.runtime.distributed import World
+from dpo.spread import Schedule
 from dpo.types import PairLogps
 from tests import tiny
 from tests.invariants.run_losses import setup_of
@@ -134,8 +137,34 @@ def test_ranks_must_fall_into_whole_groups_that_all_have_pairs():
         config(size=0)
 
 
-def test_the_plan_for_other_hardware_refuses_it(tiny_policy: Path, tmp_path: Path, capsys: Any):
-    argv = ["--model.policy", str(tiny_policy), "--data.train", "builtin:world", "--log.samples", "0"]
-    argv += ["--data.cache_dir", str(tmp_path), "--train.sequence_parallel_size", "2", "--ranks", "2", "--gpu", "t4"]
-    assert dpo.__main__.main(["plan", *argv]) == 2
-    assert "train.sequence_parallel_size is not known to python -m dpo plan" in capsys.readouterr().err
+def test_a_plan_of_rows_on_two_gpus_is_that_of_whole_rows_with_half_of_each_on_a_gpu(
+    tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    """Two ranks with rows of up to 600 tokens, and four that compute the same rows in twos."""
+    schedules: list[Schedule] = []
+    made = dpo.forecast.schedule_of
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(dpo.forecast, "schedule_of", lambda *a, **k: schedules.append(made(*a, **k)) or schedules[-1])
+    argv = ["plan", "--config", "ds_configs/zero2.json", "--model.policy", str(tiny_policy), "--data.train",
+            "builtin:world", "--data.train_limit", "64", "--data.cache_dir", str(tmp_path), "--gpu", "a100",
+            "--model.gradient_checkpointing", "true", "--model.loss_in_forward", "auto"]  # fmt: skip
+    found = []
+    for ranks, of_row, tokens in ((2, 1, 600), (4, 2, 300)):
+        sizes = ["--ranks", str(ranks), "--train.sequence_parallel_size", str(of_row)]
+        assert dpo.__main__.main([*argv, *sizes, "--train.tokens_per_micro_batch", str(tokens)]) == 0
+        shown = re.sub(r"\s+", " ", re.sub("[^ -~]", " ", capsys.readouterr().out))
+        sizes_shown = re.findall(r"(activations, kept|activations, recomputed)[^.]*? ([\d.]+) ([KM]iB)", shown)
+        kib = {name: float(value) * {"KiB": 1, "MiB": 1024}[unit] for name, value, unit in sizes_shown}
+        found.append((shown, kib))
+    whole, cut = schedules
+    assert (whole.largest, whole.flops, whole.tokens) == (cut.largest, cut.flops, cut.tokens)
+    assert whole.micro_steps.tolist() == cut.micro_steps.tolist() and whole.micro_steps.max() > 1
+    (before, old), (after, new) = found
+    for part in ("activations, kept", "activations, recomputed"):
+        assert new[part] == pytest.approx(old[part] / 2, rel=0.01), part
+    assert "exchanged" not in before
+    # Llama: 4 query and 2 key heads of 8 in 2 layers, 2 bytes: q, o and k, v; forward, backward, once more, reference.
+    a_token = 2 * (2 * 4 * 8 + 2 * 2 * 8) * 2
+    sent = 0.5 * 4 * a_token * whole.tokens / 4
+    size = re.search(r"queries, keys, values, outputs exchanged ([\d.e-]+) GB", after)
+    assert size and float(size[1]) == pytest.approx(sent / 1e9, rel=0.01)
