@@ -205,7 +205,7 @@ class DataConfig:
     """Preference data and how text becomes tokens."""
 
     train: tuple[dict[str, Any] | str, ...] | str | None = None
-    """Hub id, folder, .json, .jsonl[.gz], .parquet, or builtin:world; or a list of them or {path, weight, ...}."""
+    """Hub id, folder, .jsonl, .json, .csv, .parquet, or builtin:world; or a list of them or {path, weight, ...}."""
     validation: tuple[dict[str, Any] | str, ...] | str | None = None
     """The same for validation, a list of {name, path, ...}; default: the validation (else test) split of data.train."""
     subset: str | None = None

@@ -1,4 +1,5 @@
-"""Data files -> rows: .json, .jsonl, either gzipped, and .parquet; and which files of a folder make which split.
+"""Data files -> rows: .json, .jsonl and .csv, each gzipped or not, and .parquet; and which files of a folder make which
+split.
 
 Serves `sources.py`. Rows keep the order of the file and, for several files, of their names. JSON lines are read one by
 one, so that a broken one is named by its row.
@@ -6,9 +7,12 @@ one, so that a broken one is named by its row.
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import re
+import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
@@ -20,11 +24,13 @@ import pyarrow.parquet
 
 from dpo.errors import UserError
 
-FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+TABLES = (".csv", ".csv.gz")
+FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", *TABLES, ".parquet")
 
 DEEPEST = 50
 """Levels of lists and objects within a row; conversations with tools have about ten."""
 
+_VOTES = re.compile(r"label|annotator\d+")
 _SPLIT_WORDS = {
     "train": "train", "training": "train",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
@@ -44,6 +50,7 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
     """
     found = [file for pattern in ("*", "*/*") for file in sorted(folder.glob(pattern))]
     files = [file for file in found if file.name.endswith(FILE_SUFFIXES) and file.is_file() and file.name[0] != "."]
+    files = [file for file in files if not file.name.endswith(TABLES)] or files  # beside data a table is notes on it
     if not files:
         raise UserError(f"data '{folder}': a folder without data; it should hold {', '.join(FILE_SUFFIXES)} files")
     groups: dict[str, list[Path]] = {}
@@ -78,7 +85,7 @@ def read_files(files: list[Path], limit: int | None) -> list[Any] | pyarrow.Tabl
         if file.name.endswith(".parquet"):
             rows += _read_parquet([file], left).to_pylist()
         else:
-            rows += islice(_json_rows(file), left)
+            rows += islice(_text_rows(file), left)
     return rows
 
 
@@ -95,7 +102,7 @@ def stream_files(files: list[Path], limit: int | None) -> Iterator[Any]:
 
 def _stream_file(file: Path) -> Iterator[Any]:
     if not file.name.endswith(".parquet"):
-        yield from _json_rows(file)
+        yield from _text_rows(file)
         return
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
@@ -125,11 +132,15 @@ def _read_parquet(files: list[Path], limit: int | None) -> pyarrow.Table:
     return table if limit is None else table.slice(0, limit)
 
 
-def _json_rows(file: Path) -> Iterator[Any]:
-    """Yield the rows of JSON lines or of one JSON list, whichever the file holds."""
+def _text_rows(file: Path) -> Iterator[Any]:
+    """Yield the rows of CSV, of JSON lines or of one JSON list, the last two whichever the file holds."""
     opener = gzip.open if file.name.endswith(".gz") else open
     try:
         with opener(file, "rb") as stream:
+            if file.name.endswith(TABLES):
+                with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
+                    yield from _csv_rows(file, text)
+                return
             lines = (line for line in stream if line.strip(b" \t\r\n\xef\xbb\xbf"))
             first = next(lines, None)
             if first is None:
@@ -142,6 +153,31 @@ def _json_rows(file: Path) -> Iterator[Any]:
     except (OSError, EOFError, zlib.error) as error:
         what = "not a whole gzip file" if file.name.endswith(".gz") else "cannot be read"
         raise UserError(f"{file}: {what}: {first_line(error)}; make it anew, or name another file") from error
+
+
+def _csv_rows(file: Path, text: io.TextIOWrapper) -> Iterator[Any]:
+    """Yield the rows of a table whose first line names the columns; texts are kept as they stand, votes are numbers."""
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.reader(text, strict=True)
+    number = 0
+    try:
+        names = next(reader, [])
+        if len(names) < 2 or len(set(names)) < len(names):
+            named = ", ".join(names)
+            raise UserError(f"{file}: its first line names the columns {named}; give at least two, none twice")
+        for number, cells in enumerate(filter(None, reader), start=1):
+            if len(cells) != len(names):
+                raise UserError(f"{file} row {number}: {len(cells)} cells for {len(names)} columns; fix it")
+            row = zip(names, cells, strict=True)
+            yield {name: _vote(cell) if _VOTES.fullmatch(name) else cell for name, cell in row}
+    except csv.Error as error:
+        raise UserError(f"{file} row {number + 1}: not valid CSV: {error}; fix it") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text: {error}; save it as UTF-8") from error
+
+
+def _vote(cell: str) -> int | str | None:
+    return int(cell) if cell.isdecimal() else cell or None
 
 
 def _parse_lines(file: Path, lines: Iterable[bytes]) -> Iterator[Any]:

@@ -26,6 +26,9 @@ def written(folder: Path, name: str) -> Path:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), file)
         return file
     content = json.dumps(ROWS, indent=1).encode() if ".json" in name and "jsonl" not in name else LINES
+    if ".csv" in name:
+        lines = ["\ufeffprompt,chosen,rejected", *(",".join(row.values()) for row in ROWS)]
+        content = ("\r\n".join(lines) + "\r\n").encode()
     file.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     return file
 
@@ -38,7 +41,7 @@ def refused(path: Any, **options: Any) -> str:
     return message
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "a.csv", "a.csv.gz", "a.parquet"])
 def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str) -> None:
     file = written(tmp_path, name)
     assert list(load_source(file)) == ROWS
@@ -128,6 +131,36 @@ def test_a_broken_list_is_one_line(tmp_path: Path) -> None:
     assert "has no rows" in refused(file)
 
 
+def test_a_table_keeps_texts_as_they_stand_and_reads_votes_as_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_bytes(b'prompt,response1,response2,annotator1,annotator2\n"a, ""b""\r\n\nc", 4,5 ,1,\n\n7,,x,2,0\n')
+    first = {"prompt": 'a, "b"\r\n\nc', "response1": " 4", "response2": "5 ", "annotator1": 1, "annotator2": None}
+    second = {"prompt": "7", "response1": "", "response2": "x", "annotator1": 2, "annotator2": 0}
+    assert load_source(file) == [first, second] == list(stream_source(file))
+
+
+def test_a_folder_of_tables_is_data_and_a_table_beside_data_is_not(tmp_path: Path) -> None:
+    for name in ("train.csv", "test.csv"):
+        written(tmp_path, name)
+    assert load_source(tmp_path) == ROWS and validation_split_of(tmp_path) == "test"
+    written(tmp_path, "other.jsonl")
+    assert load_source(tmp_path) == ROWS and splits_of(tmp_path) == ["train"]
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"", "its first line names the columns ; give at least two"), (b"a,a\n1,2\n", "names the columns a, a; give"),
+        (b"a,b\n1,2\n1,2,3\n", "row 2: 3 cells for 2 columns; fix it"), (b"a,b\n", "has no rows"),
+        (b'a,b\n1,"2"3\n', "row 1: not valid CSV: "), (b'a,b\n1,"2\n', "row 1: not valid CSV: "),
+        (b"a,b\n1,\xff\n", "not UTF-8 text"),
+    ],
+)  # fmt: skip
+def test_a_table_that_is_none_is_one_line(content: bytes, line: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(content)
+    assert line in refused(tmp_path / "a.csv")
+
+
 def test_damaged_files_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(LINES)
     assert "a.jsonl.gz: not a whole gzip file" in refused(tmp_path / "a.jsonl.gz")
@@ -148,8 +181,8 @@ def test_nothing_there_is_one_line(tmp_path: Path) -> None:
     assert "a folder without data; it should hold .jsonl, " in refused(tmp_path / "empty")
     (tmp_path / "empty.jsonl").write_text(" \n\n")
     assert "empty.jsonl: the file is empty" in refused(tmp_path / "empty.jsonl")
-    (tmp_path / "a.csv").write_text("a,b")
-    assert "a.csv': unknown kind of file; use one of .jsonl, " in refused(tmp_path / "a.csv")
+    (tmp_path / "a.txt").write_text("a,b")
+    assert "a.txt': unknown kind of file; use one of .jsonl, " in refused(tmp_path / "a.txt")
     pyarrow.parquet.write_table(pyarrow.table({"chosen": []}), tmp_path / "none.parquet")
     assert "none.parquet: split 'train' has no rows" in refused(tmp_path / "none.parquet")
 
