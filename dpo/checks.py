@@ -183,16 +183,7 @@ def check_reference_path(config: Config, tokenizer: Any, longest: int) -> None:
     path, trust = config.reference.path, config.model.trust_remote_code
     if path is None:
         return
-    ours = tokenizer.get_vocab()
-    theirs = load.load_tokenizer(
-        adapters.tokenizer_of(path), revision=config.reference.revision, trust_remote_code=trust
-    ).get_vocab()
-    wrong = next((token for token in ours if theirs.get(token) != ours[token]), None)
-    if wrong is not None:
-        raise UserError(
-            f"reference.path {path} has another tokenizer than the policy: {wrong!r} is {theirs.get(wrong)} there and"
-            f" {ours[wrong]} here; name a model with the policy's tokenizer"
-        )
+    check_same_tokens("reference.path", path, tokenizer, config, config.reference.revision)
     base, revision = adapters.base_of(path, config.reference.revision)
     other = load.load_config(base, revision=revision, trust_remote_code=trust)
     context, vocabulary = load.context_length(other), other.get_text_config().vocab_size
@@ -202,6 +193,30 @@ def check_reference_path(config: Config, tokenizer: Any, longest: int) -> None:
         )
     if not reads(vocabulary, tokenizer):
         raise UserError(f"reference.path {path} has {vocabulary} tokens, the policy's tokenizer {len(tokenizer)}")
+
+
+def check_same_tokens(what: str, path: str, tokenizer: Any, config: Config, revision: str | None = None) -> None:
+    """Refuse a model whose tokenizer gives a token of the policy's another id.
+
+    Args:
+        what: Setting or flag that names it.
+        path: Of the model.
+        tokenizer: Of the policy.
+        config: Settings.
+        revision: Of the model on the hub.
+    Raises:
+        UserError: Naming the token.
+    """
+    ours = tokenizer.get_vocab()
+    theirs = load.load_tokenizer(
+        adapters.tokenizer_of(path), revision=revision, trust_remote_code=config.model.trust_remote_code
+    ).get_vocab()
+    wrong = next((token for token in ours if theirs.get(token) != ours[token]), None)
+    if wrong is not None:
+        raise UserError(
+            f"{what} {path} has another tokenizer than the policy: {wrong!r} is {theirs.get(wrong)} there and"
+            f" {ours[wrong]} here; name a model with the policy's tokenizer"
+        )
 
 
 def check_distributions(config: Config, scorers: Sequence[Scorer]) -> None:

@@ -135,7 +135,7 @@ class ReferenceConfig:
     dtype: Literal["auto", "fp16", "bf16", "fp32", "policy"] = "auto"
     """auto: the policy's on a CPU, under ZeRO-3 and if cached, else fp16 on a GPU."""
     cache_dir: str | None = None
-    """Where cached scores are kept, for this and later runs; default: data.cache_dir."""
+    """Where scores of cached and moving references are kept, for this and later runs; default: data.cache_dir."""
     sync_steps: int | None = None
     """Steps after which the reference moves towards the policy (TR-DPO); default: never."""
     sync_alpha: float = 0.6

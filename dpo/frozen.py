@@ -38,7 +38,8 @@ class FrozenReference:
     """The reference beside a policy under training.
 
     Attributes:
-        train, validation: reference(batch) -> PairLogps of the pairs of each data set, without gradient.
+        train, validation: reference(batch) -> PairLogps of the pairs of each data set, without gradient; of a reference
+            that moves, of training as it stands and of validation as it was at the start.
         dtype: In which it scores.
         scorer: Backbone and head; None where there is none, or once a cached reference has no more need of it.
         view: view(): the block within which the scorer is the reference, where it is the policy's own.
@@ -182,6 +183,8 @@ def _scores_by(
     path = policy.attention + (", own head" if scorer.own_head else "")
     if setup.config.loss.ld_alpha is not None:
         path += f", ld_alpha {setup.config.loss.ld_alpha}"
+    if "sampo" in setup.config.loss.names:
+        path += f", sampo {setup.config.train.seed}"
     if products.multiplies_in_fp32(dtype, setup.world.device):
         path += ", products in fp32"
     cache = Path(setup.config.reference.cache_dir or setup.config.data.cache_folder)

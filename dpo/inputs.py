@@ -35,9 +35,14 @@ def check_inputs(setup: Setup) -> None:
     only_main(setup.world, lambda: _check(setup))
 
 
-def changed_pairs(setup: Setup) -> list[str]:
-    """Names of the data sets of a run that are no longer what it was begun on, as far as that is written down."""
-    before = _read(setup.run / "inputs.json") or {}
+def changed_pairs(setup: Setup, run: Path) -> list[str]:
+    """Names of the data sets of a run that are no longer what it was begun on, as far as that is written down.
+
+    Args:
+        setup: Of the run's settings.
+        run: Where the run directory is now.
+    """
+    before = _read(run / "inputs.json") or {}
     return [name for name, digests in _pairs(setup).items() if before.get(name, digests) != digests]
 
 

@@ -111,7 +111,8 @@ class Nonfinite:
         """
         if math.isfinite(eval_loss):
             return
-        what = f"the validation loss after step {step} is {eval_loss}"
+        of_sft = self.stage == "sft_step"
+        what = f"the validation loss after {'SFT ' * of_sft}step {step} is {eval_loss}"
         if self.skips:
             self.say(f"{what}; the run goes on (train.on_nonfinite: skip)")
         elif step == 0:
@@ -119,7 +120,7 @@ class Nonfinite:
         else:
             raise UserError(
                 f"{what}: the weights have left what {self.setup.precision} can express, and no final/ is written;"
-                f" begin anew with a lower optim.lr in another train.output_dir"
+                f" begin anew with a lower {'optim.sft_lr' if of_sft else 'optim.lr'} in another train.output_dir"
             )
 
     def _leave_out(self, work: StepBatches, losses: list[Tensor] | None) -> None:

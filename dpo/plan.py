@@ -19,6 +19,7 @@ from dpo.errors import printable
 from dpo.estimate import STATES, memory
 from dpo.forecast import Rows, forecast, prepare_for
 from dpo.frozen import FrozenReference
+from dpo.model.shape import shape_of
 from dpo.objective.objective import Objective
 from dpo.policy import Policy
 from dpo.room import costliest
@@ -67,14 +68,17 @@ def _try_costliest(setup: Setup, policy: Policy, reference: FrozenReference) -> 
     deepspeed_engine.backward(policy.engine, total, True)
     _wait_for(device)
     seconds = time.perf_counter() - started
+    config = setup.config
+    shape = shape_of(policy.scorer.model.config, setup.dtype, trust_remote_code=config.model.trust_remote_code)
     parts = memory(
-        num_parameters(policy.scorer),
+        shape.parameters + (num_parameters(policy.scorer, trained=True) if setup.trains_adapters else 0),
         stage=deepspeed_engine.zero_stage(setup.engine_config),
         world_size=setup.world.world_size,
         half=setup.precision != "fp32",
         reference_bytes=reference.dtype.itemsize if setup.reference_mode == "online" else 0,
         trained=num_parameters(policy.scorer, trained=True),
-        states=STATES[setup.config.optim.name],
+        in_4_bits=shape.linear if config.model.load_in_4bit else 0,
+        states=STATES[config.optim.name],
     )
     return [
         ("layout in use", policy.layout),

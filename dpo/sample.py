@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 
 from dpo.answers import Answer, Decoding, answer_logps, answers_to, side_by_side
+from dpo.checks import check_same_tokens
 from dpo.commandline import parse
 from dpo.config import Config
 from dpo.data.boundary import encode_prompt
@@ -95,7 +96,9 @@ def sample(options: Options) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     judge = make_judge(options.judge, device) if options.judge else None
     setup = _setup(config, device)
-    for name in changed_pairs(setup):
+    if options.policy is not None:
+        check_same_tokens("--policy", options.policy, setup.tokenizer, config)
+    for name in changed_pairs(setup, run):
         out.print(f"{name} of {run} have changed since it was begun", markup=False)
     prompts, ids = _prompts(options, setup)
     old, new, own, base = _answers(options, run, setup, ids)
@@ -144,6 +147,8 @@ def _output(options: Options) -> Path:
 def _config(run: Path, policy: str | None) -> Config:
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is no run directory: it has no config.yaml; give the folder of a run")
+    if policy is not None and not any((Path(policy) / f).is_file() for f in ("config.json", "adapter_config.json")):
+        raise UserError(f"--policy {policy} holds no model; python -m dpo export makes a folder of a checkpoint")
     if policy is None and not (run / "final").is_dir():
         raise UserError(
             f"{run} has no final/: the run has not finished; give it the rest of its steps, or --policy with an export"
@@ -264,8 +269,8 @@ def _kl(options: Options, logratios: np.ndarray) -> str:
     if options.temperature == 1 and options.top_p == 1:
         error = logratios.std(ddof=1) / np.sqrt(len(logratios)) if len(logratios) > 1 else float("nan")
         return (
-            f"KL(policy, reference) of answers of at most {options.max_tokens} tokens, estimated on {len(logratios)}"
-            f" drawn ones: {mean}, standard error {error:.3f}"
+            f"KL(policy, reference) of answers cut at --max_tokens, estimated on {len(logratios)} drawn ones:"
+            f" {mean}, standard error {error:.3f}"
         )
     how = "greedy" if options.temperature == 0 else f"temperature {options.temperature:g}, top_p {options.top_p:g}"
     return f"mean log-ratio of the policy's answers ({how}; a KL estimate only at temperature 1): {mean}"

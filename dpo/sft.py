@@ -99,20 +99,27 @@ def _train(
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     if world.is_main and state.unlogged:
         sums += sums.new_tensor(state.unlogged)
-    tokens_seen, since, before = state.num_tokens, time.perf_counter(), state.step
+    tokens_seen, before = state.num_tokens, state.step
     nonfinite = Nonfinite(setup, "sft_step", tracker.say, state.skipped)
     held_out, per_epoch = _held_out(setup, layout), setup.epochs.steps_per_epoch
 
-    def evaluate_after(step: int) -> None:
+    def evaluate_after(step: int) -> bool:
+        """Evaluate if it is time; whether any rank was asked to stop meanwhile."""
         if not held_out or not (step == total or due(step, config.train.eval_every, per_epoch)):
-            return
+            return False
         heartbeat.at(f"in the evaluation after SFT step {step}")
-        loss = _loss_of(policy, held_out, world.device)
+        try:
+            loss = _loss_of(policy, held_out, world.device)
+        except preemption.Preempted:
+            return True
         tracker.record({"sft_step": step, "sft_epoch": step / per_epoch, "eval_sft_loss": loss})
+        nonfinite.look_at(step, loss)
         tracker.say(f"SFT step {step}: eval_sft_loss {loss:.4f}")
+        return False
 
     if not only_main(world, lambda: any(_is_evaluation_of(line, state.step) for line in read_lines(setup.run))):
-        evaluate_after(state.step)
+        preemption.stop_if(evaluate_after(state.step))
+    since = time.perf_counter()
     for work in loader.steps(state.step, total):
         lr = learning_rate(
             work.step, total=total, peak=config.optim.peak_sft_lr, schedule=config.optim.schedule,
@@ -141,7 +148,9 @@ def _train(
             sums.zero_()
             since, before = now, done
         if not stop:
-            evaluate_after(done)
+            started = time.perf_counter()
+            stop = evaluate_after(done)
+            since += time.perf_counter() - started
         if stop or due(done, config.train.save_every, per_epoch) and done < total:
             unlogged = tuple(sum_over_ranks(sums.clone()).tolist())
             here = TrainState(done, tokens_seen, unlogged, skipped=nonfinite.count)
@@ -165,9 +174,14 @@ def _held_out(setup: Setup, layout: Layout) -> list[PackedBatch]:
 
 @torch.no_grad()
 def _loss_of(policy: Policy, batches: Sequence[PackedBatch], device: torch.device) -> float:
-    """Mean negative log-prob of the target tokens of all ranks' batches, nats a token; collective."""
+    """Mean negative log-prob of the target tokens of all ranks' batches, nats a token; collective.
+
+    Raises:
+        Preempted: On every rank, if any was asked to stop.
+    """
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
+        preemption.check(device)
         sums[0] -= policy.score(batch.to(device)).sum()
         sums[1] += len(batch.target_ids)
     nll, tokens = sum_over_ranks(sums).tolist()

@@ -87,7 +87,8 @@ def _run(command: Command, world: World) -> None:
             policy = start_policy(setup, config.model.policy)
             reference = FrozenReference(nothing, nothing, setup.dtype, None)
         else:
-            policy, reference = start_models(setup, config.model.policy, lambda note: None)
+            still = replace(config, reference=replace(config.reference, sync_steps=None))
+            policy, reference = start_models(replace(setup, config=still), config.model.policy, lambda note: None)
         say = partial(print, file=sys.stderr) if world.is_main else lambda line: None
         setup = fit_budget(setup, policy, reference.train, say, layout=policy.layout, name=None)
         show_plan(setup, command, policy, reference)

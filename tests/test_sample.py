@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ def user(text: str) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SFT and DPO on conversations whose every text is an attack; evaluated, sampled, finished."""
-    folder = tmp_path_factory.mktemp("ask")
+    folder = tmp_path_factory.mktemp("sample")
     tokenizer = tokenizer_of("byte")
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder / "policy")
@@ -243,13 +242,17 @@ def test_validation_prompts_are_never_those_of_training(run, tmp_path, capsys):
 
 def test_a_prompt_is_kept_as_it_was_read_and_changed_data_is_told(run, tmp_path, capsys):
     short = changed(run, tmp_path / "run", data={"max_length": 60, "max_prompt_length": 30})
-    shutil.copy(run / "inputs.json", short / "inputs.json")
+    inputs = json.loads((run / "inputs.json").read_text())
+    (short / "inputs.json").write_text(json.dumps(inputs | {"training pairs": ["others"]}))
     output = tmp_path / "out.jsonl"
     assert main(["sample", str(short), "--validation", "1", "--max_tokens", "2", "--output", str(output)]) == 0
     (row,) = read_records(output)[0]
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "final")
     assert len(tokenizer(row["read"], add_special_tokens=False)["input_ids"]) <= 60 < len(row["prompt"][0]["content"])
-    assert "validation pairs of" in capsys.readouterr().out
+    said = capsys.readouterr().out  # of the run that was named, wherever config.yaml says that it was trained
+    assert f"training pairs of {short} have changed since" in said and f"validation pairs of {short}" in said
+    assert main(["sample", str(run), "--validation", "1", "--max_tokens", "2", "--output", str(output)]) == 0
+    assert "changed since" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -280,6 +283,8 @@ def test_the_default_prompts_hold_the_one_that_everybody_asks() -> None:
         (["RUN", "--temperature", "-1"], "--temperature is -1.0; use 0 or more"),
         (["RUN", "--top_p", "0"], "--top_p is 0.0; use a number above 0, at most 1"),
         (["RUN", "--max_tokens", "0"], "--max_tokens is 0; use at least 1"),
+        (["RUN", "--policy", "RUN/checkpoints/step-000002"], "step-000002 holds no model; python -m dpo export makes"),
+        (["RUN", "--policy", "other"], "--policy other has another tokenizer than the policy: "),
         (["RUN", "--output", "no/x.jsonl"], "no/x.jsonl: no is no folder; name another file by --output"),
         (["RUN", "--prompt"], "--prompt: expected one argument"),
         ([], "run"),
@@ -291,8 +296,10 @@ def test_mistakes_are_one_line(
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished/config.yaml").write_text("train: {}\n")
     (tmp_path / "empty.txt").write_text("\n \n")
+    tokenizer_of("pieces").save_pretrained(tmp_path / "other")
+    (tmp_path / "other/config.json").write_text((run / "final/config.json").read_text())
     (tmp_path / "bad.jsonl").write_text('{"question": "x"}\n')
     monkeypatch.chdir(tmp_path)
-    assert main(["sample", *(str(run) if word == "RUN" else word for word in argv)]) == 2
+    assert main(["sample", *(word.replace("RUN", str(run)) for word in argv)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and line in error, error

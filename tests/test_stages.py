@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import json
+import math
 import re
 import shutil
+import signal
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -132,8 +133,39 @@ def test_an_evaluation_of_sft_that_a_stop_kept_from_being_made_is_made_by_the_ne
         assert steps == [0, 2, 4]
 
 
+def test_a_signal_in_an_evaluation_of_sft_stops_the_run_there_and_loses_no_step(builtin, tmp_path, monkeypatch):
+    flags = ["--train.sft_epochs", "2", "--train.eval_every", "2", "--train.save_every", "9", "--log.samples", "0"]
+    loss_of, calls = dpo.sft._loss_of, []
+
+    def asked(*args):
+        calls.append(args)
+        if len(calls) == 2:  # after step 2
+            signal.raise_signal(signal.SIGTERM)
+        return loss_of(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dpo.sft, "_loss_of", asked)
+        assert train_dpo.main(arguments(tmp_path, builtin, *flags)) == 75
+    assert (tmp_path / "run/checkpoints/sft-000002").is_dir() and len(calls) == 2
+    assert train_dpo.main(arguments(tmp_path, builtin, *flags)) == 0
+    lines = read_lines(tmp_path / "run")
+    assert [line["sft_step"] for line in lines if "eval_sft_loss" in line] == [0, 2, 4]
+
+
+def test_an_sft_stage_whose_validation_loss_is_not_finite_ends_the_run(builtin, tmp_path, monkeypatch, capsys):
+    flags = ["--train.sft_epochs", "2", "--train.eval_every", "2", "--log.samples", "0"]
+    loss_of = dpo.sft._loss_of
+    losses = iter([1.0, math.nan])
+    monkeypatch.setattr(dpo.sft, "_loss_of", lambda *args: loss_of(*args) and next(losses))
+    assert train_dpo.main(arguments(tmp_path, builtin, *flags)) == 2
+    said = capsys.readouterr().err
+    assert "the validation loss after SFT step 2 is nan" in said and "a lower optim.sft_lr" in said
+    assert not (tmp_path / "run/reference").exists()
+
+
 def test_the_speed_of_sft_after_a_resume_counts_the_steps_since(builtin, tmp_path, monkeypatch, capsys):
     flags = ["--train.sft_epochs", "3", "--train.save_every", "3", "--log.every", "5", "--log.samples", "0"]
+    flags += ["--train.eval_every", "4"]
     step = dpo.sft._step
 
     def killed(policy, work, *rest):
@@ -144,12 +176,18 @@ def test_the_speed_of_sft_after_a_resume_counts_the_steps_since(builtin, tmp_pat
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(dpo.sft, "_step", killed)
         train_dpo.main(arguments(tmp_path, builtin, *flags))
-    clock = SimpleNamespace(perf_counter=itertools.count().__next__)  # a second from look to look
-    monkeypatch.setattr(dpo.sft, "time", clock)
+    now, loss_of = [0], dpo.sft._loss_of
+
+    def lasts(seconds, inner):
+        return lambda *args: (now.__setitem__(0, now[0] + seconds), inner(*args))[1]
+
+    monkeypatch.setattr(dpo.sft, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(dpo.sft, "_step", lasts(2, step))
+    monkeypatch.setattr(dpo.sft, "_loss_of", lasts(100, loss_of))  # which is not of training
     capsys.readouterr()
     assert train_dpo.main(arguments(tmp_path, builtin, *flags)) == 0
     said = capsys.readouterr().err
-    assert "continuing SFT" in said and re.search(r"SFT 5/6 loss [\d.]+  2\.0 steps/s", said)
+    assert "continuing SFT" in said and re.search(r"SFT 5/6 loss [\d.]+  0\.5 steps/s", said)
 
 
 def test_ranks_that_would_plan_other_micro_batches_are_stopped(tiny_policy, tmp_path, monkeypatch, capsys):

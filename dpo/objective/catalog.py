@@ -118,8 +118,8 @@ def complaint(names: Sequence[LossName], given: dict[str, Any]) -> str | None:
     squared = [name for name in names if name in ("ipo", "ipo_sum")]
     if squared and given.get("f_divergence") in ("forward_kl", "alpha"):
         return (
-            f"loss.f_divergence is {given['f_divergence']} with loss.name {squared[0]}, which squares it: e^45 has no"
-            f" square in fp32, and log-ratios of 45 nats are nothing unusual; use js or reverse_kl"
+            f"loss.f_divergence is {given['f_divergence']} with loss.name {squared[0]}, which squares it: its scores"
+            f" are exponentials of log-ratios, and e^45 has no square in fp32; use js or reverse_kl"
         )
     return None
 

@@ -16,8 +16,7 @@ from torch.nn.functional import logsigmoid
 from dpo.objective.catalog import Divergence
 
 LARGEST_EXPONENT = 40.0
-"""From here on an exponential is its tangent: finite in fp32 for any log-ratio of an answer, and with a gradient that
-still says where to go."""
+"""From here on an exponential is its tangent: finite in fp32 for any log-ratio of an answer, and with a gradient."""
 
 
 def steady_exp(x: Tensor) -> Tensor:

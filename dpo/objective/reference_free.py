@@ -47,8 +47,10 @@ def simpo(
 
 
 def log_odds(mean_logps: Tensor) -> Tensor:
-    """log(p / (1 - p)) of p = exp(mean_logps), (P,); for a p that rounds to 1, infinite odds, the largest there are."""
-    mean_logps = mean_logps.clamp(max=-torch.finfo(mean_logps.dtype).eps)
+    """log(p / (1 - p)) of p = exp(mean_logps), (P,); a p that rounds to 1 has the largest odds there are, and their
+    gradient."""
+    largest = mean_logps.clamp(max=-torch.finfo(mean_logps.dtype).eps)
+    mean_logps = mean_logps + (largest - mean_logps).detach()
     # log(1 - exp(x)), accurate on both sides of x = -log 2 (Maechler 2012, "Accurately computing log(1 - exp(-|a|))").
     small = mean_logps > -0.6931
     near_zero = torch.log(-torch.expm1(torch.where(small, mean_logps, torch.full_like(mean_logps, -0.5))))

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -247,8 +248,11 @@ def _best(run: Content, name: str) -> str | None:
     return "{:.4g} at step {}".format(*max(found)) if found else None
 
 
-OF_SFT = ("model.", "data.", "optim.", "train.")
-"""Sections whose settings an SFT stage depends on."""
+OF_SFT = re.compile(
+    r"model\.(policy|revision|lora\..*|lora|tokenizer|chat_template)|data\.(train\w*|subset|format|max_\w+|shuffle)"
+    r"|optim\.(?!lr$).*|train\.(seed|sft_epochs|global_batch_size|precision)"
+)
+"""Settings that the result of an SFT stage depends on; optim.lr does so by optim.sft_lr."""
 
 
 def _warnings(runs: Sequence[Content], changed: Sequence[tuple[str, list[Any]]]) -> list[str]:
@@ -259,11 +263,11 @@ def _warnings(runs: Sequence[Content], changed: Sequence[tuple[str, list[Any]]])
             "The objectives differ: their losses cannot be compared, margins scale with beta, and accuracies can be"
             " compared where all have a reference or none has."
         )
-    own = [run for run in runs if run.setting("train.sft_epochs")]
-    if own and any(name.startswith(OF_SFT) for name in names):
+    made_own = [run for run in runs if run.setting("train.sft_epochs")]
+    if len(made_own) > 1 and any(OF_SFT.fullmatch(name) for name in names):
         found.append(
-            "A run with train.sft_epochs has made the reference that its rewards are measured from, under settings"
-            " that differ here. To share one: --model.policy RUN/reference --train.sft_epochs 0."
+            "Each run with train.sft_epochs has made the reference that its rewards are measured from, and under"
+            " settings that differ. To share one: --model.policy RUN/reference --train.sft_epochs 0."
         )
     return found
 

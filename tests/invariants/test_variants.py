@@ -218,3 +218,18 @@ def test_after_a_move_evaluations_and_samples_compare_with_the_reference_of_the_
     for line in (lines[step] for step in (1, 2, 3, 4)):
         gained = line["eval_logps/chosen"] - lines[0]["eval_logps/chosen"]
         assert line["eval_rewards/chosen"] == pytest.approx(0.1 * gained, abs=1e-4) and abs(gained) > 1e-2
+
+
+def test_a_moving_reference_of_sampo_has_scores_of_its_own(tiny_policy, tmp_path):
+    """It scores a sample of a pair's tokens, drawn by the seed."""
+    argv = [*common(tmp_path, tiny_policy), *MOVING, "--train.max_steps", "1", "--log.samples", "0"]
+    for name, flags in (("a", ["sampo"]), ("b", ["sigmoid"]), ("c", ["sampo", "--train.seed", "7"])):
+        assert train_dpo.main([*argv, "--loss.name", *flags, "--train.output_dir", str(tmp_path / name)]) == 0
+        first = next(line for line in read_lines(tmp_path / name) if line["step"] == 0)
+        assert first["eval_rewards/margins"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_dry_run_with_a_moving_reference_scores_no_data(tiny_policy, tmp_path):
+    argv = [*common(tmp_path, tiny_policy), *MOVING, "--data.cache_dir", str(tmp_path / "cache")]
+    assert train_dpo.main([*argv, "--train.output_dir", str(tmp_path / "run"), "--dry_run"]) == 0
+    assert not (tmp_path / "cache/reference").exists()

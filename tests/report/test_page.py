@@ -189,11 +189,28 @@ def test_several_runs_are_compared_in_one_page(tmp_path: Path, monkeypatch: Any,
     shown = page.evaluate("() => document.body.innerText")
     assert "loss.beta\t0.1\t0.25" in shown and "train.output_dir" not in shown
     assert "optim.sft_lr\tnull\t2e-05" in shown
-    assert "The objectives differ: their losses" in shown and "To share one: --model.policy RUN/reference" in shown
+    assert "The objectives differ: their losses" in shown and "To share one" not in shown  # only one has an SFT stage
     assert re.search(r"accuracy, validation, best\t[\d.]+ at step 20\t[\d.]+ at step 30", shown)
     assert "state\tfinished\tunfinished" in shown and "steps\t20\t30" in shown
     assert "b: This run has not finished" in shown and "Answers to the same prompts" in shown
     assert page.evaluate("() => document.documentElement.scrollWidth") <= 390
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "warned"),
+    [
+        ("  lr: 1.0e-06", "  lr: 2.0e-06", True), ("seed: 0", "seed: 1", True),
+        ("keep_checkpoints: 2", "keep_checkpoints: 3", False),
+    ],
+)  # fmt: skip
+def test_runs_that_made_references_of_their_own_under_other_settings_are_told_apart(old, new, warned, tmp_path):
+    runs = [make_run(tmp_path / name, steps=2, pairs=2, samples=1) for name in "ab"]
+    for run, change in zip(runs, ((old, old), (old, new)), strict=True):
+        text = (run / "config.yaml").read_text().replace("sft_epochs: 0", "sft_epochs: 1")
+        assert change[0] in text
+        (run / "config.yaml").write_text(text.replace(*change))
+    write_report(runs, tmp_path / "x.html")
+    assert ("To share one: --model.policy RUN/reference" in (tmp_path / "x.html").read_text()) == warned
 
 
 @pytest.mark.parametrize(
