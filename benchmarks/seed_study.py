@@ -75,7 +75,7 @@ def run(argv: Sequence[str]) -> Stages:
     Args:
         argv: Of train_dpo.py.
     """
-    from dpo import policy
+    from dpo import frozen
     from dpo import train as training
     from dpo.commandline import parse
     from dpo.runtime import tracking
@@ -95,7 +95,7 @@ def run(argv: Sequence[str]) -> Stages:
         (training, "Recorder", Recorder),
         (training, "prepare", stages.timed("data read and tokenised", training.prepare)),
         (training, "run_sft", stages.timed("SFT", training.run_sft)),
-        (policy, "cached_scores", stages.timed("reference scores", policy.cached_scores)),
+        (frozen, "cached_scores", stages.timed("reference scores", frozen.cached_scores)),
         (training, "evaluate", stages.timed("validation", training.evaluate)),
         (training, "_save", stages.timed("checkpoints", training._save)),
     ]

@@ -185,7 +185,7 @@ def check_reference_path(config: Config, tokenizer: Any, longest: int) -> None:
         return
     check_same_tokens("reference.path", path, tokenizer, config, config.reference.revision)
     base, revision = adapters.base_of(path, config.reference.revision)
-    other = load.load_config(base, revision=revision, trust_remote_code=trust)
+    other = load.load_config(base, revision=revision, trust_remote_code=trust, name="reference.path")
     context, vocabulary = load.context_length(other), other.get_text_config().vocab_size
     if context is not None and context < longest:
         raise UserError(

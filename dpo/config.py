@@ -116,6 +116,7 @@ class ModelConfig:
     """Low-rank adapters in place of training all weights"""
 
     def __post_init__(self) -> None:
+        _require(self.policy != "", "model.policy is empty; give a hub id or a folder")
         multiple = self.vocabulary_multiple
         _require(multiple >= 1, f"model.vocabulary_multiple is {multiple}; use 1 for none, or 64")
 
@@ -142,6 +143,7 @@ class ReferenceConfig:
     """How far it moves: reference <- alpha policy + (1 - alpha) reference; 1 replaces it."""
 
     def __post_init__(self) -> None:
+        _require(self.path != "", "reference.path is empty; give a hub id or a folder, or leave it out")
         _require(
             self.sync_steps is None or self.sync_steps >= 1,
             f"reference.sync_steps is {self.sync_steps}; use a whole number of at least 1",

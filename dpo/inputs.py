@@ -86,7 +86,7 @@ def _weights(config: Config, path: str | None, *, is_policy: bool) -> Any:
     base, revision = adapters.base_of(path, config.revision_of(path, is_policy=is_policy))
     found: dict[str, str] = {}
     for place, at in [(base, revision)] + ([(path, None)] if path != base else []):
-        folder = load.fetch_weights(place, revision=at)
+        folder = load.fetch_weights(place, revision=at, name="model.policy" if is_policy else "reference.path")
         if folder is not None:
             files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*model*.bin"))
             found |= {f"{place} {file.name}": _sample(file) for file in files}

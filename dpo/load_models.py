@@ -31,15 +31,16 @@ def load_weights(
     model = setup.config.model
     sharded = deepspeed_engine.zero_stage(engine_config) == 3
     base, revision = adapters.base_of(path, setup.config.revision_of(path, is_policy=policy))
+    name = "reference.path" if not policy and path == setup.config.reference.path else "model.policy"
     # Before anybody waits for the others in a collective of the device: a download may take long.
-    together(lambda: load.fetch_weights(base, revision=revision))
+    together(lambda: load.fetch_weights(base, revision=revision, name=name))
 
     def read() -> Any:
         try:
             return load.load_model(
                 base, dtype=dtype, seed=setup.config.train.seed, trust_remote_code=model.trust_remote_code,
                 revision=revision, zero3_config=engine_config if sharded else None,
-                four_bit_on=setup.world.device if policy and model.load_in_4bit else None,
+                four_bit_on=setup.world.device if policy and model.load_in_4bit else None, name=name,
             )
         except UserError as error:
             if sharded:  # rank 0 alone reads the values, and the others may wait for it in a collective of the device
@@ -50,7 +51,7 @@ def load_weights(
     if setup.world.device.type == "cpu":
         products.widen(loaded)  # and no adapter: policy and reference get theirs at different times
     if adapters.is_adapter(path):
-        together(lambda: adapters.take_up(loaded, path))
+        together(lambda: adapters.take_up(loaded, path, name=name))
     return loaded
 
 

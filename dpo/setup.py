@@ -280,9 +280,10 @@ def prepare(config: Config, world: World, deepspeed_json: str | None, *, for_els
         model_config, tokenizer = model_and_tokenizer(config)
         checks.check_sequence(config, model_config)
         if not for_elsewhere:
-            for path in filter(None, (config.model.policy, config.reference.path)):
-                load.check_weights(path)  # of the adapter, where it is one
-                load.check_weights(adapters.base_of(path)[0])
+            for name, path in (("model.policy", config.model.policy), ("reference.path", config.reference.path)):
+                if path is not None:
+                    load.check_weights(path, name)  # of the adapter, where it is one
+                    load.check_weights(adapters.base_of(path)[0], name)
         longest = checks.max_length(config, model_config)
         checks.check_reference_path(config, tokenizer, longest)
         data = prepare_data(config, tokenizer, longest)

@@ -164,10 +164,10 @@ def _told(setup: Setup) -> Iterator[None]:
 def _fetch(setup: Setup) -> None:
     """Download the weights of policy and reference."""
     config = setup.config
-    for path, is_policy in ((config.model.policy, True), (config.reference.path, False)):
+    for name, path in (("model.policy", config.model.policy), ("reference.path", config.reference.path)):
         if path is not None:
-            base, revision = adapters.base_of(path, config.revision_of(path, is_policy=is_policy))
-            distributed.together(partial(fetch_weights, base, revision=revision))
+            base, revision = adapters.base_of(path, config.revision_of(path, is_policy=name == "model.policy"))
+            distributed.together(partial(fetch_weights, base, revision=revision, name=name))
 
 
 def _greeting(command: Command) -> list[str]:

@@ -480,7 +480,7 @@ def test_missing_packages_are_named(monkeypatch, tiny_policy, tmp_path, capsys):
     [
         ({"modules_to_save": ["lm_head"]}, "holds whole modules, biases or tokens beside LoRA"),
         ({"base_model_name_or_path": None}, "adapter_config.json names no base model"),
-        ({"peft_type": "IA3"}, "is of type IA3; only LORA can be trained"),
+        ({"peft_type": "IA3"}, "adapter of type IA3; only LORA can be trained"),
         ({"r": 2}, "does not fit its base"),
     ],
     ids=str,

@@ -101,7 +101,7 @@ def test_a_run_that_took_no_step_may_begin_on_other_rows(tiny_policy, tmp_path, 
 def test_weights_of_the_hub_are_known_by_what_is_in_them(tmp_path, monkeypatch):
     asked = []
 
-    def fetched(path, *, revision):
+    def fetched(path, *, revision, name):
         asked.append((path, revision))
         return None if path.startswith("builtin") else tmp_path
 

@@ -69,7 +69,7 @@ def test_weights_are_read_at_the_revisions_that_are_pinned_for_them(monkeypatch)
     argv = ["--model.policy", "a/b", "--model.revision", "one", "--reference.path", "c/d", "--data.train", "rows"]
     config, fetched = parse([*argv, "--reference.revision", "two"]).config, []
     monkeypatch.setattr(dpo.train.adapters, "base_of", lambda path, revision: (path, revision))
-    monkeypatch.setattr(dpo.train, "fetch_weights", lambda path, *, revision: fetched.append((path, revision)))
+    monkeypatch.setattr(dpo.train, "fetch_weights", lambda path, *, revision, name: fetched.append((path, revision)))
     dpo.train._fetch(SimpleNamespace(config=config))
     assert fetched == [("a/b", "one"), ("c/d", "two")]
     loaded: list[object] = []
@@ -80,7 +80,7 @@ def test_weights_are_read_at_the_revisions_that_are_pinned_for_them(monkeypatch)
 
     for module, name in ((dpo.load_models.load, "load_model"), (dpo.sample, "load_model")):
         monkeypatch.setattr(module, name, loads)
-    monkeypatch.setattr(dpo.load_models.load, "fetch_weights", lambda path, *, revision: None)
+    monkeypatch.setattr(dpo.load_models.load, "fetch_weights", lambda path, *, revision, name: None)
     monkeypatch.setattr(dpo.sample, "Scorer", lambda model: SimpleNamespace(model=model))
     world = SimpleNamespace(device=torch.device("cpu"))
     setup = SimpleNamespace(config=config, world=world, dtype=torch.float32)

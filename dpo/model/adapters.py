@@ -147,13 +147,14 @@ def add(
     _train_only_adapter(model)
 
 
-def take_up(model: Any, folder: str, name: str = TRAINED) -> None:
+def take_up(model: Any, folder: str, place: str = TRAINED, *, name: str = "model.policy") -> None:
     """Freeze a model and put a saved adapter into it.
 
     Args:
         model: The adapter's base.
         folder: Of the adapter.
-        name: TRAINED, or REFERENCE for the frozen copy beside it.
+        place: TRAINED, or REFERENCE for the frozen copy beside it.
+        name: Setting or flag that gives the folder, for errors.
     Raises:
         UserError: If the adapter is not one of low rank alone, or does not fit the model.
     """
@@ -161,26 +162,26 @@ def take_up(model: Any, folder: str, name: str = TRAINED) -> None:
 
     kind = settings_of(folder).get("peft_type")
     if kind != "LORA":
-        raise UserError(f"adapter {folder}: is of type {kind}; only LORA can be trained")
+        raise UserError(f"{name} {folder}: adapter of type {kind}; only LORA can be trained")
     config: Any = peft.PeftConfig.from_pretrained(folder)
     if config.modules_to_save or config.bias != "none" or getattr(config, "trainable_token_indices", None):
         raise UserError(
-            f"adapter {folder}: holds whole modules, biases or tokens beside LoRA; merge it into its"
+            f"{name} {folder}: this adapter holds whole modules, biases or tokens beside LoRA; merge it into its"
             f" base with peft and train on the result"
         )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are what is wanted
-        peft.inject_adapter_in_model(config, model, name)
-    _check_layers(model, f"adapter {folder}")
+        peft.inject_adapter_in_model(config, model, place)
+    _check_layers(model, f"{name} {folder}")
     stored = peft.utils.load_peft_weights(folder, device="cpu")
     own_names = {key.removeprefix("base_model.model."): value for key, value in stored.items()}
     try:
-        found: Any = peft.set_peft_model_state_dict(model, own_names, name)
+        found: Any = peft.set_peft_model_state_dict(model, own_names, place)
     except RuntimeError as error:
-        raise UserError(f"adapter {folder}: does not fit its base: {' '.join(str(error).split())[:200]}") from None
-    wrong = [key for key in found.missing_keys if f".{name}" in key] + list(found.unexpected_keys)
+        raise UserError(f"{name} {folder}: does not fit its base: {' '.join(str(error).split())[:200]}") from None
+    wrong = [key for key in found.missing_keys if f".{place}" in key] + list(found.unexpected_keys)
     if wrong:
-        raise UserError(f"adapter {folder}: does not fit its base at {wrong[0]}")
+        raise UserError(f"{name} {folder}: the adapter does not fit its base at {wrong[0]}")
     _train_only_adapter(model)
 
 

@@ -75,7 +75,9 @@ def load_tokenizer(
         raise _explain("tokenizer", path, error) from None
 
 
-def load_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+def load_config(
+    path: str, *, revision: str | None = None, trust_remote_code: bool = False, name: str = "model.policy"
+) -> Any:
     """The architecture of a model without its weights.
 
     Raises:
@@ -86,10 +88,10 @@ def load_config(path: str, *, revision: str | None = None, trust_remote_code: bo
     try:
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # each architecture's own code reads the values, and checks few of them
-        raise _explain("model", path, error) from None
+        raise _explain(name, path, error) from None
 
 
-def fetch_weights(path: str, *, revision: str | None = None) -> Path | None:
+def fetch_weights(path: str, *, revision: str | None = None, name: str = "model.policy") -> Path | None:
     """Download a hub model's weights into the cache, without loading them; nothing to do for folders.
 
     Returns:
@@ -108,10 +110,10 @@ def fetch_weights(path: str, *, revision: str | None = None) -> Path | None:
             snapshot_download(path, revision=revision, allow_patterns=["*.bin"])
         return folder
     except (OSError, ValueError) as error:
-        raise _explain("model", path, error) from None
+        raise _explain(name, path, error) from None
 
 
-def check_weights(path: str) -> None:
+def check_weights(path: str, name: str = "model.policy") -> None:
     """Refuse a local folder whose weights cannot be read, before a run begins; reads names and shapes alone.
 
     A pickle is unpickled as plain tensors and nothing else, here and later.
@@ -124,7 +126,7 @@ def check_weights(path: str) -> None:
         return
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*model*.bin"))
     if not files:
-        raise UserError(f"model {path}: no weights there; name a folder with .safetensors or pytorch_model.bin")
+        raise UserError(f"{name} {path}: no weights there; name a folder with .safetensors or pytorch_model.bin")
     for file in files:
         try:
             load_state_dict(str(file), map_location="meta")
@@ -152,6 +154,7 @@ def load_model(
     trust_remote_code: bool = False,
     zero3_config: dict[str, Any] | None = None,
     four_bit_on: torch.device | None = None,
+    name: str = "model.policy",
 ) -> Any:
     """A causal language model in eval mode, on the CPU unless it is held in 4 bits.
 
@@ -163,6 +166,7 @@ def load_model(
         trust_remote_code: Run code that comes with the model.
         zero3_config: DeepSpeed config with stage 3: the weights arrive partitioned, no rank holds the whole model.
         four_bit_on: Device on which the weights of all linear layers but the head are to be held in 4 bits.
+        name: Setting or flag that gives the path, for errors.
     Returns:
         The transformers model; its dropout never acts.
     Raises:
@@ -179,7 +183,7 @@ def load_model(
             path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code, **quantized
         )
     except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError, SafetensorError) as error:
-        raise _explain("model", path, error, sharded=sharded is not None) from None
+        raise _explain(name, path, error, sharded=sharded is not None) from None
     finally:
         del sharded
     modules: list[Any] = list(model.modules())
@@ -189,7 +193,7 @@ def load_model(
             module.support_avx512bf16_for_cpu = False
     fuse_gelu(model)
     if model.get_output_embeddings() is None:
-        raise UserError(f"model {path}: {type(model).__name__} has no output embedding; use a causal LM")
+        raise UserError(f"{name} {path}: {type(model).__name__} has no output embedding; use a causal LM")
     return model.eval()
 
 

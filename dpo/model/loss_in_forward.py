@@ -126,9 +126,10 @@ class _LossInForward(torch.autograd.Function):
             middle = chunk.chosen.stop - chunk.chosen.start
             d_hidden[chunk.chosen], d_hidden[chunk.rejected] = rows[:middle], rows[middle:]
             if d_weight is not None:
-                for tokens in range(0, len(weight), SLICE):
-                    of_slice = product(dz[:, tokens : tokens + SLICE].T, h)
-                    d_weight[tokens : tokens + SLICE] += _rescaled(of_slice, largest)
+                for start in range(0, len(weight), SLICE):
+                    tokens = slice(start, start + SLICE)
+                    # No name for the product: two slices would be there at a time.
+                    d_weight[tokens] += _rescaled(product(dz[:, tokens].T, h), largest)
             if d_bias is not None:
                 d_bias += _rescaled(dz.sum(dim=0, dtype=wide), largest)
             del dz  # before the next chunk makes its tile

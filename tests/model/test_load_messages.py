@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from dpo.errors import UserError
-from dpo.model.load import load_config, load_model
+from dpo.model.load import check_weights, load_config, load_model
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_an_error_of_loading_names_what_to_fix(
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
     config = {"zero_optimization": {"stage": 3}} if zero3 else None
-    with pytest.raises(UserError, match=f"model {tmp_path}") as caught:
+    with pytest.raises(UserError, match=f"model.policy {tmp_path}") as caught:
         load_model(str(tmp_path), dtype=torch.float32, zero3_config=config)
     assert said in str(caught.value)
 
@@ -38,5 +38,10 @@ def test_an_id_of_the_hub_that_cannot_be_reached_is_not_taken_for_a_folder(monke
         raise OSError("no")
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fail)
-    with pytest.raises(UserError, match="model owner/localmodel: neither a folder nor reachable on the hub"):
-        load_config("owner/localmodel")
+    with pytest.raises(UserError, match="reference.path owner/localmodel: neither a folder nor reachable on the hub"):
+        load_config("owner/localmodel", name="reference.path")
+
+
+def test_a_folder_without_weights_is_named_by_the_setting_that_gave_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"reference.path {tmp_path}: no weights there"):
+        check_weights(str(tmp_path), "reference.path")
