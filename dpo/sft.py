@@ -130,8 +130,7 @@ def _train(
         heartbeat.at(f"after SFT step {done}")
         tokens_seen += int(num_tokens(setup.train_pairs.lengths[setup.epochs.batch(work.step)], "chosen").sum())
         if done % config.log.every == 0 or done == total:
-            nll_sum, target_tokens = sum_over_ranks(sums).tolist()
-            loss, now = nll_sum / target_tokens if target_tokens else math.nan, time.perf_counter()
+            loss, now = _per_token(sums), time.perf_counter()
             tracker.record(
                 {
                     "sft_step": done,
@@ -184,8 +183,13 @@ def _loss_of(policy: Policy, batches: Sequence[PackedBatch], device: torch.devic
         preemption.check(device)
         sums[0] -= policy.score(batch.to(device)).sum()
         sums[1] += len(batch.target_ids)
+    return _per_token(sums)
+
+
+def _per_token(sums: torch.Tensor) -> float:
+    """The mean of all ranks' (2,) sums: negative log-probs over tokens, nats a token; NaN of none; collective."""
     nll, tokens = sum_over_ranks(sums).tolist()
-    return nll / tokens
+    return nll / tokens if tokens else math.nan
 
 
 def _step(

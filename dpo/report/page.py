@@ -249,7 +249,7 @@ def _best(run: Content, name: str) -> str | None:
 
 
 OF_SFT = re.compile(
-    r"model\.(policy|revision|lora\..*|lora|tokenizer|chat_template)|data\.(train\w*|subset|format|max_\w+|shuffle)"
+    r"model\.(policy|revision|lora|tokenizer|chat_template)|data\.(train\w*|subset|format|max_\w+|shuffle)"
     r"|optim\.(?!lr$).*|train\.(seed|sft_epochs|global_batch_size|precision)"
 )
 """Settings that the result of an SFT stage depends on; optim.lr does so by optim.sft_lr."""
