@@ -220,6 +220,8 @@ class DataConfig:
     """Split to train on, where the source has splits."""
     validation_split: str | None = None
     """Split to validate on; default: validation, else test."""
+    validation_fraction: float | None = None
+    """Validate on this share of the prompts of data.train, which are then not trained on (docs/data.md)."""
     format: Literal["auto", "hh", "prompt", "conversation", "ranked", "votes"] = "auto"
     """Schema of the rows; auto looks at the first ones."""
     ranked_pairs: Literal["best_worst", "best_each"] = "best_worst"
@@ -252,6 +254,23 @@ class DataConfig:
         if self.max_length is not None:
             _require(self.max_length >= 2, f"data.max_length is {self.max_length}; use at least 2")
         self._check_sources()
+        if self.validation_fraction is not None:
+            self._check_fraction(self.validation_fraction)
+
+    def _check_fraction(self, fraction: float) -> None:
+        _require(0 < fraction < 1, f"data.validation_fraction is {fraction}; use a number between 0 and 1")
+        for key in ("validation", "validation_split", "validation_limit"):
+            _require(
+                getattr(self, key) is None,
+                f"data.validation_fraction is {fraction} and data.{key} is given too; validation pairs come from one"
+                f" place, so leave one of them out",
+            )
+        names = [source.name for source in self.train_sources]
+        _require(
+            len(names) == 1 or (None not in names and len(set(names)) == len(names)),
+            f"data.validation_fraction is {fraction} and the sources of data.train have the names {names}; give each a"
+            f" name of its own, for its validation metrics",
+        )
 
     def _check_sources(self) -> None:
         for key in ("train", "validation"):

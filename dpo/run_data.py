@@ -13,7 +13,10 @@ from dpo.config import Config, Source
 from dpo.data.mixture import Mixture, Pairs, quotas, share_lines
 from dpo.data.sources import splits_of, validation_split_of
 from dpo.data.tokenize import DataReport, TokenizedPairs, prepare_pairs
+from dpo.data.workers import WHOLE
 from dpo.errors import UserError
+
+HELD_OUT = "or hold out a share of the prompts by data.validation_fraction"
 
 
 class DataSet(NamedTuple):
@@ -94,11 +97,11 @@ def _place(source: Source) -> dict[str, Any]:
 
 def _why_no_validation(config: Config) -> str:
     if not isinstance(config.data.train, str):
-        return "no validation: data.train is a list of sources; name validation data by data.validation"
+        return f"no validation: data.train is a list of sources; name validation data by data.validation, {HELD_OUT}"
     names = splits_of(**_place(config.data.train_sources[0]))
     others = [name for name in names if name != config.data.train_split]
-    hint = f"; it has {', '.join(others)}: name one by data.validation_split" if others else ""
-    return f"no validation: data.validation is not set and data.train has no split validation or test{hint}"
+    hint = f"; it has {', '.join(others)}: name one by data.validation_split," if others else ";"
+    return f"no validation: data.validation is not set and data.train has no split validation or test{hint} {HELD_OUT}"
 
 
 def _named(sources: Sequence[Source]) -> list[str]:
@@ -122,7 +125,7 @@ def prepare_data(config: Config, tokenizer: Any, longest: int) -> RunData:
     """
     data = config.data
 
-    def prepared(source: Source, name: str, limit: int | None) -> DataSet:
+    def prepared(source: Source, name: str, limit: int | None, of_prompts: tuple[float, float] = WHOLE) -> DataSet:
         pairs, report = prepare_pairs(
             source.path,
             tokenizer,
@@ -132,6 +135,7 @@ def prepare_data(config: Config, tokenizer: Any, longest: int) -> RunData:
             split=source.split or data.train_split,
             format=source.format or data.format,
             limit=limit,
+            of_prompts=of_prompts,
             max_length=longest,
             max_prompt_length=data.max_prompt_length or longest // 2,
             on_bad_row=data.on_bad_row,
@@ -144,9 +148,12 @@ def prepare_data(config: Config, tokenizer: Any, longest: int) -> RunData:
         )
         return DataSet(name, pairs, report)
 
-    sources = data.train_sources
-    train = tuple(prepared(s, n, data.train_limit) for s, n in zip(sources, _named(sources), strict=True))
-    validation = tuple(prepared(s, s.name or "", data.validation_limit) for s in _validation_sources(config))
+    sources, held_out, limit = data.train_sources, data.validation_fraction or 0.0, data.train_limit
+    train = tuple(prepared(s, n, limit, (held_out, 1.0)) for s, n in zip(sources, _named(sources), strict=True))
+    if held_out:
+        validation = tuple(prepared(s, s.name or "", limit, (0.0, held_out)) for s in sources)
+    else:
+        validation = tuple(prepared(s, s.name or "", data.validation_limit) for s in _validation_sources(config))
     notes = [line for one in train for line in one.report.lines()]
     taken: list[int] = []
     if len(train) > 1:

@@ -181,9 +181,10 @@ def test_a_run_without_validation_says_how_to_get_one(tmp_path):
         config = parse([*policy, "--data.train", data, "--data.train_split", split, "--data.train_limit", "3"]).config
         found.append(prepare_data(config, model_and_tokenizer(config)[1], 99).notes[-1])
     assert found == [
-        "no validation: data.train is a list of sources; name validation data by data.validation",
+        "no validation: data.train is a list of sources; name validation data by data.validation, or hold out a share"
+        " of the prompts by data.validation_fraction",
         "no validation: data.validation is not set and data.train has no split validation or test; it has test_prefs:"
-        " name one by data.validation_split",
+        " name one by data.validation_split, or hold out a share of the prompts by data.validation_fraction",
     ]
 
 
@@ -191,3 +192,41 @@ def test_a_split_beside_a_list_of_validation_sources_is_refused(capsys):
     argv = ["--model.policy", "builtin:tiny", "--data.train", WORLD, "--data.validation_split", "other"]
     with pytest.raises(UserError, match=r"data.validation_split is other and data.validation a list; give split to"):
         parse([*argv, "--data.validation", json.dumps([{"path": WORLD, "name": "a"}])])
+
+
+def held_out(fraction: str, *more: str) -> list[str]:
+    return ["--model.policy", "builtin:tiny", "--data.validation_fraction", fraction, *more]
+
+
+def test_a_fraction_of_the_prompts_is_validated_on_and_never_trained_on(tmp_path):
+    sources = [{"path": WORLD, "name": "a"}, {"path": WORLD, "split": "validation", "name": "b"}]
+    flags = ["--data.train", json.dumps(sources), "--data.train_limit", "40", "--data.cache_dir", str(tmp_path)]
+    run = tmp_path / "run"
+    short = ["--train.max_steps", "1", "--train.global_batch_size", "8", "--log.samples", "0"]
+    arguments = [*held_out("0.25"), *flags, *short, "--train.output_dir", str(run)]
+    assert train_dpo.main(["--config", "ds_configs/zero2.json", *arguments]) == 0
+    audit = json.loads((run / "audit.json").read_text())
+    pairs = {(one["role"], one["name"]): one["pairs"] for one in audit["sets"]}
+    assert audit["leaks"] == [] and sum(pairs.values()) == 80
+    assert all(pairs["validation", name] in range(3, 18) for name in "ab")
+    assert {"eval_loss", "eval_a_loss", "eval_b_loss"} <= read_lines(run)[0].keys()
+
+
+def test_a_fraction_that_leaves_nothing_is_refused_by_name(tmp_path):
+    flags = held_out("0.0001", "--data.train", WORLD, "--data.train_limit", "3", "--data.cache_dir", str(tmp_path))
+    config = parse(flags).config
+    with pytest.raises(UserError, match=r"0.0% of its prompts: no pair of 3 rows; change data"):
+        prepare_data(config, model_and_tokenizer(config)[1], 99)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (held_out("1"), "data.validation_fraction is 1.0; use a number between 0 and 1"),
+        (held_out("0.1", "--data.validation", "v"), "data.validation_fraction is 0.1 and data.validation is given too"),
+        (held_out("0.1", "--data.validation_limit", "9"), "and data.validation_limit is given too"),
+        (held_out("0.1", "--data.train", '["a", "b"]'), "have the names [None, None]; give each a name of its own"),
+    ],
+)
+def test_a_fraction_that_makes_no_sense_is_one_line(flags, named):
+    assert named in message_of(flags if "--data.train" in flags else [*flags, "--data.train", "t"])

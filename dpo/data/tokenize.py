@@ -35,7 +35,7 @@ from dpo.data.store import (
     remove_leftovers,
     temporary,
 )
-from dpo.data.workers import Job, Part, num_workers, parts
+from dpo.data.workers import WHOLE, Job, Part, num_workers, parts
 from dpo.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def prepare_pairs(
     split: str | None = "train",
     format: str = "auto",
     limit: int | None = None,
+    of_prompts: tuple[float, float] = WHOLE,
     max_length: int = 1024,
     max_prompt_length: int | None = None,
     on_bad_row: str = "error",
@@ -75,6 +76,8 @@ def prepare_pairs(
         tokenizer: The policy's tokenizer; not changed.
         cache_dir: Folder for tokenised data.
         format: "auto" (told from the first rows), "hh", "prompt", "conversation", "ranked" or "votes".
+        of_prompts: Part of [0, 1): pairs are kept whose prompt has its hash there. Parts that do not overlap share no
+            prompt, and a prompt is in the same part whatever other rows there are; under one tokenizer.
         max_length: Most tokens of a prompt and one completion together, end token included, >= 2.
         max_prompt_length: In a pair that exceeds `max_length`, the prompt may lose its start down to this many tokens
             (a BOS stays) before the completions lose their ends. None: prompts are never cut, and a prompt of
@@ -95,6 +98,8 @@ def prepare_pairs(
     template = read_chat_template(chat_template) if chat_template else None
     place = dict[str, Any](path=path, subset=subset, data_dir=data_dir, revision=revision, split=split, limit=limit)
     source = f"{path} [{split}]" if split and not Path(path).is_file() else str(path)
+    if of_prompts != WHOLE:
+        source += f", {of_prompts[1] - of_prompts[0]:.1%} of its prompts"
     rows: Any = [source_identity(**place)] if streaming else load_source(**place)
     form = detect_format(islice(rows, DETECTION_ROWS), str(path)) if format == "auto" and not streaming else format
     # Before the key: probing the tokenizer also clears what earlier calls left in it (truncation, padding).
@@ -104,13 +109,13 @@ def prepare_pairs(
     )  # fmt: skip
     settings = (
         CODE_VERSION, form, max_length, max_prompt_length, template, dict(chat_template_kwargs or {}), ranked_pairs,
-        streaming,
+        streaming, of_prompts,
     )  # fmt: skip
 
     def job() -> Job:
         found, its_form = _opened(place, form) if streaming else (rows, form)
         processes = num_workers(workers, limit if streaming else len(rows))
-        return Job(found, its_form, ranked_pairs, encoder, streaming, processes)
+        return Job(found, its_form, ranked_pairs, encoder, streaming, processes, of_prompts)
 
     folder = cache_folder(cache_dir) / content_key(rows, tokenizer, settings)
     return _open_or_make(job, folder, source, on_bad_row == "error")
@@ -176,6 +181,8 @@ def _tokenize(job: Job, folder: Path, source: str, stop_at_bad: bool) -> DataRep
         if not columns["lengths"]:
             kinds = ", ".join(f"{kind} {found.count:,}" for kind, found in report.kinds.items())
             first = f"; {report.first_bad}" if report.first_bad else ""
+            if job.of_prompts != WHOLE and not first:
+                raise UserError(f"{source}: no pair of {report.rows_read:,} rows; change data.validation_fraction")
             raise UserError(f"{source}: no usable row is left of {report.rows_read:,}: {kinds}{first}; fix the rows")
         for name, dtype in COLUMNS.items():
             np.save(draft / f"{name}.npy", np.array(columns[name], dtype=dtype))

@@ -27,6 +27,7 @@ from dpo.data.labels import read_row
 from dpo.errors import UserError
 from dpo.types import PreferenceRow
 
+WHOLE = 0.0, 1.0
 ROWS_PER_TASK = 512
 ROWS_PER_WORKER = 4096  # fewer rows are tokenised sooner than a process starts to pay
 MAX_DEFAULT_WORKERS = 16
@@ -46,6 +47,7 @@ class Job:
         encoder: Makes ids of text.
         streamed: Whether `rows` is an iterator; then of every range of rows the first pair alone keeps its text.
         workers: Processes.
+        of_prompts: Which prompts are wanted: those whose hash lies in this part of [0, 1).
     """
 
     rows: Any
@@ -54,6 +56,7 @@ class Job:
     encoder: PairEncoder
     streamed: bool
     workers: int
+    of_prompts: tuple[float, float] = WHOLE
 
 
 @dataclass
@@ -126,6 +129,8 @@ def encode_part(job: Job, task: Task) -> Part:
     oddities: dict[tuple[int, str], tuple[str, str]] = {}
     for (number, _, odd), row in zip(found, usable, strict=True):
         pair = next(encoded) if row else None
+        if pair and not pair.problems and not job.of_prompts[0] <= pair.prompt_hash / 2**64 < job.of_prompts[1]:
+            continue
         fates = {p.kind: (p.detail, fate_of(p.kind)) for p in odd}
         if pair:
             notes = {p.kind: (p.detail, "cut" if p.kind in (LONGER, PROMPT_ALONE) else "kept") for p in pair.notes}

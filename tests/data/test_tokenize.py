@@ -107,6 +107,24 @@ def test_no_row_left_is_refused(tmp_path: Path) -> None:
         prepare_pairs(file, tokenizer_of("byte"), on_bad_row="skip", cache_dir=tmp_path / "c")
 
 
+def test_parts_of_the_prompts_share_none_and_make_up_the_whole(tmp_path: Path) -> None:
+    """Every prompt comes twice, once cut because its completions are long: both times it is on the same side."""
+    rows = [{**row, "prompt": f"question {i // 2}: "} for i, row in enumerate(plain_rows(200))]
+    for row in rows[::2]:
+        row["chosen"] += " and so on" * 5
+    file, tokenizer, sides = written(tmp_path, rows), tokenizer_of("byte"), []
+    options: dict[str, Any] = {"max_length": 40, "max_prompt_length": 4, "cache_dir": tmp_path / "c"}
+    for part in ((0.0, 0.2), (0.2, 1.0)):
+        pairs, report = prepare_pairs(file, tokenizer, of_prompts=part, **options)
+        assert not report.cache_hit and report.pairs == len(pairs) == len(pairs.lengths)
+        assert report.prompts_cut == report.kinds["longer than max_length"].count == len(pairs) / 2
+        sides.append(pairs.row_numbers.tolist())
+    assert sorted(sides[0] + sides[1]) == list(range(1, 201)) and len(sides[0]) in range(20, 61)
+    assert not {(row - 1) // 2 for row in sides[0]} & {(row - 1) // 2 for row in sides[1]}
+    few, _ = prepare_pairs(file, tokenizer, of_prompts=(0.0, 0.2), limit=100, **options)
+    assert few.row_numbers.tolist() == [row for row in sides[0] if row <= 100]
+
+
 def test_one_process_and_several_make_the_same(tmp_path: Path) -> None:
     file, made = written(tmp_path, plain_rows(1100)), []
     for workers in (1, 3):
