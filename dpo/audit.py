@@ -1,6 +1,4 @@
 """The audit of preference data shown: python -m dpo audit DATA, and shortened at the head of a run.
-
-Everything that comes from the data is shown with its control characters as escapes, and never read as markup.
 """
 
 from __future__ import annotations
@@ -12,10 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from dpo.config import DataConfig
 from dpo.data.audit import CONTRADICTS, REPEATS, RULES, Audit, AuditSet, audit, cached_audit
 from dpo.data.chat import read_chat_template
@@ -24,6 +18,7 @@ from dpo.data.tokenize import prepare_pairs
 from dpo.errors import UserError, printable
 from dpo.model.load import BUILTIN, load_tokenizer
 from dpo.run_data import RunData
+from dpo.runtime.console import console_on, say, show_table
 from dpo.runtime.distributed import only_main
 from dpo.runtime.files import write_whole
 from dpo.setup import Setup
@@ -41,7 +36,7 @@ class AuditOptions:
     """Arguments of the verb."""
 
     data: str
-    """Training data: hub id, folder, .json, .jsonl[.gz], .parquet, or builtin:world."""
+    """Training data: hub id, folder, .jsonl, .json, .csv, .parquet, or builtin:world."""
     validation: str | None = None
     """Validation data; default: the validation (else test) split of DATA, if it has one."""
     tokenizer: str = BUILTIN
@@ -116,11 +111,11 @@ def show_audit(options: AuditOptions) -> None:
             write_whole(Path(options.json), json_format.dumps(found, indent=1))
         except OSError as error:
             raise UserError(f"--json {options.json}: cannot be written: {error.strerror or error}") from None
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
-    for table in _tables(found):
-        console.print(table)
+    out = console_on(sys.stdout)
+    for title, headings, rows in _tables(found):
+        show_table(out, title, rows, headings)
     for line in (*_conclusions(found), *_remarks(options, found)):
-        console.print(Text(line))
+        say(out, line)
 
 
 def _remarks(options: AuditOptions, found: Audit) -> list[str]:
@@ -132,49 +127,38 @@ def _remarks(options: AuditOptions, found: Audit) -> list[str]:
     return lines + ([f"written to {options.json}"] if options.json else [])
 
 
-def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table of plain text; columns of numbers stand to the right."""
-    table = Table(title=Text(title), title_justify="left")
-    for index, heading in enumerate(headings):
-        numbers = index > 0 and all(row[index][:1].isdigit() or row[index] == "-" for row in rows)
-        table.add_column(Text(heading), justify="right" if numbers else "left")
-    for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    return table
-
-
-def _tables(found: Audit) -> list[Table]:
-    """The audit as tables: findings and lengths of every set, leaks, heuristics."""
-    tables = []
+def _tables(found: Audit) -> list[tuple[str, Sequence[str], list[list[str]]]]:
+    """Title, headings and rows of each table: findings and lengths of every set, leaks, heuristics."""
+    tables: list[tuple[str, Sequence[str], list[list[str]]]] = []
     for one in found["sets"]:
         name = _called(one["role"], one["name"])
-        title = f"{name}: {printable(one['source'])}, {one['rows']:,} rows ({one['format']}), {one['pairs']:,} pairs"
+        title = f"{name}: {one['source']}, {one['rows']:,} rows ({one['format']}), {one['pairs']:,} pairs"
         rows = [
             [f["kind"], f"{f['count']:,}", f["fate"], ", ".join(map(str, f["rows"])), f["detail"]]
             for f in sorted(one["findings"], key=lambda f: (f["fate"] != "bad", -f["count"]))
         ]
-        tables.append(_table(title, ("looked for", "rows", "fate", "first of them", "in the first"), rows))
+        tables.append((title, ("looked for", "rows", "fate", "first of them", "in the first"), rows))
         spreads = [
             [name.replace("_", ", "), *(f"{spread[key]:,.0f}" for key in ("mean", "p50", "p90", "p99", "max"))]
             for name, spread in one["lengths"].items()
         ]
         title = f"{name}: lengths in tokens, cut to {one['max_length']:,}"
-        tables.append(_table(title, ("part", "mean", "median", "90 %", "99 %", "longest"), spreads))
+        tables.append((title, ("part", "mean", "median", "90 %", "99 %", "longest"), spreads))
     if found["leaks"]:
         rows = [
             [leak["validation"], leak["kind"], f"{leak['count']:,}", "; ".join(map(_example, leak["examples"]))]
             for leak in found["leaks"]
         ]
-        tables.append(_table("leaks: in training and in validation", ("validation", "same", "rows", "examples"), rows))
+        tables.append(("leaks: in training and in validation", ("validation", "same", "rows", "examples"), rows))
     rows = [
         [RULES[rule], *("-" if h[rule] is None else f"{h[rule]:.1%}" for h in found["heuristics"])] for rule in RULES
     ]
     headings = ["the chosen completion is", *(_called(h["role"], h["set"]) for h in found["heuristics"])]
-    return [*tables, _table("how often trivial rules are right (a tie counts one half)", headings, rows)]
+    return [*tables, ("how often trivial rules are right (a tie counts one half)", headings, rows)]
 
 
 def _called(role: str, name: str) -> str:
-    return role if name == role else f"{role} {printable(name)}"
+    return role if name == role else f"{role} {name}"
 
 
 def _example(example: dict[str, Any]) -> str:

@@ -9,13 +9,10 @@ import sys
 import time
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from dpo.commandline import Command
 from dpo.context import contexts_of, look_ahead
 from dpo.data.planner import num_tokens
-from dpo.errors import printable
 from dpo.estimate import STATES, memory
 from dpo.forecast import Rows, forecast, prepare_for
 from dpo.frozen import FrozenReference
@@ -24,6 +21,7 @@ from dpo.objective.objective import Objective
 from dpo.policy import Policy
 from dpo.room import costliest
 from dpo.runtime import engine as deepspeed_engine
+from dpo.runtime.console import console_on, say, show_table
 from dpo.runtime.weights import num_parameters
 from dpo.setup import LOOKED_AT, Setup
 from dpo.step import losses_of
@@ -94,13 +92,6 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _print(console: Console, title: str, rows: Rows) -> None:
-    table = Table(title=title, title_justify="left", show_header=False)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-
-
 def show_forecast(command: Command) -> None:
     """Print the plan of a run for hardware that is not here.
 
@@ -110,11 +101,11 @@ def show_forecast(command: Command) -> None:
         UserError: As the run itself would, before its first step.
     """
     setup = prepare_for(command)
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    out = console_on(sys.stdout)
     for note in setup.notes:
-        console.print(printable(note), markup=False)
+        say(out, note)
     for title, rows in {"Run": _lines(setup, command), **forecast(setup, command.options)}.items():
-        _print(console, title, rows)
+        show_table(out, title, rows)
 
 
 def show_plan(
@@ -132,14 +123,14 @@ def show_plan(
         rows += _try_costliest(setup, policy, reference)
     if not setup.world.is_main:
         return
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    out = console_on(sys.stdout)
     for note in setup.notes + tuple(policy.notes if policy else ()):
-        console.print(printable(note), markup=False)
-    _print(console, "Plan" if policy else "Prepared", rows)
+        say(out, note)
+    show_table(out, "Plan" if policy else "Prepared", rows)
     if policy is None:
-        console.print(
+        say(
+            out,
             "Weights, data and tokenised pairs are cached. On compute nodes without internet:\n"
             f"  export HF_HUB_OFFLINE=1 DPO_CACHE={setup.config.data.cache_folder}\n"
             "and the same HF_HOME as here.",
-            markup=False,
         )

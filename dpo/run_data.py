@@ -140,7 +140,6 @@ def prepare_data(config: Config, tokenizer: Any, longest: int) -> RunData:
             max_prompt_length=data.max_prompt_length or longest // 2,
             on_bad_row=data.on_bad_row,
             ranked_pairs=data.ranked_pairs,
-            chat_template=config.model.chat_template,
             chat_template_kwargs=data.chat_template_kwargs,
             streaming=data.streaming,
             workers=data.workers,

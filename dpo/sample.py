@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from dpo.answers import Answer, Decoding, answer_logps, answers_to, side_by_side
 from dpo.checks import check_same_tokens
@@ -30,6 +30,7 @@ from dpo.judge import Case, WinRate, make_judge, win_rate
 from dpo.model import adapters
 from dpo.model.forward import Scorer
 from dpo.model.load import load_model
+from dpo.runtime.console import console_on, say
 from dpo.runtime.distributed import World
 from dpo.runtime.files import read_records, write_whole
 from dpo.setup import Setup, prepare
@@ -91,7 +92,7 @@ def sample(options: Options) -> None:
     Raises:
         UserError: The run, a prompt file, the judge or an option cannot be used; before a model is loaded.
     """
-    run, out = Path(options.run), Console(highlight=False, soft_wrap=True)
+    run, out = Path(options.run), console_on(sys.stdout)
     config, output = _config(run, options.policy), _output(options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     judge = make_judge(options.judge, device) if options.judge else None
@@ -99,12 +100,12 @@ def sample(options: Options) -> None:
     if options.policy is not None:
         check_same_tokens("--policy", options.policy, setup.tokenizer, config)
     for name in changed_pairs(setup, run):
-        out.print(f"{name} of {run} have changed since it was begun", markup=False)
+        say(out, f"{name} of {run} have changed since it was begun")
     prompts, ids = _prompts(options, setup)
     old, new, own, base = _answers(options, run, setup, ids)
     cases = [Case(prompt, a.text, b.text) for prompt, a, b in zip(prompts, old, new, strict=True)]
     for case in cases[:SHOWN]:
-        out.print(side_by_side(transcript(case.prompt), case.reference, case.policy), markup=False)
+        say(out, side_by_side(transcript(case.prompt), case.reference, case.policy))
     decode = setup.tokenizer.decode
     rows: list[dict[str, Any]] = [
         {
@@ -115,12 +116,12 @@ def sample(options: Options) -> None:
     ]  # fmt: skip
     _write(output, rows)
     if options.validation is not None and len(setup.validation_pairs or ()) < options.validation:
-        out.print(f"\n{run} has no more than {len(setup.validation_pairs or ())} validation pairs", markup=False)
-    out.print(f"\n{_kl(options, own - base)}\n{len(rows)} answers of each: {output}", markup=False)
+        say(out, f"\n{run} has no more than {len(setup.validation_pairs or ())} validation pairs")
+    say(out, f"\n{_kl(options, own - base)}\n{len(rows)} answers of each: {output}")
     if judge:
         verdicts = judge(cases)
         _write(output, [row | {"verdict": verdict} for row, verdict in zip(rows, verdicts, strict=True)])
-        out.print(f"{options.judge}: {_verdict(win_rate(cases, verdicts))}", markup=False)
+        say(out, f"{options.judge}: {_verdict(win_rate(cases, verdicts))}")
 
 
 def _write(output: Path, rows: Sequence[dict[str, Any]]) -> None:

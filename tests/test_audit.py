@@ -19,7 +19,7 @@ from dpo.audit import printable
 from dpo.data.audit import AuditSet, audit, cached_audit
 from dpo.data.heuristics import accuracy, first_token, first_token_rates, longer, overlap
 from dpo.data.tokenize import prepare_pairs
-from tests.data.tiny_tokenizers import CHATML, chat, tokenizer_of
+from tests.data.tiny_tokenizers import CHATML, chat, tokenizer_of, with_template
 
 
 def prepared(folder: Path, name: str, role: str, rows: list[Any], tokenizer: Any = None, **options: Any) -> AuditSet:
@@ -163,8 +163,8 @@ def test_a_template_that_writes_bos_twice_is_found_and_its_other_tokens_are_not(
     tokenizer = tokenizer_of("byte")
     rows = [{"prompt": chat("Hi", "Ho", "Hi"), "chosen": chat("", "a")[1:], "rejected": chat("", "b")[1:]}]
     template = "{{ bos_token }}" + CHATML
-    once = prepared(tmp_path, "a.jsonl", "train", rows, tokenizer, chat_template=template, max_length=200)
-    twice = prepared(tmp_path, "b.jsonl", "train", rows, tokenizer, chat_template="<s>" + template, max_length=200)
+    once = prepared(tmp_path, "a.jsonl", "train", rows, with_template(tokenizer, template), max_length=200)
+    twice = prepared(tmp_path, "b.jsonl", "train", rows, with_template(tokenizer, "<s>" + template), max_length=200)
     found = audit([once, twice], tokenizer)
     assert [findings(one) for one in found["sets"]] == [{}, {"BOS twice at the start": (1, "kept", [1])}]
 

@@ -413,7 +413,7 @@ def test_a_plan_spreads_by_the_models_costs_in_micro_batches_that_the_gpu_can_ho
     monkeypatch.setattr(
         "dpo.forecast.schedule_of", lambda setup, *a, **k: setups.append(setup) or spread.schedule_of(setup, *a, **k)
     )
-    monkeypatch.setattr(plan, "_print", lambda *_: None)
+    monkeypatch.setattr(plan, "show_table", lambda *_: None)
     argv = ["plan", "--config", str(ROOT / "ds_configs/zero2.json"), "--model.policy", str(tiny_policy)]
     argv += ["--data.train", "builtin:world", "--data.cache_dir", str(tmp_path), "--ranks", "2", "--data.train_limit",
              "64", "--data.max_length", "128"]  # fmt: skip

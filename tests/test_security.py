@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -257,8 +258,16 @@ def test_columns_that_would_open_the_paths_in_them_are_left_closed(tmp_path: Pat
 def test_control_characters_of_answers_do_not_reach_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from dpo.runtime.console import console_on, say, show_table
     from dpo.runtime.tracking import Recorder
 
-    Recorder(tmp_path, {}).say("prompt: \x1b]0;title\x07\x1b[31mred\u202e\nnext \ud800 [bold]line[/bold]")
+    text = "prompt: \x1b]0;title\x07\x1b[31mred\u202e\nnext \ud800 [bold]line[/bold]"
+    Recorder(tmp_path, {}).say(text)
+    say(console_on(sys.stderr), text)
     shown = capsys.readouterr().err
-    assert re.sub("[ -~]", "", shown) == "\n\n" and "\\x1b[31mred\\u202e\nnext \\ud800 [bold]line" in shown
+    assert re.sub("[ -~]", "", shown) == "\n\n\n\n"
+    assert shown.count("\\x1b[31mred\\u202e\nnext \\ud800 [bold]line") == 2
+    text = "\x1b[31m\u202e\n[bold]a[/bold]"
+    show_table(console_on(sys.stderr), text, [[text, "1"]], [text, "b"])
+    shown = capsys.readouterr().err
+    assert shown.count("\\x1b[31m\\u202e\\n[bold]a[/bold]") == 3 and "\x1b" not in shown

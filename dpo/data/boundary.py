@@ -29,7 +29,6 @@ def encode_prompt(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str | list[Message],
     *,
-    chat_template: str | None = None,
     template_options: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Encode a prompt as the model sees it, in training and at inference.
@@ -38,7 +37,6 @@ def encode_prompt(
         tokenizer: Any Hugging Face tokenizer.
         prompt: Plain text (the tokenizer's BOS is added if it adds one), or messages (rendered with the generation
             prompt; the chat template alone decides on a BOS).
-        chat_template: Template text to use in place of the tokenizer's own.
         template_options: Further arguments of the template, `tools` among them.
     Returns:
         Token ids, not truncated: at most one BOS, no EOS at the end.
@@ -48,7 +46,7 @@ def encode_prompt(
     encoder = TextEncoder(tokenizer)
     if isinstance(prompt, str):
         return encoder.encode_plain_prompts([prompt])[0]
-    rendered = ChatTemplate(tokenizer, chat_template).render(prompt, answer_next=True, options=template_options)
+    rendered = ChatTemplate(tokenizer).render(prompt, answer_next=True, options=template_options)
     return encoder.ids([rendered])[0]
 
 

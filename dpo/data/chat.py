@@ -44,10 +44,10 @@ def read_chat_template(value: str) -> str:
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, or one in its place, and how it ends a turn."""
+    """A tokenizer's chat template, and how it ends a turn."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str | None = None) -> None:
-        self._tokenizer, self._text = tokenizer, text
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
         self._turn_ends: dict[str, tuple[str, str, int]] = {}
         self._specials = special_tokens(tokenizer)
 
@@ -55,7 +55,7 @@ class ChatTemplate:
         self, messages: list[Message], *, answer_next: bool, options: Mapping[str, Any] | None = None
     ) -> str:
         """Render a conversation with the template's options; with `answer_next` up to where the model answers."""
-        if not (self._text or getattr(self._tokenizer, "chat_template", None)):
+        if not getattr(self._tokenizer, "chat_template", None):
             raise UserError(
                 "the data is conversations (strings beside a column system, question or instruction are one too) and "
                 "the tokenizer has no chat template: give one with model.chat_template (template text or file), use an "
@@ -63,9 +63,8 @@ class ChatTemplate:
             )
         try:
             rendered: Any = self._tokenizer.apply_chat_template(
-                messages, chat_template=self._text, tokenize=False, add_generation_prompt=answer_next,
-                **(options or {}),
-            )  # fmt: skip
+                messages, tokenize=False, add_generation_prompt=answer_next, **(options or {})
+            )
             str(rendered).encode("utf-8")  # half a surrogate pair, in a role or a call, cannot be given to a tokenizer
         except Exception as error:  # a template may raise whatever it likes
             reason = f"{' '.join(str(error).split()) or type(error).__name__}; fix it"

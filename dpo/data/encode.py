@@ -79,7 +79,6 @@ class PairEncoder:
         *,
         max_length: int,
         max_prompt_length: int | None = None,
-        chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """Probe the tokenizer.
@@ -88,13 +87,12 @@ class PairEncoder:
             tokenizer: Any Hugging Face tokenizer.
             max_length: Most tokens of a prompt and one completion together, >= 2.
             max_prompt_length: Tokens a prompt may be cut down to, in [1, max_length); None never cuts prompts.
-            chat_template: Template text to use in place of the tokenizer's own.
             chat_template_kwargs: Further arguments of the template, under those of a row.
         Raises:
             UserError: An impossible length.
         """
         self._tokenizer, self._text = tokenizer, TextEncoder(tokenizer)
-        self._chat = ChatTemplate(tokenizer, chat_template)
+        self._chat = ChatTemplate(tokenizer)
         self._options = dict(chat_template_kwargs or {})
         if max_length < 2:
             raise UserError(f"data.max_length {max_length}: must be 2 or more, for a prompt and a completion")

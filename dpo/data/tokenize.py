@@ -19,7 +19,6 @@ import numpy as np
 import xxhash
 from filelock import FileLock
 
-from dpo.data.chat import read_chat_template
 from dpo.data.encode import PairEncoder
 from dpo.data.formats import FORMATS, detect_format
 from dpo.data.sources import load_source, source_identity, stream_source
@@ -61,7 +60,6 @@ def prepare_pairs(
     max_prompt_length: int | None = None,
     on_bad_row: str = "error",
     ranked_pairs: str = "best_worst",
-    chat_template: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     streaming: bool = False,
     workers: int | None = None,
@@ -69,7 +67,6 @@ def prepare_pairs(
     """Read and tokenise one split of preference data, or open it where this was done before.
 
     Lengths count the end tokens: "longer than max_length" is prompt + longer completion + end token > max_length.
-    (On the HH-RLHF slices with GPT-2 and 1,024 the figures are the same with and without it.)
 
     Args:
         path, subset, data_dir, revision, split, limit: As for `sources.load_source`.
@@ -84,8 +81,7 @@ def prepare_pairs(
             `max_length` tokens or more, which leaves no room for a completion, makes a bad row.
         on_bad_row: "error" stops at the first bad row, "skip" drops and counts them.
         ranked_pairs: Pairs of a ranked row: "best_worst" makes one, "best_each" one for every lower completion.
-        chat_template: Template text or a file, in place of the tokenizer's own.
-        chat_template_kwargs: Further arguments of the template; those of a row come before them.
+        chat_template_kwargs: Further arguments of the tokenizer's chat template; those of a row come before them.
         streaming: Read the rows one by one, once, and keep no text: for sources that fit neither disk nor memory. The
             cache is then keyed by `sources.source_identity` and not by the rows.
         workers: Processes that tokenise; None: one per 4,096 rows, no more than the CPUs, nor 16.
@@ -95,21 +91,18 @@ def prepare_pairs(
         UserError: Anything wrong with the data or the settings; one line.
     """
     _check_settings(format, on_bad_row, workers)
-    template = read_chat_template(chat_template) if chat_template else None
     place = dict[str, Any](path=path, subset=subset, data_dir=data_dir, revision=revision, split=split, limit=limit)
-    source = f"{path} [{split}]" if split and not Path(path).is_file() else str(path)
-    if of_prompts != WHOLE:
-        source += f", {of_prompts[1] - of_prompts[0]:.1%} of its prompts"
+    source = _called(path, split, of_prompts)
     rows: Any = [source_identity(**place)] if streaming else load_source(**place)
     form = detect_format(islice(rows, DETECTION_ROWS), str(path)) if format == "auto" and not streaming else format
     # Before the key: probing the tokenizer also clears what earlier calls left in it (truncation, padding).
     encoder = PairEncoder(
-        tokenizer, max_length=max_length, max_prompt_length=max_prompt_length, chat_template=template,
+        tokenizer, max_length=max_length, max_prompt_length=max_prompt_length,
         chat_template_kwargs=chat_template_kwargs,
     )  # fmt: skip
     settings = (
-        CODE_VERSION, form, max_length, max_prompt_length, template, dict(chat_template_kwargs or {}), ranked_pairs,
-        streaming, of_prompts,
+        CODE_VERSION, form, max_length, max_prompt_length, dict(chat_template_kwargs or {}), ranked_pairs, streaming,
+        of_prompts,
     )  # fmt: skip
 
     def job() -> Job:
@@ -119,6 +112,12 @@ def prepare_pairs(
 
     folder = cache_folder(cache_dir) / content_key(rows, tokenizer, settings)
     return _open_or_make(job, folder, source, on_bad_row == "error")
+
+
+def _called(path: str | Path, split: str | None, of_prompts: tuple[float, float]) -> str:
+    """What log and errors call the data."""
+    name = f"{path} [{split}]" if split and not Path(path).is_file() else str(path)
+    return name if of_prompts == WHOLE else f"{name}, {of_prompts[1] - of_prompts[0]:.1%} of its prompts"
 
 
 # --- the work ------------------------------------------------------------------------------------------------------

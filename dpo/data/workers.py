@@ -225,12 +225,16 @@ def _serial_tokenizer() -> Iterator[None]:
             os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
+def available_cpus() -> int:
+    """CPUs that this process may use: a job of a scheduler or container may have fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def num_workers(workers: int | None, rows: int | None) -> int:
     """How many processes encode so many rows (None: unknown): as many as asked for, or one per 4,096."""
     if "fork" not in multiprocessing.get_all_start_methods():
         return 1
     if workers is not None:
         return workers if rows is None else min(workers, -(-rows // ROWS_PER_TASK))
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    most = min(cpus, MAX_DEFAULT_WORKERS)
+    most = min(available_cpus(), MAX_DEFAULT_WORKERS)
     return most if rows is None else max(1, min(rows // ROWS_PER_WORKER, most))

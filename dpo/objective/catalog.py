@@ -113,6 +113,12 @@ def complaint(names: Sequence[LossName], given: dict[str, Any]) -> str | None:
             return f"loss.{option} is {value} with loss.name {lacking}; it belongs to {owners}"
     if "sampo" in names and len(names) > 1:
         return f"loss.name is {', '.join(names)}: sampo leaves tokens out, for every loss of a sum; use it alone"
+    if "tdpo" in names and couples_pairs(names):
+        coupled = next(name for name in names if LOSSES[name].couples)
+        return (
+            f"loss.name is {', '.join(names)}: tdpo needs the reference's whole distributions, and {coupled} scores the"
+            f" global batch before they are there; use one of them"
+        )
     if given.get("reference_free") and "f_divergence" in given:
         return "loss.f_divergence is set with loss.reference_free; a divergence needs a reference, drop one of them"
     squared = [name for name in names if name in ("ipo", "ipo_sum")]

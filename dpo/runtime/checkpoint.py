@@ -222,7 +222,7 @@ def newest(
 def _candidates(run: Path, resume: str, kind: str) -> list[Path]:
     """Checkpoints to try, in order."""
     folders = checkpoints(run, kind)
-    if resume in ("auto", "never") or kind != "step":
+    if resume in ("auto", "never"):
         return folders[::-1]
     folder = Path(resume).resolve()
     if folder not in [c.resolve() for c in folders]:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dpo.data.workers import available_cpus
 from dpo.errors import UserError
 
 T = TypeVar("T")
@@ -75,7 +76,7 @@ def start(*, deterministic: bool = False) -> World:
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     if neighbours > 1 and "OMP_NUM_THREADS" not in os.environ:
         # torchrun sets it to 1, deepspeed leaves every rank to take every core.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
+        torch.set_num_threads(max(1, available_cpus() // neighbours))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         if local_rank >= torch.cuda.device_count():

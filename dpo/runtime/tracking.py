@@ -12,11 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
-from dpo.errors import printable
+from dpo.runtime import console
 from dpo.runtime.files import read_records, write_whole
 from dpo.runtime.trackers import BACKENDS, Backend
 
@@ -55,7 +53,7 @@ class Recorder:
     """
 
     def __init__(self, run: Path, config: dict[str, Any], backends: Sequence[str] = ()) -> None:
-        self._console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self._console = console.console_on(sys.stderr)
         self._run, self._config, self._names = run, config, backends
         self._before = read_lines(run) if backends else []  # whatever a resumed run is about to drop
         self._backends: list[Backend] = []
@@ -65,16 +63,11 @@ class Recorder:
 
     def say(self, text: str) -> None:
         """Show a line."""
-        self._console.print(printable(text, keep="\n"), markup=False)  # answers and prompts among them
+        console.say(self._console, text)
 
     def table(self, title: str, rows: Sequence[Sequence[str]]) -> None:
         """Show a table; its first row is the heading."""
-        table = Table(title=title, title_justify="left")
-        for index, heading in enumerate(rows[0]):
-            table.add_column(heading, justify="left" if index == 0 else "right")
-        for row in rows[1:]:
-            table.add_row(*row)
-        self._console.print(table)
+        console.show_table(self._console, title, rows[1:], rows[0])
 
     def record(self, values: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl and to the trackers."""

@@ -13,7 +13,7 @@ from dpo.data.chat import end_ids
 from dpo.data.encode import PairEncoder
 from dpo.errors import UserError
 from dpo.types import PreferenceRow
-from tests.data.tiny_tokenizers import CHATML, chat, end_of, text_of, tokenizer_of
+from tests.data.tiny_tokenizers import CHATML, chat, end_of, text_of, tokenizer_of, with_template
 
 PROMPTS = ["\n\nHuman: Hi\n\nAssistant:", "Once upon a time", "ends with space ", "x\n", "\u00e9\u4e16\u754c"]
 COMPLETIONS = [" Yes, I do.", "No", "\n\nlist:\n - a\n", "  two spaces", "\u4e16\u754c!", "\n", "s", "1 = 2 : a"]
@@ -99,7 +99,8 @@ def test_end_tokens_within_a_completion_make_a_bad_row() -> None:
     tokenizer = tokenizer_of("byte")
     assert encoded(tokenizer, "Hi", "a</s>b").problems[0].kind == "completion holds the end token"
     assert encoded(tokenizer, "Hi", "</s>").problems[0].kind == "empty response"
-    pair = encoded(tokenizer, chat("Hi"), [{"role": "assistant", "content": "a<|im_end|>b"}], chat_template=CHATML)
+    answer = [{"role": "assistant", "content": "a<|im_end|>b"}]
+    pair = encoded(with_template(tokenizer, CHATML), chat("Hi"), answer)
     assert pair.problems[0].kind == "completion holds the end token"
 
 

@@ -12,7 +12,16 @@ from dpo.data.chat import read_chat_template
 from dpo.data.encode import PairEncoder
 from dpo.errors import UserError
 from dpo.types import PreferenceRow
-from tests.data.tiny_tokenizers import CHATML, NO_END, OTHER_START, WITH_BOS_AND_EOS, chat, end_of, tokenizer_of
+from tests.data.tiny_tokenizers import (
+    CHATML,
+    NO_END,
+    OTHER_START,
+    WITH_BOS_AND_EOS,
+    chat,
+    end_of,
+    tokenizer_of,
+    with_template,
+)
 
 
 def encoded(tokenizer: Any, prompt: Any, chosen: Any, rejected: Any = "other", **options: Any) -> Any:
@@ -67,20 +76,20 @@ def test_conversations_without_a_template_name_the_setting() -> None:
 def test_a_template_that_cannot_be_trained_on_is_refused() -> None:
     for template, reason in ((NO_END, "no end-of-turn token"), (OTHER_START, "another beginning before an answer")):
         with pytest.raises(UserError, match=f"{reason}.*model.chat_template"):
-            encoded(tokenizer_of("byte"), chat("Hi"), chat("", "Yes")[1:], chat_template=template)
+            encoded(with_template(tokenizer_of("byte"), template), chat("Hi"), chat("", "Yes")[1:])
 
 
 def test_a_conversation_the_template_refuses_is_a_bad_row() -> None:
-    tokenizer = tokenizer_of("byte")
+    tokenizer = with_template(tokenizer_of("byte"), WITH_BOS_AND_EOS)
     system = [{"role": "system", "content": "x"}, *chat("Hi")]
-    pair = encoded(tokenizer, system, chat("", "Yes")[1:], chat_template=WITH_BOS_AND_EOS)
+    pair = encoded(tokenizer, system, chat("", "Yes")[1:])
     assert pair.problems[0].kind == "chat template does not fit" and "no system role" in pair.problems[0].detail
     with pytest.raises(UserError, match="refuses a conversation: no system role"):
-        encode_prompt(tokenizer, system, chat_template=WITH_BOS_AND_EOS)
+        encode_prompt(tokenizer, system)
     first = CHATML.replace("{% for", "{% if messages|length == 4 %}!{% endif %}{% for", 1)
     last = CHATML + "{% if messages|length == 4 %}!{% endif %}"
     for template, reason in ((first, "does not start with its rendered prompt"), (last, "does not end as other")):
-        pair = encoded(tokenizer, chat("a", "b", "c"), chat("", "Yes")[1:], chat_template=template)
+        pair = encoded(with_template(tokenizer, template), chat("a", "b", "c"), chat("", "Yes")[1:])
         assert reason in pair.problems[0].detail
 
 
@@ -145,7 +154,7 @@ def test_completions_with_the_same_tokens_are_equal_whatever_their_text() -> Non
     trimmed = CHATML.replace("m.content", "m.content | trim")
     answers = ([{"role": "assistant", "content": text}] for text in ("Yes.", "Yes. \n"))
     for prompt, chosen, rejected in (("Hi", "Yes", "Yes</s>"), (chat("Hi"), *answers)):
-        pair = encoded(tokenizer_of("byte"), prompt, chosen, rejected, chat_template=trimmed)
+        pair = encoded(with_template(tokenizer_of("byte"), trimmed), prompt, chosen, rejected)
         assert [problem.kind for problem in pair.problems] == ["chosen == rejected"]
 
 
@@ -165,7 +174,7 @@ def test_a_template_that_leaves_out_a_part_of_the_prompt_makes_a_bad_row(templat
     told = [{"role": "system", "content": "Be \"brief\""}, *chat("3?", "calc"), {"role": "tool", "content": '"\n3"'}]
     answers = [[{"role": "assistant", "content": text}] for text in ("Yes", "No")]
     row = PreferenceRow(told, *answers, 1, tools=[{"name": "calc"}])
-    (pair,) = PairEncoder(tokenizer, max_length=999, chat_template=template).encode_rows([row])
+    (pair,) = PairEncoder(with_template(tokenizer, template), max_length=999).encode_rows([row])
     found = [(problem.kind, problem.detail) for problem in pair.problems]
     assert [kind for kind, _ in found] == (["chat template does not fit"] if reason else [])
     assert reason is None or reason in found[0][1]
@@ -174,11 +183,11 @@ def test_a_template_that_leaves_out_a_part_of_the_prompt_makes_a_bad_row(templat
 @pytest.mark.parametrize("kind", ["byte", "pieces"])
 @pytest.mark.parametrize("after", ["", "\n", ":"])
 def test_an_answer_begins_with_the_token_that_it_has_behind_its_prompt(kind: str, after: str) -> None:
-    tokenizer = tokenizer_of(kind)
     template = CHATML.replace("<|im_start|>{{ m.role }}\n", "<|im_start|>" + after).replace("assistant\n", after)
+    tokenizer = with_template(tokenizer_of(kind), template)
     prompt, texts = chat("Hi"), ("Hi", " hi", "a", "\nhi", "1")
     for text in texts:
-        pair = encoded(tokenizer, prompt, [{"role": "assistant", "content": text}], chat_template=template)
+        pair = encoded(tokenizer, prompt, [{"role": "assistant", "content": text}])
         whole = tokenizer("<|im_start|>Hi<|im_end|>\n<|im_start|>".replace("t|>Hi", f"t|>{after}Hi") + after + text)
         ids = whole["input_ids"]
         ids = ids[ids[0] == tokenizer.bos_token_id :]  # a template writes its own

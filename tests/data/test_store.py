@@ -14,7 +14,7 @@ from dpo.data import tokenize
 from dpo.data.encode import PairEncoder
 from dpo.data.tokenize import prepare_pairs
 from dpo.errors import UserError
-from tests.data.tiny_tokenizers import CHATML, plain_rows, tokenizer_of, written
+from tests.data.tiny_tokenizers import CHATML, plain_rows, tokenizer_of, with_template, written
 
 
 def forbid_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,8 +41,9 @@ def test_a_second_call_reads_the_cache(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     "change",
     [
-        {"max_length": 99}, {"max_prompt_length": 7}, {"limit": 2}, {"chat_template": CHATML}, {"format": "hh"},
+        {"max_length": 99}, {"max_prompt_length": 7}, {"limit": 2}, {"of_prompts": (0.0, 0.999)}, {"format": "hh"},
         {"tokenizer": tokenizer_of("pieces")}, {"tokenizer": tokenizer_of("byte", eos_token="<|im_end|>")},
+        {"tokenizer": with_template(tokenizer_of("byte"), CHATML)},
         {"version": 0}, {"ranked_pairs": "best_each"},
         {"chat_template_kwargs": {"a": 1}}, {"streaming": True},
         {"row": {"prompt": "q", "chosen": "r", "rejected": "s"}},

@@ -17,7 +17,7 @@ from dpo.data.tokenize import prepare_pairs
 from dpo.data.workers import num_workers
 from dpo.errors import UserError
 from dpo.types import PreferenceRow
-from tests.data.tiny_tokenizers import CHATML, chat, plain_rows, text_of, tokenizer_of, written
+from tests.data.tiny_tokenizers import CHATML, chat, plain_rows, text_of, tokenizer_of, with_template, written
 
 
 def test_pairs_come_back_with_their_texts(tmp_path: Path) -> None:
@@ -48,9 +48,8 @@ def test_pairs_come_back_with_their_texts(tmp_path: Path) -> None:
 
 def test_conversations_come_back_as_messages(tmp_path: Path) -> None:
     row = {"chosen": chat("Hi", "Yes"), "rejected": chat("Hi", "No")}
-    (tmp_path / "t.jinja").write_text(CHATML)
-    options: dict[str, Any] = {"chat_template": str(tmp_path / "t.jinja"), "cache_dir": tmp_path / "c"}
-    pairs, report = prepare_pairs(written(tmp_path, [row]), tokenizer_of("byte"), **options)
+    tokenizer = with_template(tokenizer_of("byte"), CHATML)
+    pairs, report = prepare_pairs(written(tmp_path, [row]), tokenizer, cache_dir=tmp_path / "c")
     assert pairs.texts(0) == PreferenceRow(chat("Hi"), chat("Hi", "Yes")[1:], chat("Hi", "No")[1:], 1)
     assert report.format == "conversation" and report.kinds == {}
 
@@ -210,7 +209,7 @@ def test_real_conversations_end_with_the_end_of_turn(shared_data: Path, tmp_path
     tokenizer = transformers.AutoTokenizer.from_pretrained(shared_data / "gpt2-tokenizer")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     pairs, report = prepare_pairs(
-        shared_data / "llamafactory-dpo-en-demo", tokenizer, chat_template=CHATML, max_length=1024,
+        shared_data / "llamafactory-dpo-en-demo", with_template(tokenizer, CHATML), max_length=1024,
         max_prompt_length=512, cache_dir=tmp_path,
     )  # fmt: skip
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")

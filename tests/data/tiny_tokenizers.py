@@ -53,6 +53,11 @@ def tokenizer_of(kind: str, **options: Any) -> Any:
     )
 
 
+def with_template(tokenizer: Any, template: str) -> Any:
+    tokenizer.chat_template = template
+    return tokenizer
+
+
 def end_of(tokenizer: Any, token: str = "</s>") -> int:
     return int(tokenizer.convert_tokens_to_ids(token))
 

@@ -46,6 +46,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an exponential that is squared": (
         {"name": ("sft", "ipo"), "f_divergence": "forward_kl"}, "loss.f_divergence is forward_kl with loss.name ipo,"),
     "sampled tokens for another loss": ({"name": ("sampo", "hinge")}, "loss.name is sampo, hinge: sampo leaves"),
+    "distributions that are gone": ({"name": ("tdpo", "aot")}, "loss.name is tdpo, aot: tdpo needs the reference's"),
     "twice the same": ({"name": ("sigmoid", "sigmoid")}, "loss.name names a loss twice (sigmoid, sigmoid); name it"),
     "weights that do not match": (
         {"name": ("sigmoid", "sft"), "weights": (1.0,)}, "loss.weights is [1.0]; use a positive number for each of"),

@@ -291,3 +291,14 @@ def test_the_json_of_the_transformers_documentation_takes_the_step_of_plain_adam
         torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-7)
     assert weights.full_state(module, torch.float32, keep=False) == {}
     started.destroy()
+
+
+def test_the_ranks_of_a_node_share_the_cpus_that_the_job_was_given(monkeypatch):
+    threads: list[int] = []
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(6)))
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("torch.set_num_threads", threads.append)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    distributed.start()
+    assert threads == [3]
