@@ -134,7 +134,7 @@ def _total(policy: Policy, batch: PackedBatch, known: PairLogps | None) -> Tenso
         return scorer(batch).sum()
     if policy.takes_loss_in_forward(batch, known):
         return scorer(batch, pair_losses=lambda chosen, rejected, pairs: chosen - rejected)[0]
-    logps = pair_logps(scorer, batch, known.tokens, scorer.certainty is not None)
+    logps = pair_logps(scorer, batch, known.tokens, policy.certain)
     return logps.chosen.sum() + logps.rejected.sum() + (0 if logps.kls is None else logps.kls.sum())
 
 

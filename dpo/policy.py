@@ -34,6 +34,7 @@ class Policy:
         notes: Lines for the log.
         router_coefficient: Weight of the load-balancing loss of a mixture of experts; 0 for none.
         in_forward: Take the gradient of losses in the forward pass of the head, where that is possible.
+        certain: Measure how certain the policy is of every token, for loss.wpo.
     """
 
     engine: Any
@@ -43,6 +44,7 @@ class Policy:
     notes: list[str]
     router_coefficient: float = 0.0
     in_forward: bool = False
+    certain: bool = False
 
     def router_loss(self, share: float) -> Tensor | float:
         """The weighted load-balancing loss of the last forward pass, for a micro-batch of a share of the step."""
@@ -61,12 +63,12 @@ class Policy:
         It can be of a loss of summed log-probs; a KL over the vocabulary, a certainty, the model's own head and a pair
         longer than a tile rule it out.
         """
-        beside_sums = reference.tokens is not None or self.scorer.certainty is not None
-        return self.in_forward and not beside_sums and self.scorer.chunks(batch) is not None
+        of_sums = reference.tokens is None and not self.certain
+        return self.in_forward and of_sums and self.scorer.chunks(batch) is not None
 
     def logps(self, batch: PackedBatch, reference: PairLogps) -> PairLogps:
         """Log-probs of a preference batch, with what the loss needs beside them."""
-        return pair_logps(self.score, batch, reference.tokens, self.scorer.certainty is not None)
+        return pair_logps(self.score, batch, reference.tokens, self.certain)
 
 
 def start_policy(setup: Setup, path: str, model: Any = None, *, for_sft: bool = False) -> Policy:
@@ -90,7 +92,7 @@ def start_policy(setup: Setup, path: str, model: Any = None, *, for_sft: bool = 
     if config.model.gradient_checkpointing is True:
         load.checkpoint_activations(model)
         notes.append("activations: recomputed in backward (model.gradient_checkpointing)")
-    scorer = Scorer(model, with_certainty=config.loss.wpo and not for_sft)
+    scorer = Scorer(model)
     engine = deepspeed_engine.start_training(scorer, setup.engine_config, config.optim)
     scorer.across = sequence.join(config.train.sequence_parallel_size, model.config)
     coefficient = together(lambda: router.coefficient(model, config.loss.router_aux_coef))
@@ -112,7 +114,8 @@ def start_policy(setup: Setup, path: str, model: Any = None, *, for_sft: bool = 
         size += f", {num_parameters(model, trained=True) / 1e6:.3g}M of them trained (LoRA)"
     notes.append(f"layout: {layout}; attention: {attention}; {size}")
     scorer.head.multiple = config.model.vocabulary_multiple
-    return Policy(engine, scorer, layout, attention, notes, coefficient, setup.loss_in_forward)
+    certain = config.loss.wpo and not for_sft
+    return Policy(engine, scorer, layout, attention, notes, coefficient, setup.loss_in_forward, certain)
 
 
 def settled_layout(setup: Setup, scorer: Scorer, wanted: Layout) -> tuple[Layout, list[str]]:

@@ -494,7 +494,7 @@ def test_the_sft_stage_is_tried_too_with_its_own_rows_and_has_the_same_lines(tin
 
 
 @pytest.mark.parametrize(
-    ("flags", "where"), [(["--loss.name", "tdpo"], "token_kls"), (["--loss.wpo", "true"], "certainty")]
+    ("flags", "where"), [(["--loss.name", "tdpo"], "token_kls"), (["--loss.wpo", "true"], "certainties")]
 )
 def test_the_trial_holds_the_tiles_of_losses_that_need_whole_distributions(
     flags, where, tiny_policy, tmp_path, monkeypatch
@@ -510,15 +510,9 @@ def test_the_trial_holds_the_tiles_of_losses_that_need_whole_distributions(
 
     def attempt(setup, policy, reference, layout):
         small.append(setup.token_budget)
-        if where == "certainty":
-            handle = policy.scorer.certainty.register_forward_pre_hook(lambda module, inputs: lack(inputs))
-            try:
-                return original(setup, policy, reference, layout)
-            finally:
-                handle.remove()
         with monkeypatch.context() as patch:
-            own = dpo.model.forward.token_kls
-            patch.setattr(dpo.model.forward, "token_kls", lambda *a: (lack(a), own(*a))[1])
+            own = getattr(dpo.model.forward, where)
+            patch.setattr(dpo.model.forward, where, lambda *a, **k: (lack(a), own(*a, **k))[1])
             return original(setup, policy, reference, layout)
 
     monkeypatch.setattr(dpo.budget, "attempt", attempt)

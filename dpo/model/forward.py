@@ -23,7 +23,7 @@ from dpo.model.loss_in_forward import Chunk, PairLosses, chunks_of, total_loss
 from dpo.model.products import HALF
 from dpo.model.router import Balance
 from dpo.model.sequence import SequenceGroup
-from dpo.model.vocabulary import Certainty, token_kls
+from dpo.model.vocabulary import certainties, token_kls
 from dpo.types import FrozenTokens, PackedBatch, PairLogps, TokenizedPair
 
 
@@ -34,21 +34,18 @@ class Scorer(nn.Module):
         model: The transformers model.
         own_head: Score through the model's own head, which takes padded batches.
         native_attention: Name of the model's own attention implementation.
-        certainty: Says how sure the policy is of every token, for loss.wpo; else None.
         attention: Kernel of packed rows, a name in attention.BACKENDS.
         balance: The load-balancing loss of a mixture of experts, where it is to be trained on; see router.py.
         across: The ranks that compute a row together, each a cut of it; None for a row a rank.
         router_loss: That loss of the last batch that was scored with gradient, in a layout without padding.
     """
 
-    def __init__(self, model: Any, chunk_rows: int = CHUNK_ROWS, *, with_certainty: bool = False) -> None:
+    def __init__(self, model: Any, chunk_rows: int = CHUNK_ROWS) -> None:
         super().__init__()
         self.model = model
         # It looks for pad tokens among the ids, which would wait for a GPU; what is padded here is known.
         model.base_model.warn_if_padding_and_no_attention_mask = _say_nothing
-        output, logit_map = model.get_output_embeddings(), logit_map_of(model.config)
-        self.head = Head(output, chunk_rows, logit_map)
-        self.certainty = Certainty(output, chunk_rows, logit_map) if with_certainty else None
+        self.head = Head(model.get_output_embeddings(), chunk_rows, logit_map_of(model.config))
         self.own_head = False
         self.native_attention = model.config._attn_implementation
         self.attention = "sdpa"
@@ -70,7 +67,7 @@ class Scorer(nn.Module):
         Args:
             batch: On the model's device.
             frozen: What the reference knows of the same tokens, to measure the KL from it as well.
-            certain: Measure how certain every token is as well; needs `certainty`.
+            certain: Measure how certain the model is of every token as well.
             pair_losses: Take the gradient of these losses in the forward pass; needs `chunks`.
         Returns:
             (S,) fp32 (fp64 for an fp64 model): summed log-probs of every sequence's completion, nats, weighted by the
@@ -91,14 +88,13 @@ class Scorer(nn.Module):
         if frozen is None and not certain:
             token_logps = self._own_token_logps(batch) if self.own_head else self._token_logps(batch)
             return sums_by_sequence(self._weighted(token_logps, batch), batch)
-        hidden = self.hidden(batch)
-        token_logps = self.head(hidden, batch.target_ids)
+        hidden, head = self.hidden(batch), self.head
+        token_logps = head(hidden, batch.target_ids)
         if frozen is not None:
-            head = self.head
             second = token_kls(hidden, head.weight, head.bias, frozen, head.chunk_rows, head.logit_map)
         else:
-            assert self.certainty is not None
-            second = token_logps.detach() - self.certainty(hidden.detach())
+            sure = partial(certainties, chunk_rows=head.chunk_rows, logit_map=head.logit_map)
+            second = token_logps.detach() - head(hidden.detach(), batch.target_ids, sure)
         rows = self._weighted(token_logps, batch), second
         return torch.stack([sums_by_sequence(row, batch) for row in rows])
 
@@ -179,7 +175,7 @@ def _say_nothing(*_: Any) -> None:
 
 def _without_frozen(scorer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Leave weights that never learn out of a checkpoint, under all their names: DeepSpeed knows one name a weight, and
-    an output embedding has up to three. What is stored beneath a weight's name goes with it: the scales of 4 bits."""
+    an output embedding has two. What is stored beneath a weight's name goes with it: the scales of 4 bits."""
     named = scorer.named_parameters(remove_duplicate=False)
     frozen = {prefix + name for name, parameter in named if not parameter.requires_grad}
     for key in list(state):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dpo.model.logits import PRODUCT, Logits, logits_of
@@ -53,33 +53,24 @@ def token_kls(
     return torch.cat(tiles) if tiles else Logits.apply(hidden, weight[:1], None).squeeze(1)
 
 
-class Certainty(nn.Module):
-    """How certain a model is of its next token: log sum_v p(v)^2, what the target's log-prob is measured against.
+@torch.no_grad()
+def certainties(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int, logit_map: LogitMap = PRODUCT
+) -> Tensor:
+    """How certain a model is of every token: log sum_v p(v)^2, what the target's log-prob is measured against.
 
-    The parameters are those of the model's own output layer, registered here once more: under ZeRO-3 a weight is whole
-    only within the forward of a module that owns it.
+    Args:
+        hidden: (N, H).
+        weight, bias: Of the output embedding.
+        chunk_rows: Rows per tile.
+        logit_map: What the model does after the product.
+    Returns:
+        (N,) fp32 (fp64 for fp64 inputs), in [-log V, 0], without gradient.
 
     Source: the aligned weights of WPO, Zhou et al. 2024, arXiv:2406.11827, Eq. 2.
     """
-
-    def __init__(self, output_layer: nn.Module, chunk_rows: int, logit_map: LogitMap = PRODUCT) -> None:
-        super().__init__()
-        self.weight: nn.Parameter = output_layer.weight  # type: ignore[assignment]
-        self.bias = getattr(output_layer, "bias", None)
-        self.chunk_rows = chunk_rows
-        self.logit_map = logit_map
-
-    @torch.no_grad()
-    def forward(self, hidden: Tensor) -> Tensor:
-        """log sum_v p(v)^2 at every scored token.
-
-        Args:
-            hidden: (N, H).
-        Returns:
-            (N,) fp32 (fp64 for fp64 inputs), in [-log V, 0], without gradient.
-        """
-        tiles = []
-        for h in hidden.split(self.chunk_rows):
-            logits = logits_of(h, self.weight, self.bias, self.logit_map)  # (n, V)
-            tiles.append((2 * logits).logsumexp(dim=1) - 2 * logits.logsumexp(dim=1))
-        return torch.cat(tiles)
+    tiles = []
+    for h in hidden.split(chunk_rows):
+        logits = logits_of(h, weight, bias, logit_map)  # (n, V)
+        tiles.append((2 * logits).logsumexp(dim=1) - 2 * logits.logsumexp(dim=1))
+    return torch.cat(tiles)

@@ -13,7 +13,7 @@ from dpo.data.batch import collate
 from dpo.model.check import use_layout
 from dpo.model.forward import Scorer, pair_logps
 from dpo.model.reference import online_with_tokens
-from dpo.model.vocabulary import Certainty, token_kls
+from dpo.model.vocabulary import certainties, token_kls
 from dpo.types import FrozenTokens, LogitMap
 from tests import tiny
 
@@ -59,9 +59,7 @@ def test_kls_and_their_gradient_equal_those_of_full_logits(chunk_rows, logit_map
 @pytest.mark.parametrize("chunk_rows", [3, 100])
 def test_certainty_is_the_log_of_the_sum_of_squared_probabilities(chunk_rows, logit_map):
     hidden, weight, bias = leaves(2)
-    layer = torch.nn.Linear(H, V, dtype=torch.float64)
-    layer.weight, layer.bias = torch.nn.Parameter(weight.detach()), torch.nn.Parameter(bias.detach())
-    found = Certainty(layer, chunk_rows, logit_map)(hidden)
+    found = certainties(hidden, weight, bias, chunk_rows, logit_map)
     plain = mapped(hidden @ weight.T + bias, logit_map).softmax(-1).square().sum(-1).log()
     torch.testing.assert_close(found, plain.detach())
     assert not found.requires_grad
@@ -70,7 +68,7 @@ def test_certainty_is_the_log_of_the_sum_of_squared_probabilities(chunk_rows, lo
 @pytest.mark.parametrize(("family", "layout"), [("llama", "shared"), ("llama", "padded"), ("gemma2", "padded")])
 def test_a_batch_is_scored_with_kls_certainties_and_weights(family, layout):
     policy, reference = (tiny.model(family, seed=seed) for seed in (0, 1))
-    scorer, frozen = Scorer(policy, chunk_rows=4, with_certainty=True), Scorer(reference)
+    scorer, frozen = Scorer(policy, chunk_rows=4), Scorer(reference)
     for each in (scorer, frozen):
         use_layout(each, layout)
     pairs = tiny.pairs(3, longest=5)

@@ -96,7 +96,7 @@ def test_value_and_gradient_equal_those_of_trls_compute_loss(trl, tiny_policy, p
     reference = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32)
     trained = copy.deepcopy(reference)
     trained.load_state_dict(trl[variant]["weights"])
-    policy, frozen = Scorer(trained, with_certainty=True), Scorer(reference)
+    policy, frozen = Scorer(trained), Scorer(reference)
     for scorer in (policy, frozen):
         use_layout(scorer, "shared")
     objective = Objective(LossConfig(beta=BETA, **VARIANTS[variant][1]))

@@ -164,7 +164,7 @@ def scorer_of(case: Case, recompute: bool = False) -> Scorer:
         torch.set_default_dtype(torch.float32)
     if recompute:
         load.checkpoint_activations(model)
-    scorer = Scorer(model, with_certainty=bool(case.loss.get("wpo")))
+    scorer = Scorer(model)
     scorer.head.multiple = case.multiple
     if case.softcap is not None:
         scorer.head.logit_map = LogitMap(softcap=case.softcap)
@@ -186,7 +186,8 @@ def compute(case: Case, tracker: MemTracker | None = None) -> Scorer:
         frozen = scorer_of(case)
         frozen.requires_grad_(False)
         reference = online_with_tokens(frozen) if "tdpo" in loss.config.names else online(frozen)
-    policy = Policy(scorer, scorer, case.layout, case.attention, [], in_forward=case.in_forward)
+    certain = bool(case.loss.get("wpo"))
+    policy = Policy(scorer, scorer, case.layout, case.attention, [], in_forward=case.in_forward, certain=certain)
     totals = torch.zeros(11, dtype=torch.float64, device=GPU)
     on_device = batch.to(GPU)
     context = Context(30.0, {"odpo": on_device.margins[:, None]} if "odpo" in loss.config.names else {})
