@@ -5,12 +5,8 @@
     half the budget, down to the longest pair  ->  activations recomputed, from the start again  ->  refused
 
 The trial leaves nothing behind: gradients are returned and dropped, not accumulated, so that DeepSpeed never sees them
-and no rank waits for another in a collective that one of them left. What was found is written to the run,
-
-    micro_batches.json     tokens a micro-batch, whether activations are recomputed, and what that was found for
-    sft_micro_batches.json the same of the SFT stage
-
-and a run that goes on with as many ranks, on as large GPUs, uses it again. Under ZeRO-3, whose forward pass is itself
+and no rank waits for another in a collective that one of them left. What was found is written to the run, and a run
+that goes on with as many ranks, on as large GPUs, uses it again. Under ZeRO-3, whose forward pass is itself
 collective, and where ranks compute a row together, nothing is tried: a rank that left it for lack of memory would leave
 the others waiting. The budget is then what the free memory suggests, at most UNTRIED_TOKENS. A stage that runs out of
 memory all the same is started again with less (`out_of_memory.py`).
@@ -18,30 +14,27 @@ memory all the same is started again with less (`out_of_memory.py`).
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dpo.data.planner import Layout, num_tokens
+from dpo.data.planner import Layout
 from dpo.errors import UserError
 from dpo.estimate import GIB, STATES
 from dpo.model import load
 from dpo.model.forward import pair_logps
 from dpo.model.reference import Reference
 from dpo.model.shape import shape_of
-from dpo.out_of_memory import is_lack_of_memory, read_budget
+from dpo.out_of_memory import Budget, is_lack_of_memory, lowered, may_recompute, read_budget, write_budget
 from dpo.policy import Policy
 from dpo.room import Room, costliest, first_step_bytes, largest, wanted_tokens
-from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import gather, only_main
-from dpo.runtime.files import write_whole
 from dpo.runtime.weights import num_parameters
 from dpo.setup import Setup
 from dpo.types import PackedBatch, PairLogps
@@ -107,7 +100,7 @@ def attempt(setup: Setup, policy: Policy, reference: Reference | None, layout: L
     with _embedded(scorer.model) as tokens:
         total = _total(policy, batch, known)
     learned: list[Tensor] = [p for p in scorer.parameters() if p.requires_grad]
-    if tokens and deepspeed_engine.zero_stage(setup.engine_config) == 2:
+    if tokens and setup.stage == 2:
         # Every gradient is handed on as it comes, and that of the embedded tokens passes through all blocks.
         learned = [*tokens, *(w for w in (scorer.head.weight,) if w.requires_grad)]
     torch.autograd.grad(total, learned, allow_unused=True)
@@ -143,7 +136,7 @@ def _owed(setup: Setup, policy: Policy) -> int:
     optimizer = policy.engine.optimizer
     inner = getattr(optimizer, "optimizer", optimizer)
     return first_step_bytes(
-        setup.engine_config.get("zero_optimization", {}), world_size=setup.world.world_size,
+        setup.zero, world_size=setup.world.world_size,
         width=setup.dtype.itemsize, trained=num_parameters(policy.scorer, trained=True),
         largest=max(p.numel() for p in policy.scorer.parameters() if p.requires_grad),
         states=0 if inner.state else STATES[setup.config.optim.name],
@@ -170,13 +163,12 @@ def _fits(
 
 def _room(setup: Setup, policy: Policy, layout: Layout, owed: int) -> Room:
     """Of this rank."""
-    scorer, of_row = policy.scorer, setup.config.train.sequence_parallel_size
+    scorer = policy.scorer
     shape = shape_of(scorer.model.config, setup.dtype, trust_remote_code=setup.config.model.trust_remote_code)
-    longest = math.ceil(num_tokens(setup.train_pairs.lengths, layout).max() / of_row)
     return Room(
         shape, setup.dtype, _free_memory(setup.world.device) - owed,
-        deepspeed_engine.zero_stage(setup.engine_config), num_parameters(scorer, trained=True), longest, layout,
-        of_row, scorer.head.chunk_rows,
+        setup.stage, num_parameters(scorer, trained=True), setup.longest_row(layout), layout,
+        setup.ranks_a_row, scorer.head.chunk_rows,
     )  # fmt: skip
 
 
@@ -187,49 +179,64 @@ def _free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0]
 
 
+@contextmanager
+def fitted(
+    setup: Setup, policy: Policy, reference: Reference | None, say: Callable[[str], None], layout: Layout
+) -> Iterator[Setup]:
+    """A stage with micro-batches that fit; where memory runs out all the same, its next start has smaller ones.
+
+    Args:
+        setup, policy, reference, say, layout: As of `fit_budget`; the run directory exists.
+    Returns:
+        The setup with its budgets, for the block that is the stage.
+    """
+    path = setup.run / ("sft_micro_batches.json" if reference is None else "micro_batches.json")
+    found = fit_budget(setup, policy, reference, say, layout, path)
+    with lowered(found, policy, layout, path):
+        yield found
+
+
 def fit_budget(
     setup: Setup,
     policy: Policy,
     reference: Reference | None,
     say: Callable[[str], None],
-    *,
     layout: Layout,
-    name: str | None = "micro_batches.json",
+    path: Path | None = None,
 ) -> Setup:
     """Find the budget of a stage, or take up what the run has found before, and compile blocks; collective.
 
     Args:
-        setup: The run; its directory exists if there is a `name`.
+        setup: The run.
         policy: Started; may be made to recompute activations.
         reference: Of the training pairs; None in the SFT stage.
         say: Shows a line.
         layout: Of the micro-batches.
-        name: Of the file; None has nothing read or written.
+        path: Where the budget is kept; None has nothing read or written.
     Returns:
         The setup with its budgets, where memory can run out; else as it was.
     Raises:
         UserError: If not even the longest pair fits.
     """
-    world, model, path = setup.world, policy.scorer.model, None if name is None else setup.run / name
+    world, model = setup.world, policy.scorer.model
     if not can_run_out(world.device):
         _compile(setup, policy, say)
         return setup
     key = _key(setup, layout)
     found = None if path is None else only_main(world, lambda: read_budget(path))
-    if found is None or "evaluation" not in found or {k: found.get(k) for k in key} != key:
-        found = key | _find(setup, policy, reference, say, layout)
+    if found is None or found.found_for != key:
+        found = new = replace(_find(setup, policy, reference, say, layout), found_for=key)
         if path is not None:
-            content = json.dumps(found)
-            only_main(world, lambda: write_whole(path, content))
+            only_main(world, lambda: write_budget(path, new))
     else:
-        if found["recomputed"] and not load.recomputes_activations(model):
+        if found.recomputed and not load.recomputes_activations(model):
             load.checkpoint_activations(model)
         _compile(setup, policy, say)
-    again, where = ", activations recomputed" if found["recomputed"] else "", "" if path is None else f" ({path.name})"
-    say(f"micro-batches: at most {found['tokens']:,} tokens{again}{where}")
+    again, where = ", activations recomputed" if found.recomputed else "", "" if path is None else f" ({path.name})"
+    say(f"micro-batches: at most {found.tokens:,} tokens{again}{where}")
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)  # perf/peak_memory_gib is that of training
-    return replace(setup, token_budget=int(found["tokens"]), evaluation_budget=int(found["evaluation"]))
+    return replace(setup, token_budget=found.tokens, evaluation_budget=found.evaluation)
 
 
 def _key(setup: Setup, layout: Layout) -> dict[str, Any]:
@@ -238,17 +245,17 @@ def _key(setup: Setup, layout: Layout) -> dict[str, Any]:
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
     return {
         "asked": train.tokens_per_micro_batch, "pairs": train.micro_batch_size, "static_shapes": train.static_shapes,
-        "layout": layout, "world_size": setup.world.world_size, "ranks_a_row": train.sequence_parallel_size,
+        "layout": layout, "world_size": setup.world.world_size, "ranks_a_row": setup.ranks_a_row,
         "checkpointing": model.gradient_checkpointing, "attention": model.attention, "compile": model.compile,
         "loss_in_forward": model.loss_in_forward, "vocabulary_multiple": model.vocabulary_multiple,
-        "zero": setup.engine_config.get("zero_optimization", {}), "gpu_gib": min(gather(total)) // GIB,
+        "zero": setup.zero, "gpu_gib": min(gather(total)) // GIB,
     }  # fmt: skip
 
 
 def _find(
     setup: Setup, policy: Policy, reference: Reference | None, say: Callable[[str], None], layout: Layout
-) -> dict[str, Any]:
-    """The budget, and whether activations are recomputed with it; the policy does what was found."""
+) -> Budget:
+    """The budget; the policy does what was found."""
     model, owed, asked = policy.scorer.model, _owed(setup, policy), setup.config.train.tokens_per_micro_batch
     room = _room(setup, policy, layout, owed)
 
@@ -261,8 +268,8 @@ def _find(
         load.checkpoint_activations(model)
         return first()
 
-    may = setup.config.model.gradient_checkpointing == "auto" and model.supports_gradient_checkpointing
-    if may and any(gather(room.asks_for_recomputation(wanted_tokens(setup, layout, room.longest, room.stage)))):
+    may = may_recompute(setup, model)
+    if may and any(gather(room.asks_for_recomputation(wanted_tokens(setup, layout)))):
         load.checkpoint_activations(model)
         may = False
     _compile(setup, policy, say)
@@ -274,7 +281,7 @@ def _find(
             _compile(setup, policy, say)  # says that it no longer is
         # More was not tried; without gradients, whose activations are what takes memory, it need not be.
         budget = max(room.longest, min(searched, max(gather(largest(setup, layout, searched)))))
-    return {"tokens": budget, "evaluation": searched, "recomputed": load.recomputes_activations(model)}
+    return Budget(budget, searched, load.recomputes_activations(model), {})
 
 
 def _compile(setup: Setup, policy: Policy, say: Callable[[str], None]) -> None:

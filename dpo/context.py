@@ -48,7 +48,7 @@ def contexts_of(
     scored: Scored | None,
     chosen_length: float,
     world: World,
-    ranks_of_row: int,
+    ranks_a_row: int,
     *,
     is_step: bool,
 ) -> list[Context]:
@@ -63,7 +63,7 @@ def contexts_of(
         scored: Of `look_ahead`; needed only where the loss couples pairs.
         chosen_length: Mean chosen completion tokens a pair, over all ranks.
         world: This rank.
-        ranks_of_row: Ranks that compute a row together and all know its pairs; 1 for a row a rank.
+        ranks_a_row: Ranks that compute a row together and all know its pairs; 1 for a row a rank.
         is_step: Whether a step is made of the batch; see `Objective.couple`.
     Returns:
         One context a micro-batch.
@@ -76,14 +76,14 @@ def contexts_of(
     assert scored is not None
     ids = [pair_id for batch in batches for pair_id in batch.pair_ids]
     # Numbers over the patient channel; beside `look_ahead`, where these losses make a step wait for the device.
-    shares = gather((ids, torch.cat([_rows(*pair) for pair in scored]).tolist()))[::ranks_of_row]
+    shares = gather((ids, torch.cat([_rows(*pair) for pair in scored]).tolist()))[::ranks_a_row]
     order = torch.tensor([i for share_ids, _ in shares for i in share_ids]).argsort(stable=True)
     rows = torch.tensor([row for _, share_rows in shares for row in share_rows], dtype=torch.float64)[order]  # (B, 6)
     chosen, rejected, chosen_lengths, rejected_lengths, of_reference, of_reference_rejected = rows.unbind(dim=1)
     policy = PairLogps(chosen, rejected, chosen_lengths, rejected_lengths)
     reference = PairLogps(of_reference, of_reference_rejected, chosen_lengths, rejected_lengths)
     partners = loss.couple(policy, reference, is_step=is_step)
-    before = sum(len(share_ids) for share_ids, _ in shares[: world.rank // ranks_of_row])
+    before = sum(len(share_ids) for share_ids, _ in shares[: world.rank // ranks_a_row])
     places = order.argsort()[before : before + len(ids)]  # of this rank's pairs in the common order
     of_micro_batches = places.split([len(batch.pair_ids) for batch in batches])
     of_others = [

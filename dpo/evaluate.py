@@ -56,10 +56,10 @@ def evaluate(
     """
     totals = torch.zeros(len(sets), 8, dtype=torch.float64, device=world.device)
     parts = [torch.zeros(0, len(COLUMNS), dtype=torch.float64, device=world.device)]
-    of_row = 1 if policy.scorer.across is None else policy.scorer.across.size
+    ranks_a_row = 1 if policy.scorer.across is None else policy.scorer.across.size
     for place, share in enumerate(sets.values()):
         scored = look_ahead(policy, reference, share.batches, world.device)
-        contexts = contexts_of(loss, share.batches, scored, share.chosen_length, world, of_row, is_step=False)
+        contexts = contexts_of(loss, share.batches, scored, share.chosen_length, world, ranks_a_row, is_step=False)
         for batch, (policy_logps, reference_logps), context in zip(share.batches, scored, contexts, strict=True):
             output = loss(policy_logps, reference_logps, context)
             totals[place] += sums(output, policy_logps)
@@ -70,7 +70,7 @@ def evaluate(
         if name:
             found |= {f"eval_{name}_{key}": value for key, value in averages(own).items()}
     # Ranks that compute a row together all know its pairs.
-    of_groups = distributed.gather(torch.cat(parts).cpu().numpy())[::of_row]
+    of_groups = distributed.gather(torch.cat(parts).cpu().numpy())[::ranks_a_row]
     pairs = np.concatenate(of_groups)
     return found, pairs[np.argsort(pairs[:, 0])]
 

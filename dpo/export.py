@@ -14,7 +14,7 @@ from dpo.model import adapters
 from dpo.model.load import save_folder
 from dpo.policy import Policy
 from dpo.runtime.checkpoint import save
-from dpo.runtime.engine import DTYPES, zero_stage
+from dpo.runtime.engine import DTYPES
 from dpo.runtime.folders import publish
 from dpo.runtime.weights import full_state, num_parameters
 from dpo.setup import Setup
@@ -74,7 +74,7 @@ def save_checkpoint(
     if train.save_weights_only:
         weights = partial(write_weights, setup, policy, dtype=setup.dtype, card=None)
     expected = checkpoint_bytes(
-        num_parameters(policy.scorer, trained=True), stage=zero_stage(setup.engine_config),
+        num_parameters(policy.scorer, trained=True), stage=setup.stage,
         half=setup.precision != "fp32", weights_only=train.save_weights_only, states=STATES[setup.config.optim.name],
     )  # fmt: skip
     save(

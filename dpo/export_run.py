@@ -20,6 +20,7 @@ from dpo.config import Config, to_dict
 from dpo.errors import UserError
 from dpo.export import dtype_of
 from dpo.model import adapters, load
+from dpo.prepare import model_and_tokenizer
 from dpo.report.card import model_card
 from dpo.runtime import checkpoint
 from dpo.runtime.distributed import World
@@ -28,7 +29,6 @@ from dpo.runtime.run_directory import versions
 from dpo.runtime.tracking import read_lines
 from dpo.runtime.universal import trained_weights
 from dpo.runtime.weights import full_state
-from dpo.setup import model_and_tokenizer
 
 
 @dataclass(frozen=True)

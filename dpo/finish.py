@@ -27,7 +27,6 @@ from dpo.report.pairs import PairTable, read_pairs, write_pairs
 from dpo.report.panels import calibration, displacement
 from dpo.runtime import heartbeat, preemption
 from dpo.runtime.distributed import only_main
-from dpo.runtime.engine import zero_stage
 from dpo.runtime.files import read_records, write_whole
 from dpo.runtime.run_directory import versions
 from dpo.runtime.status import write_status
@@ -120,7 +119,7 @@ def card_of(setup: Setup) -> str | None:
         "validation data": validation,
         "optimizer steps": f"{setup.total_steps:,} of {setup.config.train.global_batch_size:,} pairs",
         "tokens": f"{next((line['num_tokens'] for line in reversed(lines) if 'loss' in line), 0):,}",
-        "hardware": f"{world.world_size} x {device}, ZeRO-{zero_stage(setup.engine_config)}, {setup.precision}",
+        "hardware": f"{world.world_size} x {device}, ZeRO-{setup.stage}, {setup.precision}",
     }
     if (pairs := read_pairs(setup.run)) is not None and len(pairs[1].values):
         found = displacement(*pairs)

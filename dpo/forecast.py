@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dpo.commandline import Command
-from dpo.data.planner import Layout, num_tokens
+from dpo.data.planner import Layout
 from dpo.estimate import (
     GIB,
     GPUS,
@@ -28,11 +28,11 @@ from dpo.estimate import (
 from dpo.model import adapters, load
 from dpo.model.head import CHUNK_ROWS
 from dpo.model.shape import Shape, adapter_parameters, shape_of
+from dpo.prepare import prepare
 from dpo.roles import has_own_weights, reference_dtype
 from dpo.room import Room, first_step_bytes, wanted_tokens
-from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import World
-from dpo.setup import Setup, prepare
+from dpo.setup import Setup
 from dpo.spread import Schedule, schedule_of, schedule_rows
 
 Rows = list[tuple[str, str]]
@@ -91,7 +91,7 @@ def machine_of(setup: Setup) -> Machine:
     base, revision = adapters.base_of(model.policy, model.revision)
     config = load.load_config(base, revision=revision, trust_remote_code=model.trust_remote_code)
     shape = shape_of(config, setup.dtype, trust_remote_code=model.trust_remote_code)
-    stage, mode = deepspeed_engine.zero_stage(setup.engine_config), setup.reference_mode
+    stage, mode = setup.stage, setup.reference_mode
     dtype, _ = reference_dtype(reference.dtype, setup.dtype, setup.world.device, sharded=stage == 3, mode=mode)
     return Machine(
         shape=shape,
@@ -126,7 +126,7 @@ def _number(value: float) -> str:
 
 def _fixed_parts(setup: Setup, machine: Machine) -> dict[str, float]:
     """Part -> GiB per GPU, of what does not depend on the batch."""
-    zero = setup.engine_config.get("zero_optimization", {})
+    zero = setup.zero
     held = machine.shape.parameters + (machine.trained if setup.trains_adapters else 0)
     parts = memory(
         held, stage=machine.stage, world_size=setup.world.world_size, half=machine.half,
@@ -142,23 +142,23 @@ def _fixed_parts(setup: Setup, machine: Machine) -> dict[str, float]:
 
 def memory_parts(setup: Setup, machine: Machine, schedule: Schedule) -> dict[str, float | None]:
     """Part -> GiB per GPU; activations are None where they cannot be told."""
-    shape, zero = machine.shape, setup.engine_config.get("zero_optimization", {})
+    shape, zero = machine.shape, setup.zero
     parts: dict[str, float | None] = dict(_fixed_parts(setup, machine))
     parts["reduction buckets"] = reduction_buckets(zero, machine.width) / GIB
     if machine.stage == 3:
         live = min(shape.parameters, zero.get("stage3_max_live_parameters", 1e9))
         parts["gathered weights, at most"] = live * machine.width / GIB
-    early, of_gpu = setup.loss_in_forward, _of_one_gpu(schedule, setup.config.train.sequence_parallel_size)
+    early, of_gpu = setup.loss_in_forward, _of_one_gpu(schedule, setup.ranks_a_row)
     parts |= batch_parts(shape, of_gpu, setup.config.train.layout, machine.width, early, not setup.trains_adapters)
     return parts
 
 
-def _of_one_gpu(schedule: Schedule, ranks_of_row: int) -> Schedule:
+def _of_one_gpu(schedule: Schedule, ranks_a_row: int) -> Schedule:
     """The largest micro-batch as one of the ranks that compute its rows together holds it; all its completion tokens
     may stand in one cut."""
-    largest = math.ceil(schedule.largest / ranks_of_row)
+    largest = math.ceil(schedule.largest / ranks_a_row)
     return replace(
-        schedule, largest=largest, largest_prompts=math.ceil(schedule.largest_prompts / ranks_of_row),
+        schedule, largest=largest, largest_prompts=math.ceil(schedule.largest_prompts / ranks_a_row),
         largest_completions=min(schedule.largest_completions, largest),
     )  # fmt: skip
 
@@ -226,7 +226,7 @@ def host_rows(setup: Setup, machine: Machine, hardware: Hardware) -> Rows:
         ("disk for checkpoints, one being written", f"{_size(held * one)} ({train.keep_checkpoints} kept)"),
         ("time to write one", f"{_number(one / hardware.disk_gb / 1e9)} s at {hardware.disk_gb:g} GB/s"),
     ]
-    if setup.engine_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") == "cpu":
+    if setup.zero.get("offload_optimizer", {}).get("device") == "cpu":
         states = OFFLOADED_BYTES * machine.trained * neighbours / ranks
         rows.insert(1, ("host memory of a node for the optimizer", _size(states)))
     return rows
@@ -235,20 +235,20 @@ def host_rows(setup: Setup, machine: Machine, hardware: Hardware) -> Rows:
 def speed_rows(setup: Setup, machine: Machine, schedule: Schedule, hardware: Hardware) -> Rows:
     """Traffic and an estimate of time."""
     ranks, gpu = setup.world.world_size, GPUS[hardware.gpu]
-    zero = setup.engine_config.get("zero_optimization", {})
+    zero = setup.zero
     sent = traffic(
         machine.shape.parameters, stage=machine.stage, world_size=ranks, micro_steps=float(schedule.micro_steps.mean()),
         width=machine.width, reference_width=machine.reference_bytes, trained=machine.trained,
         to_owner=not zero.get("use_multi_rank_bucket_allreduce", True),
     )
-    within, of_row = ranks <= hardware.gpus_per_node, setup.config.train.sequence_parallel_size
+    within = ranks <= hardware.gpus_per_node
     link, slow = gpu.link_gb, min(gpu.link_gb, hardware.network_gb)
-    exchanged = _exchanged(machine, schedule.tokens / ranks, of_row)
+    exchanged = _exchanged(machine, schedule.tokens / ranks, setup.ranks_a_row)
     peak = gpu.tflops * (1 if machine.half else FP32_SHARE)
     waits = schedule.waits if machine.stage >= 2 else schedule.imbalances
     compute = schedule.flops / ranks * float(waits.mean()) / (peak * 1e12 * hardware.peak_share)
     moving = sum(sent.values()) / ((link if within else slow) * 1e9)
-    moving += exchanged / ((link if of_row <= hardware.gpus_per_node else slow) * 1e9)
+    moving += exchanged / ((link if setup.ranks_a_row <= hardware.gpus_per_node else slow) * 1e9)
     sent |= {"queries, keys, values, outputs exchanged": exchanged} if exchanged else {}
     step = compute + moving
     hours, over = setup.total_steps * step / 3600, link if within else slow
@@ -264,24 +264,24 @@ def speed_rows(setup: Setup, machine: Machine, schedule: Schedule, hardware: Har
     ]
 
 
-def _exchanged(machine: Machine, tokens: float, ranks_of_row: int) -> float:
+def _exchanged(machine: Machine, tokens: float, ranks_a_row: int) -> float:
     """Bytes that a rank sends in a step's attention: it trades tokens for heads (Ulysses), of queries, keys and values
     before and of outputs after, forward and back, and again for the reference and where activations are recomputed.
 
     Args:
         machine: The policy.
         tokens: Of the rank's cuts, over the step.
-        ranks_of_row: That compute a row together.
+        ranks_a_row: That compute a row together.
     """
     shape = machine.shape
     of_token = 2 * shape.attention_width * machine.width + shape.keys_and_values
     passes = 2 + machine.recompute + machine.reference_bytes / machine.width
-    return (1 - 1 / ranks_of_row) * passes * of_token * tokens
+    return (1 - 1 / ranks_a_row) * passes * of_token * tokens
 
 
 def _room(setup: Setup, machine: Machine, hardware: Hardware) -> Room:
     """What is left of such a GPU for micro-batches."""
-    train, ranks, zero = setup.config.train, setup.world.world_size, setup.engine_config.get("zero_optimization", {})
+    train, ranks, zero = setup.config.train, setup.world.world_size, setup.zero
     parts = _fixed_parts(setup, machine)
     is_offloaded = parts["optimizer (AdamW, fp32 master)"] == 0
     copy_in_fp32 = 0 if is_offloaded else 4 * machine.trained // (ranks if machine.stage >= 1 else 1)
@@ -290,9 +290,10 @@ def _room(setup: Setup, machine: Machine, hardware: Hardware) -> Room:
         zero, world_size=ranks, width=machine.width, trained=machine.trained,
         largest=min(machine.shape.largest, machine.trained), states=STATES[setup.config.optim.name],
     )  # fmt: skip
-    of_row = train.sequence_parallel_size
-    longest = math.ceil(num_tokens(setup.train_pairs.lengths, train.layout).max() / of_row)
-    return Room(machine.shape, setup.dtype, int(free), machine.stage, machine.trained, longest, train.layout, of_row)
+    return Room(
+        machine.shape, setup.dtype, int(free), machine.stage, machine.trained, setup.longest_row(train.layout),
+        train.layout, setup.ranks_a_row,
+    )  # fmt: skip
 
 
 def forecast(setup: Setup, hardware: Hardware) -> dict[str, Rows]:
@@ -300,7 +301,7 @@ def forecast(setup: Setup, hardware: Hardware) -> dict[str, Rows]:
     machine = machine_of(setup)
     room = _room(setup, machine, hardware)
     if setup.config.model.gradient_checkpointing == "auto":
-        wanted = wanted_tokens(setup, room.layout, room.longest, room.stage)
+        wanted = wanted_tokens(setup, room.layout)
         machine = replace(machine, recompute=room.asks_for_recomputation(wanted))
     if setup.config.train.tokens_per_micro_batch == "auto":
         setup = replace(setup, token_budget=room.budget(recomputed=machine.recompute))

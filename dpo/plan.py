@@ -42,7 +42,7 @@ def _lines(setup: Setup, command: Command) -> Rows:
         ("SFT steps before", f"{config.train.sft_epochs * setup.epochs.steps_per_epoch:,}"),
         ("optimizer steps", f"{setup.total_steps:,} ({setup.epochs.steps_per_epoch:,} an epoch)"),
         ("precision", setup.precision),
-        ("ZeRO stage", str(deepspeed_engine.zero_stage(setup.engine_config))),
+        ("ZeRO stage", str(setup.stage)),
         ("recipe", command.recipe or "none (defaults)"),
     ]
 
@@ -59,8 +59,7 @@ def _try_costliest(setup: Setup, policy: Policy, reference: FrozenReference) -> 
     _wait_for(device)
     started = time.perf_counter()
     known = look_ahead(policy, reference.train, [batch], device) if loss.couples else None
-    of_row = setup.config.train.sequence_parallel_size
-    (context,) = contexts_of(loss, [batch], known, chosen_length, setup.world, of_row, is_step=False)
+    (context,) = contexts_of(loss, [batch], known, chosen_length, setup.world, setup.ranks_a_row, is_step=False)
     reference_logps = reference.train(on_device)
     total, _, _ = losses_of(policy, on_device, reference_logps, loss, context)
     deepspeed_engine.backward(policy.engine, total, True)
@@ -70,7 +69,7 @@ def _try_costliest(setup: Setup, policy: Policy, reference: FrozenReference) -> 
     shape = shape_of(policy.scorer.model.config, setup.dtype, trust_remote_code=config.model.trust_remote_code)
     parts = memory(
         shape.parameters + (num_parameters(policy.scorer, trained=True) if setup.trains_adapters else 0),
-        stage=deepspeed_engine.zero_stage(setup.engine_config),
+        stage=setup.stage,
         world_size=setup.world.world_size,
         half=setup.precision != "fp32",
         reference_bytes=reference.dtype.itemsize if setup.reference_mode == "online" else 0,

@@ -116,8 +116,8 @@ def _score_pairs(score: Score, loader: Loader, pair_ids: list[int], world: World
     rows = torch.tensor([place[i] for ids in share for i in ids], dtype=torch.int64, device=device)
     if found:
         scores[rows] = torch.cat(found)
-    ranks_of_row = world.world_size // loader.world_size
-    return sum_over_ranks(scores if world.rank % ranks_of_row == 0 else torch.zeros_like(scores)).cpu()
+    ranks_a_row = world.world_size // loader.world_size
+    return sum_over_ranks(scores if world.rank % ranks_a_row == 0 else torch.zeros_like(scores)).cpu()
 
 
 def cached_scores(

@@ -116,7 +116,7 @@ def first_step_bytes(
     return buckets + states * trained // sharing[0] + 4 * trained // sharing[1]
 
 
-def wanted_tokens(setup: Setup, layout: Layout, longest: int, stage: int) -> int:
+def wanted_tokens(setup: Setup, layout: Layout) -> int:
     """Tokens for which activations are kept if they fit: those asked for, or else as many as keep a GPU busy, but no
     more than a rank has in a step.
 
@@ -126,8 +126,6 @@ def wanted_tokens(setup: Setup, layout: Layout, longest: int, stage: int) -> int
     Args:
         setup: The run.
         layout: Of the micro-batches.
-        longest: Tokens of the longest pair, of a rank's cut of it where rows are cut.
-        stage: ZeRO's.
     """
     train, epochs, loader = setup.config.train, setup.epochs, setup.loader(setup.train_pairs, layout)
     tokens = num_tokens(setup.train_pairs.lengths, layout)
@@ -136,11 +134,11 @@ def wanted_tokens(setup: Setup, layout: Layout, longest: int, stage: int) -> int
         for step in setup.heaviest_steps(layout)
         for micro_batches in loader.plan_of(epochs.batch(step))
     )
-    enough = UNTRIED_TOKENS if stage == 3 else ENOUGH_TOKENS
+    enough = UNTRIED_TOKENS if setup.stage == 3 else ENOUGH_TOKENS
     asked = train.tokens_per_micro_batch
-    limits = [math.ceil(of_step / train.sequence_parallel_size), enough if asked == "auto" else asked]
+    limits = [math.ceil(of_step / setup.ranks_a_row), enough if asked == "auto" else asked]
     if train.micro_batch_size is not None:
-        limits.append(train.micro_batch_size * longest)
+        limits.append(train.micro_batch_size * setup.longest_row(layout))
     return min(limits)
 
 

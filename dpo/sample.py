@@ -30,10 +30,11 @@ from dpo.judge import Case, WinRate, make_judge, win_rate
 from dpo.model import adapters
 from dpo.model.forward import Scorer
 from dpo.model.load import load_model
+from dpo.prepare import prepare
 from dpo.runtime.console import console_on, say
 from dpo.runtime.distributed import World
 from dpo.runtime.files import read_records, write_whole
-from dpo.setup import Setup, prepare
+from dpo.setup import Setup
 from dpo.types import Message
 
 Prompt = str | list[Message]

@@ -17,13 +17,12 @@ from typing import Any
 
 import torch
 
-from dpo.budget import fit_budget
+from dpo.budget import fitted
 from dpo.data.loader import StepBatches, whole_pass
 from dpo.data.planner import Layout, num_tokens
 from dpo.export import save_checkpoint, write_weights
 from dpo.load_models import read_whole
 from dpo.nonfinite import Nonfinite, spoil
-from dpo.out_of_memory import lowered_budget
 from dpo.policy import Policy, start_policy
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime import heartbeat, preemption
@@ -60,9 +59,8 @@ def run_sft(setup: Setup, tracker: Tracker) -> None:
     state = _resume(setup, policy, total, tracker)
     # One causal call per row serves a model that cannot attend in segments; else chosen sequences are packed.
     layout: Layout = "padded_chosen" if policy.layout == "padded" else "chosen"
-    fitted = fit_budget(setup, policy, None, tracker.say, layout=layout, name="sft_micro_batches.json")
-    with lowered_budget(fitted, policy, layout, "sft_micro_batches.json"):
-        _train(fitted, policy, state, total, tracker, layout)
+    with fitted(setup, policy, None, tracker.say, layout) as stage:
+        _train(stage, policy, state, total, tracker, layout)
     # In the dtype it was trained in: the policy and the reference of DPO are read back from here.
     write_weights(setup, policy, setup.run / "reference", setup.dtype, card=None)
     only_main(setup.world, lambda: _drop_checkpoints(setup.run))
@@ -77,7 +75,7 @@ def _drop_checkpoints(run: Path) -> None:
 
 def _resume(setup: Setup, policy: Policy, total: int, tracker: Tracker) -> TrainState:
     """Bring the engine to the stage's newest checkpoint, and metrics.jsonl with it."""
-    stage = deepspeed_engine.zero_stage(setup.engine_config)
+    stage = setup.stage
     folder, damaged = newest(
         setup.run, "auto", setup.world, stage=stage, precision=setup.precision, total_steps=total, kind="sft"
     )

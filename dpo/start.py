@@ -36,8 +36,9 @@ MIXED_DTYPE_TOKEN = 0.05
 
 def _loss_sum(setup: Setup, loss: Objective, work: StepBatches, scored: Scored) -> torch.Tensor:
     """Scalar: the loss summed over this rank's pairs; collective where pairs are coupled."""
-    of_row = setup.config.train.sequence_parallel_size
-    contexts = contexts_of(loss, work.batches, scored, work.chosen_length, setup.world, of_row, is_step=False)
+    contexts = contexts_of(
+        loss, work.batches, scored, work.chosen_length, setup.world, setup.ranks_a_row, is_step=False
+    )
     losses = [loss(*pair, context).losses for pair, context in zip(scored, contexts, strict=True)]
     return torch.cat(losses).double().sum()
 
@@ -76,7 +77,7 @@ def check_start(
         torch.cat(lengths, dim=1).double().sum(), torch.cat(counted, dim=1).sum(),
     ])  # fmt: skip
     # Ranks that compute a row together all know its pairs.
-    totals /= setup.config.train.sequence_parallel_size
+    totals /= setup.ranks_a_row
     loss_sum, equal_sum, gap_sum, token_sum, counted_sum = distributed.sum_over_ranks(totals).tolist()
     mean, expected, per_token = loss_sum / work.num_pairs, equal_sum / work.num_pairs, gap_sum / token_sum
     if not loss.needs_reference:

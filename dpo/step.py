@@ -76,11 +76,11 @@ def take_step(
         UserError: If a loss or the gradient is not finite on any rank and the run is not to go on; no rank has stepped.
         Preempted: Before anything has changed, where the loss couples pairs.
     """
-    world, started, of_row = setup.world, time.perf_counter(), setup.config.train.sequence_parallel_size
+    world, started = setup.world, time.perf_counter()
     losses, before, running = [], meter.totals.clone(), loss.running
     heartbeat.at(f"at the beginning of step {work.step + 1}", in_step=True)
     known = look_ahead(policy, reference.train, work.batches, world.device) if loss.couples else None
-    contexts = contexts_of(loss, work.batches, known, work.chosen_length, world, of_row, is_step=True)
+    contexts = contexts_of(loss, work.batches, known, work.chosen_length, world, setup.ranks_a_row, is_step=True)
     for index, (batch, context) in enumerate(zip(work.batches, contexts, strict=True)):
         heartbeat.at(f"in step {work.step + 1}, micro-batch {index + 1}", in_step=True)
         meter.totals[TOKENS] += batch.input_ids.numel()

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from dpo.audit import audit_run
-from dpo.budget import fit_budget
+from dpo.budget import fit_budget, fitted
 from dpo.commandline import Command
 from dpo.config import to_dict
 from dpo.data.loader import whole_pass
@@ -33,18 +33,17 @@ from dpo.model.load import fetch_weights
 from dpo.model.reference import nothing, remembered
 from dpo.nonfinite import Nonfinite
 from dpo.objective.objective import Objective
-from dpo.out_of_memory import lowered_budget
 from dpo.plan import show_plan
 from dpo.policy import Policy, start_policy
+from dpo.prepare import prepare
 from dpo.report.page import Refresher
 from dpo.runtime import checkpoint, distributed, heartbeat, preemption, run_directory
-from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import World
 from dpo.runtime.folders import drop_leftovers
 from dpo.runtime.schedule import due, learning_rate
 from dpo.runtime.status import State, write_status
 from dpo.runtime.tracking import Recorder, Silent, Tracker, keep_lines, read_lines
-from dpo.setup import Setup, prepare
+from dpo.setup import Setup
 from dpo.sft import run_sft
 from dpo.start import check_start
 from dpo.step import take_step
@@ -90,7 +89,7 @@ def _run(command: Command, world: World) -> None:
             still = replace(config, reference=replace(config.reference, sync_steps=None))
             policy, reference = start_models(replace(setup, config=still), config.model.policy, lambda note: None)
         say = partial(print, file=sys.stderr) if world.is_main else lambda line: None
-        setup = fit_budget(setup, policy, reference.train, say, layout=policy.layout, name=None)
+        setup = fit_budget(setup, policy, reference.train, say, policy.layout)
         show_plan(setup, command, policy, reference)
         return
     done = distributed.only_main(world, lambda: run_directory.finished(setup.run, setup.total_steps))
@@ -102,7 +101,7 @@ def _run(command: Command, world: World) -> None:
         setup.run,
         config.train.resume,
         world,
-        stage=deepspeed_engine.zero_stage(setup.engine_config),
+        stage=setup.stage,
         precision=setup.precision,
         total_steps=setup.total_steps,
     )
@@ -120,9 +119,8 @@ def _run(command: Command, world: World) -> None:
             heartbeat.at("loading the models")
             policy, reference = start_models(setup, start, tracker.say)
             state = _resume(setup, policy, reference, folder, tracker)
-            setup = fit_budget(setup, policy, reference.train, tracker.say, layout=policy.layout)
-            with lowered_budget(setup, policy, policy.layout, "micro_batches.json"):
-                _train_dpo(setup, policy, reference, state, tracker)
+            with fitted(setup, policy, reference.train, tracker.say, policy.layout) as stage:
+                _train_dpo(stage, policy, reference, state, tracker)
         heartbeat.at("writing final/")
         write_weights(setup, policy, setup.run / "final", final_dtype(setup), card_of(setup))
         closing(setup, tracker, time.perf_counter() - began)

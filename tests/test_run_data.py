@@ -14,9 +14,9 @@ import train_dpo
 from dpo.commandline import parse
 from dpo.data import example
 from dpo.errors import UserError
+from dpo.prepare import model_and_tokenizer
 from dpo.run_data import prepare_data
 from dpo.runtime.tracking import read_lines
-from dpo.setup import model_and_tokenizer
 from tests.invariants.jobs import train_all, without_drawings
 from tests.test_commandline import message_of
 

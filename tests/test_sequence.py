@@ -61,10 +61,10 @@ def test_a_loss_that_couples_pairs_counts_those_of_a_row_once(monkeypatch):
         reference = PairLogps(gap.flip(0) * 2, 0 * gap, lengths, lengths)
         shares.append((list(batch.pair_ids), dpo.context._rows(logps, reference).tolist(), (logps, reference)))
 
-    def partners(group: int, world: World, ranks_of_row: int) -> Any:
-        monkeypatch.setattr(dpo.context, "gather", lambda own: [s[:2] for s in shares for _ in range(ranks_of_row)])
+    def partners(group: int, world: World, ranks_a_row: int) -> Any:
+        monkeypatch.setattr(dpo.context, "gather", lambda own: [s[:2] for s in shares for _ in range(ranks_a_row)])
         known = [shares[group][2]]
-        (context,) = contexts_of(loss, [batches[group]], known, 1.0, world, ranks_of_row, is_step=False)
+        (context,) = contexts_of(loss, [batches[group]], known, 1.0, world, ranks_a_row, is_step=False)
         return context.partners["aot"]
 
     for group in (0, 1):
@@ -149,8 +149,8 @@ def test_a_plan_of_rows_on_two_gpus_is_that_of_whole_rows_with_half_of_each_on_a
             "builtin:world", "--data.train_limit", "64", "--data.cache_dir", str(tmp_path), "--gpu", "a100",
             "--model.gradient_checkpointing", "true", "--model.loss_in_forward", "auto"]  # fmt: skip
     found = []
-    for ranks, of_row, tokens in ((2, 1, 600), (4, 2, 300)):
-        sizes = ["--ranks", str(ranks), "--train.sequence_parallel_size", str(of_row)]
+    for ranks, ranks_a_row, tokens in ((2, 1, 600), (4, 2, 300)):
+        sizes = ["--ranks", str(ranks), "--train.sequence_parallel_size", str(ranks_a_row)]
         assert dpo.__main__.main([*argv, *sizes, "--train.tokens_per_micro_batch", str(tokens)]) == 0
         shown = re.sub(r"\s+", " ", re.sub("[^ -~]", " ", capsys.readouterr().out))
         sizes_shown = re.findall(r"(activations, kept|activations, recomputed)[^.]*? ([\d.]+) ([KM]iB)", shown)

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 
 import dpo.frozen
 import dpo.load_models
+import dpo.prepare
 import dpo.sample
-import dpo.setup
 import dpo.sft
 import dpo.train
 import train_dpo
@@ -32,11 +32,11 @@ from dpo.data.planner import Costs
 from dpo.errors import UserError
 from dpo.model import products
 from dpo.model.shape import steady_length
+from dpo.prepare import resolve_precision
 from dpo.report.pairs import COLUMNS, read_pairs
 from dpo.roles import reference_dtype
 from dpo.runtime import checkpoint
 from dpo.runtime.tracking import read_lines
-from dpo.setup import resolve_precision
 from tests import ranks
 
 
@@ -196,7 +196,7 @@ def test_ranks_that_would_plan_other_micro_batches_are_stopped(tiny_policy, tmp_
     def gathered(mine):
         return [mine, tuple(Costs(1, 1) if isinstance(value, Costs) else value for value in mine)]
 
-    monkeypatch.setattr(dpo.setup, "gather", gathered)
+    monkeypatch.setattr(dpo.prepare, "gather", gathered)
     assert train_dpo.main(arguments(tmp_path, tiny_policy)) == 2
     assert "the ranks do not see the same data, model or kind of device" in capsys.readouterr().err
 
@@ -316,7 +316,7 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(flags,
 def test_how_a_cpu_computes_bf16_is_said(precision, device, supported, slower, said, monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
     monkeypatch.setattr(products, "fp32_is_faster", lambda: slower)
-    notes = dpo.setup._precision_notes(precision, torch.device(device))
+    notes = dpo.prepare._precision_notes(precision, torch.device(device))
     assert len(notes) == (said is not None) and all(said in note for note in notes)
 
 
