@@ -29,11 +29,11 @@ import torch
 import train_dpo
 from benchmarks.frontier_report import Point, figure, tables
 from benchmarks.report import write_block
-from dpo.answers import Answer, Decoding, answer_logps, answers_to
 from dpo.data import example
 from dpo.data.boundary import encode_prompt
 from dpo.model.forward import Scorer
 from dpo.model.load import load_model, load_tokenizer
+from dpo.sampling.answers import Answer, Decoding, answer_logps, answers_to
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

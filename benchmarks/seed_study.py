@@ -75,10 +75,10 @@ def run(argv: Sequence[str]) -> Stages:
     Args:
         argv: Of train_dpo.py.
     """
-    from dpo import frozen
     from dpo import train as training
     from dpo.commandline import parse
     from dpo.runtime import tracking
+    from dpo.training import frozen
 
     stages = Stages()
 

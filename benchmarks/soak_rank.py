@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-import dpo.frozen
-import dpo.reference_cache
 import dpo.runtime.checkpoint
 import dpo.runtime.engine
 import dpo.sft
 import dpo.train
+import dpo.training.frozen
+import dpo.training.reference_cache
 import train_dpo
 
 PHASES = ("step", "evaluation", "checkpoint", "cache", "sft")
@@ -72,7 +72,7 @@ def _phase(name: str, write: Callable[[str], None]) -> Iterator[None]:
 
 def _build_or_check(_score: Any, _loader: Any, manifest: dict[str, object], cache: Path, *_: Any) -> str:
     """A cache that is whole is only looked at."""
-    is_whole = (dpo.reference_cache.folder_of(cache, manifest) / "manifest.json").exists()
+    is_whole = (dpo.training.reference_cache.folder_of(cache, manifest) / "manifest.json").exists()
     return "cache check" if is_whole else "cache"
 
 
@@ -93,11 +93,11 @@ def run_rank(rank: int, world_size: int, port: int, folder: str, argv: list[str]
     def write(name: str) -> None:
         os.write(trace, f"{name}{SEPARATOR}{time.monotonic():.6f}\n".encode())
 
-    dpo.reference_cache.CHUNK = 16
+    dpo.training.reference_cache.CHUNK = 16
     _traced(dpo.train, "take_step", "step", write)
     _traced(dpo.train, "evaluate", "evaluation", write)
     _traced(dpo.train, "run_sft", "sft", write)
-    _traced(dpo.frozen, "cached_scores", _build_or_check, write)
+    _traced(dpo.training.frozen, "cached_scores", _build_or_check, write)
     _traced(dpo.runtime.checkpoint, "save", "checkpoint", write)
     dpo.sft.save = dpo.runtime.checkpoint.save
     _traced(dpo.runtime.engine, "step", "update", write)

@@ -92,8 +92,8 @@ def record(argv: Sequence[str], device: str, warmup: int, steps: int) -> dict[tu
     from dpo import train as training
     from dpo.commandline import parse
     from dpo.model import forward, head
-    from dpo.nonfinite import Nonfinite
     from dpo.runtime import engine, tracking
+    from dpo.training.nonfinite import Nonfinite
 
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (device == "cuda")]
     profiler, seen = profile(activities=activities), [0]

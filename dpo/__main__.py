@@ -37,7 +37,7 @@ def _audit(argv: list[str]) -> None:
 
 
 def _export(argv: list[str]) -> None:
-    from dpo.export_run import Options, export_run  # it imports DeepSpeed
+    from dpo.export import Options, export_run  # it imports DeepSpeed
 
     options = parse_options(argv, "export", "Write the weights of a run as a folder to hand on.", Options)
     print(export_run(options))

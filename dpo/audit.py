@@ -17,11 +17,11 @@ from dpo.data.sources import validation_split_of
 from dpo.data.tokenize import prepare_pairs
 from dpo.errors import UserError, printable
 from dpo.model.load import BUILTIN, load_tokenizer
-from dpo.run_data import RunData
+from dpo.run.data import RunData
+from dpo.run.setup import Setup
 from dpo.runtime.console import console_on, say, show_table
 from dpo.runtime.distributed import only_main
 from dpo.runtime.files import write_whole
-from dpo.setup import Setup
 
 DESCRIPTION = "Say what a preference data set is like: odd rows, leaks, lengths, and how far trivial rules get."
 PLAIN_TEMPLATE = (

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo.context import contexts_of, look_ahead
 from dpo.model.reference import Reference
 from dpo.objective.metrics import averages, sums
 from dpo.objective.objective import Objective
-from dpo.policy import Policy
 from dpo.report.pairs import COLUMNS
 from dpo.runtime import distributed
 from dpo.runtime.distributed import World
+from dpo.training.context import contexts_of, look_ahead
+from dpo.training.policy import Policy
 from dpo.types import LossOutput, PackedBatch, PairLogps
 
 

@@ -11,20 +11,20 @@ import time
 import torch
 
 from dpo.commandline import Command
-from dpo.context import contexts_of, look_ahead
 from dpo.data.planner import num_tokens
 from dpo.estimate import STATES, memory
-from dpo.forecast import Rows, forecast, prepare_for
-from dpo.frozen import FrozenReference
+from dpo.memory.room import costliest
 from dpo.model.shape import shape_of
 from dpo.objective.objective import Objective
-from dpo.policy import Policy
-from dpo.room import costliest
+from dpo.planning.forecast import Rows, forecast, prepare_for
+from dpo.run.setup import LOOKED_AT, Setup
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.console import console_on, say, show_table
 from dpo.runtime.weights import num_parameters
-from dpo.setup import LOOKED_AT, Setup
-from dpo.step import losses_of
+from dpo.training.context import contexts_of, look_ahead
+from dpo.training.frozen import FrozenReference
+from dpo.training.policy import Policy
+from dpo.training.step import losses_of
 
 
 def _lines(setup: Setup, command: Command) -> Rows:

@@ -18,23 +18,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo.answers import Answer, Decoding, answer_logps, answers_to, side_by_side
-from dpo.checks import check_same_tokens
 from dpo.commandline import parse
 from dpo.config import Config
 from dpo.data.boundary import encode_prompt
 from dpo.data.kinds import transcript
 from dpo.errors import UserError
-from dpo.inputs import changed_pairs
-from dpo.judge import Case, WinRate, make_judge, win_rate
 from dpo.model import adapters
 from dpo.model.forward import Scorer
 from dpo.model.load import load_model
-from dpo.prepare import prepare
+from dpo.run.checks import check_same_tokens
+from dpo.run.inputs import changed_pairs
+from dpo.run.prepare import prepare
+from dpo.run.setup import Setup
 from dpo.runtime.console import console_on, say
 from dpo.runtime.distributed import World
 from dpo.runtime.files import read_records, write_whole
-from dpo.setup import Setup
+from dpo.sampling.answers import Answer, Decoding, answer_logps, answers_to, side_by_side
+from dpo.sampling.judge import Case, WinRate, make_judge, win_rate
 from dpo.types import Message
 
 Prompt = str | list[Message]

@@ -17,13 +17,10 @@ from typing import Any
 
 import torch
 
-from dpo.budget import fitted
 from dpo.data.loader import StepBatches, whole_pass
 from dpo.data.planner import Layout, num_tokens
-from dpo.export import save_checkpoint, write_weights
-from dpo.load_models import read_whole
-from dpo.nonfinite import Nonfinite, spoil
-from dpo.policy import Policy, start_policy
+from dpo.memory.budget import fitted
+from dpo.run.setup import Setup
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime import heartbeat, preemption
 from dpo.runtime.checkpoint import checkpoints, load, newest
@@ -32,7 +29,10 @@ from dpo.runtime.folders import drop
 from dpo.runtime.schedule import due, learning_rate
 from dpo.runtime.status import write_status
 from dpo.runtime.tracking import Tracker, keep_lines, read_lines
-from dpo.setup import Setup
+from dpo.training.export import save_checkpoint, write_weights
+from dpo.training.load_models import read_whole
+from dpo.training.nonfinite import Nonfinite, spoil
+from dpo.training.policy import Policy, start_policy
 from dpo.types import PackedBatch, TrainState
 
 

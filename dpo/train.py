@@ -16,38 +16,38 @@ from functools import partial
 from pathlib import Path
 
 from dpo.audit import audit_run
-from dpo.budget import fit_budget, fitted
 from dpo.commandline import Command
 from dpo.config import to_dict
 from dpo.data.loader import whole_pass
 from dpo.errors import UserError
 from dpo.evaluate import ValidationShare, evaluate
-from dpo.export import final_dtype, save_checkpoint, write_weights
-from dpo.finish import card_of, closing, keep_evaluation, take_samples
-from dpo.frozen import FrozenReference, start_models
-from dpo.inputs import check_inputs
-from dpo.load_models import read_whole
-from dpo.meter import meter_for
+from dpo.memory.budget import fit_budget, fitted
 from dpo.model import adapters
 from dpo.model.load import fetch_weights
 from dpo.model.reference import nothing, remembered
-from dpo.nonfinite import Nonfinite
 from dpo.objective.objective import Objective
 from dpo.plan import show_plan
-from dpo.policy import Policy, start_policy
-from dpo.prepare import prepare
 from dpo.report.page import Refresher
+from dpo.run.inputs import check_inputs
+from dpo.run.prepare import prepare
+from dpo.run.setup import Setup
 from dpo.runtime import checkpoint, distributed, heartbeat, preemption, run_directory
 from dpo.runtime.distributed import World
 from dpo.runtime.folders import drop_leftovers
 from dpo.runtime.schedule import due, learning_rate
 from dpo.runtime.status import State, write_status
 from dpo.runtime.tracking import Recorder, Silent, Tracker, keep_lines, read_lines
-from dpo.setup import Setup
 from dpo.sft import run_sft
-from dpo.start import check_start
-from dpo.step import take_step
-from dpo.sync import move_reference, restore_reference, save_reference
+from dpo.training.export import final_dtype, save_checkpoint, write_weights
+from dpo.training.finish import card_of, closing, keep_evaluation, take_samples
+from dpo.training.frozen import FrozenReference, start_models
+from dpo.training.load_models import read_whole
+from dpo.training.meter import meter_for
+from dpo.training.nonfinite import Nonfinite
+from dpo.training.policy import Policy, start_policy
+from dpo.training.start import check_start
+from dpo.training.step import take_step
+from dpo.training.sync import move_reference, restore_reference, save_reference
 from dpo.types import TrainState
 
 FULL = (errno.ENOSPC, errno.EDQUOT)

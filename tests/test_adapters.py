@@ -465,11 +465,11 @@ def test_targets_that_are_no_layers_or_the_head_are_refused(targets, line, tiny_
 
 
 def test_missing_packages_are_named(monkeypatch, tiny_policy, tmp_path, capsys):
-    for module in ("dpo.checks", "dpo.model.adapters"):
+    for module in ("dpo.run.checks", "dpo.model.adapters"):
         monkeypatch.setattr(f"{module}.find_spec", lambda name: None)
     assert train_dpo.main(arguments(tmp_path, tiny_policy, *LORA)) == 2
     assert "need peft; pip install peft" in capsys.readouterr().err
-    from dpo import checks
+    from dpo.run import checks
 
     with pytest.raises(checks.UserError, match="which needs bitsandbytes; pip install bitsandbytes, or use adamw"):
         checks._needs_bitsandbytes("optim.name is adamw_8bit", "adamw", for_elsewhere=False)

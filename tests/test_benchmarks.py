@@ -23,7 +23,7 @@ from dpo.errors import UserError
 from dpo.model import products
 from dpo.model.forward import Scorer
 from dpo.model.head import Head
-from dpo.nonfinite import Nonfinite
+from dpo.training.nonfinite import Nonfinite
 from tests import ranks
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"

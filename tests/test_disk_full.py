@@ -17,9 +17,9 @@ import dpo.train
 import train_dpo
 from benchmarks.soak import numbers, weights
 from dpo.errors import UserError
-from dpo.export import write_weights
 from dpo.runtime import checkpoint, distributed, manifest
 from dpo.runtime.distributed import World
+from dpo.training.export import write_weights
 from tests import ranks
 from tests.test_stages import arguments
 

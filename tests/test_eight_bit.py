@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import dpo.export
 import dpo.train
+import dpo.training.export
 import train_dpo
 from benchmarks.soak import numbers, weights
-from dpo.export_run import Options, export_run
+from dpo.export import Options, export_run
 from dpo.runtime.checkpoint import checkpoints
 from dpo.runtime.manifest import size_of
 from dpo.runtime.tracking import read_lines
@@ -60,8 +60,10 @@ def test_moments_are_bytes_and_the_run_is_close_to_that_of_adamw(stage, precisio
 def test_a_checkpoint_takes_the_disk_that_is_planned(stage, tmp_path, monkeypatch):
     """Of a model whose matrices have 8-bit moments, nearly all of it; names and pickles beside it."""
     expected: list[int] = []
-    save = dpo.export.save
-    monkeypatch.setattr(dpo.export, "save", lambda *a, **k: (expected.append(k["expected_bytes"]), save(*a, **k))[1])
+    save = dpo.training.export.save
+    monkeypatch.setattr(
+        dpo.training.export, "save", lambda *a, **k: (expected.append(k["expected_bytes"]), save(*a, **k))[1]
+    )
     folder = run(tmp_path, "builtin:tiny", "--config", f"ds_configs/{stage}.json", *EIGHT)
     checkpoint = checkpoints(folder)[-1]
     assert expected[0] < size_of(checkpoint) < 1.4 * expected[0]

@@ -12,14 +12,14 @@ import pytest
 import torch
 import transformers
 
-import dpo.frozen
 import dpo.plan
+import dpo.training.frozen
 import train_dpo
 from dpo.commandline import parse
 from dpo.errors import UserError
 from dpo.runtime import distributed
 from dpo.runtime.tracking import read_lines
-from dpo.start import rounds_apart
+from dpo.training.start import rounds_apart
 from dpo.types import LogitMap
 from tests import tiny
 from tests.invariants import run_losses
@@ -169,7 +169,7 @@ MOVED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", MOVED)
 def test_a_policy_that_is_not_its_reference_is_stopped_under_every_kind_of_loss(monkeypatch, case):
     model = tiny.model("llama", dtype=torch.float32)
-    copies = dpo.frozen.load.frozen_copy
+    copies = dpo.training.frozen.load.frozen_copy
 
     def moved(*args: Any) -> Any:
         copied = copies(*args)
@@ -177,8 +177,8 @@ def test_a_policy_that_is_not_its_reference_is_stopped_under_every_kind_of_loss(
             copied.lm_head.weight.mul_(1.05)
         return copied
 
-    monkeypatch.setattr(dpo.frozen, "load_weights", lambda *_, **__: copy.deepcopy(model))
-    monkeypatch.setattr(dpo.frozen.load, "frozen_copy", moved)
+    monkeypatch.setattr(dpo.training.frozen, "load_weights", lambda *_, **__: copy.deepcopy(model))
+    monkeypatch.setattr(dpo.training.frozen.load, "frozen_copy", moved)
     pairs = tiny.Pairs(tiny.pairs(run_losses.PAIRS_A_STEP, longest=9))
     with pytest.raises(UserError, match="the start is not honest: loss"):
         run_losses.run(

@@ -33,10 +33,10 @@ from dpo.estimate import (
     traffic,
     useful_flops,
 )
+from dpo.memory.room import Room
 from dpo.model import load
 from dpo.model.shape import _kept_bytes, shape_of
-from dpo.room import Room
-from dpo.setup import Setup
+from dpo.run.setup import Setup
 from dpo.types import PackedBatch
 from tests import tiny
 from tests.data.tiny_tokenizers import plain_rows, written
@@ -288,7 +288,7 @@ COSTS = Costs(completion=450_000, product=1000)
 @pytest.mark.parametrize(("layout", "row_tokens"), [("shared", None), ("packed", None), ("padded", None),
                                                     ("shared", 160)])  # fmt: skip
 def test_the_forecast_is_the_schedule_that_the_ranks_follow(layout: Layout, row_tokens: int | None) -> None:
-    from dpo.spread import schedule_of
+    from dpo.planning.spread import schedule_of
 
     pairs, epochs, ranks = tiny.Pairs(tiny.pairs(30, longest=30, all_scored=True)), Epochs(30, 12, seed=1), 2
 
@@ -407,11 +407,13 @@ def test_a_thousand_ranks_are_planned_without_weights_gpu_or_process_group(
 def test_a_plan_spreads_by_the_models_costs_in_micro_batches_that_the_gpu_can_hold(
     tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dpo import plan, spread
+    from dpo import plan
+    from dpo.planning import spread
 
     setups: list[Setup] = []
     monkeypatch.setattr(
-        "dpo.forecast.schedule_of", lambda setup, *a, **k: setups.append(setup) or spread.schedule_of(setup, *a, **k)
+        "dpo.planning.forecast.schedule_of",
+        lambda setup, *a, **k: setups.append(setup) or spread.schedule_of(setup, *a, **k),
     )
     monkeypatch.setattr(plan, "show_table", lambda *_: None)
     argv = ["plan", "--config", str(ROOT / "ds_configs/zero2.json"), "--model.policy", str(tiny_policy)]
@@ -440,7 +442,7 @@ def test_a_plan_has_the_room_that_a_run_has(
 ) -> None:
     """What is left beside weights, reference, states, gradients in fp32, buckets and under ZeRO-2 a gradient in one."""
     rooms: list[Room] = []
-    monkeypatch.setattr("dpo.forecast.Room", lambda *parts: rooms.append(Room(*parts)) or rooms[-1])
+    monkeypatch.setattr("dpo.planning.forecast.Room", lambda *parts: rooms.append(Room(*parts)) or rooms[-1])
     file = ROOT / f"ds_configs/zero{stage}.json"
     argv = ["plan", "--config", str(file), "--model.policy", str(tiny_policy), "--data.train", "builtin:world"]
     argv += ["--data.cache_dir", str(tmp_path), "--ranks", "8", "--gpu", "a100", "--data.train_limit", "64"]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import train_dpo
-from dpo.answers import world_rewards
 from dpo.runtime.tracking import read_lines
+from dpo.sampling.answers import world_rewards
 
 
 @pytest.fixture(scope="module")

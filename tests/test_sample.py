@@ -16,7 +16,6 @@ import yaml
 import train_dpo
 from dpo import sample as verb
 from dpo.__main__ import main
-from dpo.answers import side_by_side
 from dpo.commandline import parse
 from dpo.data.boundary import encode_prompt
 from dpo.errors import UserError
@@ -24,6 +23,7 @@ from dpo.model.head import logps_of_logits
 from dpo.runtime.files import read_records
 from dpo.runtime.tracking import read_lines
 from dpo.sample import DEFAULT_PROMPTS
+from dpo.sampling.answers import side_by_side
 from tests import tiny
 from tests.data.tiny_tokenizers import tokenizer_of
 from tests.report.runs import HOSTILE
@@ -197,7 +197,7 @@ def changed(run: Path, folder: Path, **sections: dict[str, Any]) -> Path:
     ids=str,
 )
 def test_a_run_is_asked_whatever_machine_and_stream_it_was_trained_on(sections, run, tmp_path, monkeypatch):
-    monkeypatch.setattr("dpo.checks.find_spec", lambda name: None)  # no bitsandbytes here
+    monkeypatch.setattr("dpo.run.checks.find_spec", lambda name: None)  # no bitsandbytes here
     answers = []
     for folder in (run, changed(run, tmp_path / "run", **sections)):
         output = tmp_path / "out.jsonl"

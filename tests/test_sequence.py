@@ -11,19 +11,19 @@ import pytest
 import torch
 
 import dpo.__main__
-import dpo.context
-import dpo.forecast
-from dpo.checks import check_sequence
+import dpo.planning.forecast
+import dpo.training.context
 from dpo.config import Config, DataConfig, LogConfig, LossConfig, ModelConfig, TrainConfig, check_world_size
-from dpo.context import contexts_of
 from dpo.data.batch import collate
 from dpo.errors import UserError
 from dpo.model.check import settle
 from dpo.model.forward import Scorer
 from dpo.model.sequence import SequenceGroup
 from dpo.objective.objective import Objective
+from dpo.planning.spread import Schedule
+from dpo.run.checks import check_sequence
 from dpo.runtime.distributed import World
-from dpo.spread import Schedule
+from dpo.training.context import contexts_of
 from dpo.types import PairLogps
 from tests import tiny
 from tests.invariants.run_losses import setup_of
@@ -59,10 +59,11 @@ def test_a_loss_that_couples_pairs_counts_those_of_a_row_once(monkeypatch):
     for batch, gap in zip(batches, gaps, strict=True):
         logps = PairLogps(gap, 0 * gap, lengths, lengths)
         reference = PairLogps(gap.flip(0) * 2, 0 * gap, lengths, lengths)
-        shares.append((list(batch.pair_ids), dpo.context._rows(logps, reference).tolist(), (logps, reference)))
+        shares.append((list(batch.pair_ids), dpo.training.context._rows(logps, reference).tolist(), (logps, reference)))
 
     def partners(group: int, world: World, ranks_a_row: int) -> Any:
-        monkeypatch.setattr(dpo.context, "gather", lambda own: [s[:2] for s in shares for _ in range(ranks_a_row)])
+        given = [s[:2] for s in shares for _ in range(ranks_a_row)]
+        monkeypatch.setattr(dpo.training.context, "gather", lambda own: given)
         known = [shares[group][2]]
         (context,) = contexts_of(loss, [batches[group]], known, 1.0, world, ranks_a_row, is_step=False)
         return context.partners["aot"]
@@ -142,9 +143,14 @@ def test_a_plan_of_rows_on_two_gpus_is_that_of_whole_rows_with_half_of_each_on_a
 ):
     """Two ranks with rows of up to 600 tokens, and four that compute the same rows in twos."""
     schedules: list[Schedule] = []
-    made = dpo.forecast.schedule_of
+    made = dpo.planning.forecast.schedule_of
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(dpo.forecast, "schedule_of", lambda *a, **k: schedules.append(made(*a, **k)) or schedules[-1])
+
+    def kept(*args: Any, **options: Any) -> Any:
+        schedules.append(made(*args, **options))
+        return schedules[-1]
+
+    monkeypatch.setattr(dpo.planning.forecast, "schedule_of", kept)
     argv = ["plan", "--config", "ds_configs/zero2.json", "--model.policy", str(tiny_policy), "--data.train",
             "builtin:world", "--data.train_limit", "64", "--data.cache_dir", str(tmp_path), "--gpu", "a100",
             "--model.gradient_checkpointing", "true", "--model.loss_in_forward", "auto"]  # fmt: skip

@@ -18,25 +18,25 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-import dpo.frozen
-import dpo.load_models
-import dpo.prepare
+import dpo.run.prepare
 import dpo.sample
 import dpo.sft
 import dpo.train
+import dpo.training.frozen
+import dpo.training.load_models
 import train_dpo
 from benchmarks.soak import numbers, weights
-from dpo.answers import _last_tokens
 from dpo.commandline import parse
 from dpo.data.planner import Costs
 from dpo.errors import UserError
 from dpo.model import products
 from dpo.model.shape import steady_length
-from dpo.prepare import resolve_precision
 from dpo.report.pairs import COLUMNS, read_pairs
-from dpo.roles import reference_dtype
+from dpo.run.prepare import resolve_precision
+from dpo.run.roles import reference_dtype
 from dpo.runtime import checkpoint
 from dpo.runtime.tracking import read_lines
+from dpo.sampling.answers import _last_tokens
 from tests import ranks
 
 
@@ -53,7 +53,7 @@ def arguments(folder: Path, policy: object, *more: str) -> list[str]:
 def test_a_reference_that_overflows_in_fp16_takes_the_policys_dtype(tiny_policy, tmp_path, monkeypatch, capsys):
     """fp16 is what auto takes on a GPU; an embedding of 1e5 is infinite in it."""
     policy, half = shutil.copytree(tiny_policy, tmp_path / "policy"), torch.float16
-    monkeypatch.setattr(dpo.frozen, "reference_dtype", lambda *_, **__: (half, "half the memory"))
+    monkeypatch.setattr(dpo.training.frozen, "reference_dtype", lambda *_, **__: (half, "half the memory"))
     assert train_dpo.main(arguments(tmp_path / "plain", policy)) == 0
     assert "reference: online, float16 (half the memory)" in capsys.readouterr().err
     weights = load_file(policy / "model.safetensors")
@@ -78,14 +78,14 @@ def test_weights_are_read_at_the_revisions_that_are_pinned_for_them(monkeypatch)
         loaded.append((path, how["revision"]))
         return torch.nn.Linear(1, 1)
 
-    for module, name in ((dpo.load_models.load, "load_model"), (dpo.sample, "load_model")):
+    for module, name in ((dpo.training.load_models.load, "load_model"), (dpo.sample, "load_model")):
         monkeypatch.setattr(module, name, loads)
-    monkeypatch.setattr(dpo.load_models.load, "fetch_weights", lambda path, *, revision, name: None)
+    monkeypatch.setattr(dpo.training.load_models.load, "fetch_weights", lambda path, *, revision, name: None)
     monkeypatch.setattr(dpo.sample, "Scorer", lambda model: SimpleNamespace(model=model))
     world = SimpleNamespace(device=torch.device("cpu"))
     setup = SimpleNamespace(config=config, world=world, dtype=torch.float32)
-    dpo.load_models.load_weights(setup, "a/b", torch.float32, {}, policy=True)
-    dpo.load_models.load_weights(setup, "c/d", torch.float32, {})
+    dpo.training.load_models.load_weights(setup, "a/b", torch.float32, {}, policy=True)
+    dpo.training.load_models.load_weights(setup, "c/d", torch.float32, {})
     dpo.sample._scorer("c/d", setup)
     assert loaded == [("a/b", "one"), ("c/d", "two"), ("c/d", "two")]
     assert config.revision_of("runs/x/reference", is_policy=True) is None
@@ -196,7 +196,7 @@ def test_ranks_that_would_plan_other_micro_batches_are_stopped(tiny_policy, tmp_
     def gathered(mine):
         return [mine, tuple(Costs(1, 1) if isinstance(value, Costs) else value for value in mine)]
 
-    monkeypatch.setattr(dpo.prepare, "gather", gathered)
+    monkeypatch.setattr(dpo.run.prepare, "gather", gathered)
     assert train_dpo.main(arguments(tmp_path, tiny_policy)) == 2
     assert "the ranks do not see the same data, model or kind of device" in capsys.readouterr().err
 
@@ -261,13 +261,13 @@ def test_under_zero_3_the_reference_has_the_dtype_asked_for(
     tiny_policy, sharded, precision, dtype, tmp_path, monkeypatch
 ):
     seen = []
-    start = dpo.frozen.deepspeed_engine.start_frozen
+    start = dpo.training.frozen.deepspeed_engine.start_frozen
 
     def looked(module, config):
         seen.extend({str(p.dtype) for p in module.parameters()})
         return start(module, config)
 
-    monkeypatch.setattr(dpo.frozen.deepspeed_engine, "start_frozen", looked)
+    monkeypatch.setattr(dpo.training.frozen.deepspeed_engine, "start_frozen", looked)
     flags = ["--config", sharded, "--train.precision", precision, "--reference.dtype", dtype]
     assert train_dpo.main(arguments(tmp_path, tiny_policy, *flags)) == 0
     assert seen == [{"bf16": "torch.bfloat16", "fp32": "torch.float32"}[dtype]]
@@ -316,7 +316,7 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(flags,
 def test_how_a_cpu_computes_bf16_is_said(precision, device, supported, slower, said, monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
     monkeypatch.setattr(products, "fp32_is_faster", lambda: slower)
-    notes = dpo.prepare._precision_notes(precision, torch.device(device))
+    notes = dpo.run.prepare._precision_notes(precision, torch.device(device))
     assert len(notes) == (said is not None) and all(said in note for note in notes)
 
 

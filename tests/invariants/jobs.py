@@ -29,10 +29,10 @@ class Run:
 
 def without_drawings(change: Callable[[Any, str, Any], None] = setattr) -> None:
     """Have runs of this process leave out what takes longer than a few steps: curves and report."""
-    import dpo.finish
+    import dpo.training.finish
 
     for name in ("plot", "write_or_say"):
-        change(dpo.finish, name, lambda *_, **__: None)
+        change(dpo.training.finish, name, lambda *_, **__: None)
 
 
 def train_all(folder: Path, jobs: dict[str, list[str]], ranks: int, timeout: float = 900) -> dict[str, Run]:

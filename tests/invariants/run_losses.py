@@ -19,21 +19,21 @@ from typing import Any
 
 import torch
 
-import dpo.frozen
 import dpo.model.forward
+import dpo.training.frozen
 from dpo.config import Config, DataConfig, LogConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from dpo.data.loader import whole_pass
 from dpo.evaluate import ValidationShare, evaluate
-from dpo.meter import Meter
-from dpo.nonfinite import Nonfinite
 from dpo.objective.objective import Objective
-from dpo.run_data import RunData
+from dpo.run.data import RunData
+from dpo.run.setup import Setup
 from dpo.runtime import distributed
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import World
-from dpo.setup import Setup
-from dpo.start import check_start
-from dpo.step import take_step
+from dpo.training.meter import Meter
+from dpo.training.nonfinite import Nonfinite
+from dpo.training.start import check_start
+from dpo.training.step import take_step
 from tests import tiny
 from tests.invariants import cut
 
@@ -81,7 +81,7 @@ def setup_of(case: dict[str, Any], world: World, pairs: tiny.Pairs) -> Setup:
 def run(case: dict[str, Any], world: World, pairs: tiny.Pairs) -> dict[str, Any]:
     """Three steps and an evaluation; what was said at the start, and whether a reference was made."""
     setup, said = setup_of(case, world, pairs), Said()
-    policy, reference = dpo.frozen.start_models(setup, "tiny", said.say)
+    policy, reference = dpo.training.frozen.start_models(setup, "tiny", said.say)
     tokens: list[int] = []
     policy.scorer.model.base_model.register_forward_pre_hook(
         lambda _, __, inputs: tokens.append(inputs["input_ids"].numel()), with_kwargs=True
@@ -115,7 +115,7 @@ def run(case: dict[str, Any], world: World, pairs: tiny.Pairs) -> dict[str, Any]
 if __name__ == "__main__":
     here = distributed.start()
     model = tiny.model("llama", dtype=torch.float32)
-    dpo.frozen.load_weights = lambda *_, **__: copy.deepcopy(model)  # type: ignore[assignment]
+    dpo.training.frozen.load_weights = lambda *_, **__: copy.deepcopy(model)  # type: ignore[assignment]
     data = tiny.Pairs([replace(p, margin=0.5 + p.pair_id % 4) for p in tiny.pairs(PAIRS_A_STEP * 2, longest=9)])
     results = {name: run(case, here, data) for name, case in json.loads(Path(sys.argv[1]).read_text()).items()}
     if here.world_size == 2:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import dpo.frozen
+import dpo.training.frozen
 from dpo.config import LossConfig
 from dpo.data.batch import collate
 from dpo.model.check import use_layout
@@ -126,7 +126,7 @@ def test_losses_without_a_reference_equal_those_of_trls_cpo_and_orpo_trainers(tr
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_five_steps_equal_those_of_trl(trl, tiny_policy, pairs, monkeypatch, variant):
     model = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32)
-    monkeypatch.setattr(dpo.frozen, "load_weights", lambda *_, **__: copy.deepcopy(model))
+    monkeypatch.setattr(dpo.training.frozen, "load_weights", lambda *_, **__: copy.deepcopy(model))
     case = {
         "loss": {"beta": BETA} | VARIANTS[variant][1], "layout": "shared", "micro_batches": 3, "steps": STEPS,
         "shuffle": False,

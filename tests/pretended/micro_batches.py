@@ -26,18 +26,18 @@ from dpo.config import LoraConfig, LossConfig
 from dpo.data.batch import collate
 from dpo.data.planner import Layout
 from dpo.estimate import GIB
-from dpo.forecast import batch_parts
 from dpo.model import adapters, load
 from dpo.model.check import use_layout
 from dpo.model.forward import Scorer
 from dpo.model.reference import nothing, online, online_with_tokens
 from dpo.model.shape import shape_of
-from dpo.nonfinite import spoil
 from dpo.objective.catalog import LOSSES
 from dpo.objective.metrics import sums
 from dpo.objective.objective import Objective
-from dpo.policy import Policy
-from dpo.step import losses_of
+from dpo.planning.forecast import batch_parts
+from dpo.training.nonfinite import spoil
+from dpo.training.policy import Policy
+from dpo.training.step import losses_of
 from dpo.types import Context, LogitMap, TokenizedPair
 
 GPU = torch.device("cuda", 0)
@@ -175,7 +175,7 @@ def scorer_of(case: Case, recompute: bool = False) -> Scorer:
 def compute(case: Case, tracker: MemTracker | None = None) -> Scorer:
     """Forward and backward pass of a micro-batch; the policy with its gradients.
 
-    What `dpo.step.take_step` does for each of them, without DeepSpeed.
+    What `dpo.training.step.take_step` does for each of them, without DeepSpeed.
     """
     loss = Objective(LossConfig(**case.loss))
     batch = collate(pairs_of(case.tokens), case.layout)

@@ -1,0 +1,104 @@
+"""inputs.json of a run: what its data and weights were at the first start, so that a continued run is on the same ones.
+
+A path names them in config.yaml, and what lies there may change between two starts: a file is written anew, a hub gets
+a new commit.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from dpo.config import Config
+from dpo.errors import UserError
+from dpo.model import adapters, load
+from dpo.run.setup import Setup
+from dpo.runtime import run_directory
+from dpo.runtime.distributed import only_main
+from dpo.runtime.files import write_whole
+
+SAMPLES = 16
+"""Pieces of a weight file that are hashed."""
+
+
+def check_inputs(setup: Setup) -> None:
+    """Write what a new run is on; refuse to continue one on anything else; collective.
+
+    Args:
+        setup: The run; its directory exists.
+    Raises:
+        UserError: Naming what has changed.
+    """
+    only_main(setup.world, lambda: _check(setup))
+
+
+def changed_pairs(setup: Setup, run: Path) -> list[str]:
+    """Names of the data sets of a run that are no longer what it was begun on, as far as that is written down.
+
+    Args:
+        setup: Of the run's settings.
+        run: Where the run directory is now.
+    """
+    before = _read(run / "inputs.json") or {}
+    return [name for name, digests in _pairs(setup).items() if before.get(name, digests) != digests]
+
+
+def _pairs(setup: Setup) -> dict[str, list[str]]:
+    return {
+        "training pairs": [one.report.digest for one in setup.data.train],
+        "validation pairs": [one.report.digest for one in setup.data.validation],
+    }
+
+
+def _check(setup: Setup) -> None:
+    path, config = setup.run / "inputs.json", setup.config
+    now: dict[str, Any] = _pairs(setup) | {
+        f"reference.path {config.reference.path}": _weights(config, config.reference.path, is_policy=False),
+    }
+    if setup.trains_adapters or not (setup.run / "reference").is_dir():  # after SFT its result is the start
+        now[f"model.policy {config.model.policy}"] = _weights(config, config.model.policy, is_policy=True)
+    before = _read(path) if run_directory.has_begun(setup.run) else None
+    if before is None:
+        write_whole(path, json.dumps(now, indent=1))
+        return
+    changed = [name for name, value in now.items() if name in before and before[name] != value]
+    if changed:
+        raise UserError(
+            f"{setup.run} was begun on other inputs: {' and '.join(changed)} changed since; name another"
+            f" train.output_dir, or, to go on all the same, delete {path}"
+        )
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _weights(config: Config, path: str | None, *, is_policy: bool) -> Any:
+    """The weights that a path or hub id stands for: files and samples of them, of an adapter and its base both."""
+    if path is None:
+        return None
+    base, revision = adapters.base_of(path, config.revision_of(path, is_policy=is_policy))
+    found: dict[str, str] = {}
+    for place, at in [(base, revision)] + ([(path, None)] if path != base else []):
+        folder = load.fetch_weights(place, revision=at, name="model.policy" if is_policy else "reference.path")
+        if folder is not None:
+            files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*model*.bin"))
+            found |= {f"{place} {file.name}": _sample(file) for file in files}
+    return found
+
+
+def _sample(file: Path) -> str:
+    """Hash of a file's size and of SAMPLES pieces of it, which training changes all; a copy has the same."""
+    size = file.stat().st_size
+    digest = xxhash.xxh3_128(str(size).encode())
+    with open(file, "rb") as stream:
+        for place in range(SAMPLES):
+            stream.seek(size * place // SAMPLES)
+            digest.update(stream.read(1 << 16))
+    return digest.hexdigest()
