@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dpo.config import DataConfig
-from dpo.data.audit import CONTRADICTS, REPEATS, RULES, Audit, AuditSet, audit, cached_audit
+from dpo.config import Config, DataConfig, ModelConfig
+from dpo.data.audit import CONTRADICTS, REPEATS, RULES, Audit, audit, cached_audit
 from dpo.data.chat import read_chat_template
-from dpo.data.sources import validation_split_of
-from dpo.data.tokenize import prepare_pairs
 from dpo.errors import UserError, printable
 from dpo.model.load import BUILTIN, load_tokenizer
-from dpo.run.data import RunData
+from dpo.run.data import prepare_data
 from dpo.run.setup import Setup
 from dpo.runtime.console import console_on, say, show_table
 from dpo.runtime.distributed import only_main
@@ -66,32 +64,21 @@ class AuditOptions:
     cache_dir: str | None = None
     """Where tokenised data is kept; default: $DPO_CACHE, else ~/.cache/dpo."""
 
+    def __post_init__(self) -> None:
+        self.config()
+
+    def config(self) -> Config:
+        """Settings of a run on this data, odd rows left out."""
+        data = DataConfig(
+            train=self.data, validation=self.validation, subset=self.subset, data_dir=self.data_dir,
+            revision=self.revision, train_split=self.train_split, validation_split=self.validation_split,
+            format=self.format, ranked_pairs=self.ranked_pairs, max_length=self.max_length, train_limit=self.limit,
+            validation_limit=self.limit, on_bad_row="skip", cache_dir=self.cache_dir,
+        )  # fmt: skip
+        return Config(model=ModelConfig(policy=self.tokenizer), data=data)
+
 
 # --- the verb --------------------------------------------------------------------------------------------------------
-
-
-def _sets(options: AuditOptions, tokenizer: Any) -> list[AuditSet]:
-    place: dict[str, Any] = {
-        "subset": options.subset, "data_dir": options.data_dir, "revision": options.revision,
-    }  # fmt: skip
-    sources: list[tuple[str, str, str | None, dict[str, Any]]] = [("train", options.data, options.train_split, place)]
-    if options.validation is not None:
-        path, place = options.validation, place if options.validation == options.data else {}
-        named = options.validation_split or validation_split_of(path, **place) or options.train_split
-        sources.append(("validation", path, named, place))
-    else:
-        found = options.validation_split or validation_split_of(options.data, **place)
-        if found not in (None, options.train_split):
-            sources.append(("validation", options.data, found, place))
-    sets = []
-    for role, path, split, place in sources:
-        pairs, report = prepare_pairs(
-            path, tokenizer, **place, split=split, format=options.format, limit=options.limit,
-            max_length=options.max_length, max_prompt_length=max(1, options.max_length // 2), on_bad_row="skip",
-            ranked_pairs=options.ranked_pairs, cache_dir=DataConfig(cache_dir=options.cache_dir).cache_folder,
-        )  # fmt: skip
-        sets.append(AuditSet(role, role, pairs, report))
-    return sets
 
 
 def show_audit(options: AuditOptions) -> None:
@@ -105,7 +92,8 @@ def show_audit(options: AuditOptions) -> None:
         tokenizer.chat_template = read_chat_template(options.chat_template)
     elif tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE
-    found = audit(_sets(options, tokenizer), tokenizer)
+    data = prepare_data(options.config(), tokenizer, options.max_length)
+    found = audit([one._replace(name=one.role) for one in (*data.train, *data.validation)], tokenizer)
     if options.json is not None:
         try:
             write_whole(Path(options.json), json_format.dumps(found, indent=1))
@@ -194,14 +182,6 @@ def _conclusions(found: Audit) -> list[str]:
     return [printable(line) for line in lines]
 
 
-def _sets_of(data: RunData) -> list[AuditSet]:
-    return [
-        AuditSet(one.name or role, role, one.pairs, one.report)
-        for role, sets in (("train", data.train), ("validation", data.validation))
-        for one in sets
-    ]
-
-
 def audit_run(setup: Setup) -> list[str]:
     """Write `audit.json` into the run directory and say the most important in a few lines; collective.
 
@@ -215,7 +195,8 @@ def audit_run(setup: Setup) -> list[str]:
 
     def work() -> list[str]:
         cache = Path(setup.config.data.cache_folder)
-        found = cached_audit(_sets_of(setup.data), setup.tokenizer, cache)
+        sets = [one._replace(name=one.name or one.role) for one in (*setup.data.train, *setup.data.validation)]
+        found = cached_audit(sets, setup.tokenizer, cache)
         write_whole(setup.run / "audit.json", json_format.dumps(found, indent=1))
         return [f"audit: {line}" for line in _conclusions(found)]
 

@@ -154,7 +154,6 @@ class PackedBatch:
         margins: (P,) fp32: by how much the data rates chosen above rejected, in its own unit; NaN where it is silent.
         pair_index: (P,) int64: ids of the pairs, in order.
         pair_ids: The same as numbers of the host; empty for a dummy batch, which scores nothing.
-        num_sequences: S; 2P for preference batches, P for batches of chosen completions alone (SFT).
         num_useful_tokens: 2P+C+R summed over pairs (P+C for SFT): the same for every layout.
         token_weights: (N,) fp32: what each scored token counts in its sequence's sum; None where all count 1.
         num_tail_tokens: Tokens at the end of a packed row that belong to no sequence and only fix its length.
@@ -172,10 +171,14 @@ class PackedBatch:
     pair_index: Tensor
     completion_sizes: tuple[int, ...]
     pair_ids: tuple[int, ...]
-    num_sequences: int
     num_useful_tokens: int
     token_weights: Tensor | None = None
     num_tail_tokens: int = 0
+
+    @property
+    def num_sequences(self) -> int:
+        """S: 2P for preference batches, P for batches of chosen completions alone (SFT)."""
+        return len(self.completion_sizes)
 
     @property
     def num_padding_tokens(self) -> int:

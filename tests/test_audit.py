@@ -16,16 +16,17 @@ import dpo.data.audit
 import train_dpo
 from dpo.__main__ import main
 from dpo.audit import printable
-from dpo.data.audit import AuditSet, audit, cached_audit
+from dpo.data.audit import audit, cached_audit
 from dpo.data.heuristics import accuracy, first_token, first_token_rates, longer, overlap
+from dpo.data.store import DataSet
 from dpo.data.tokenize import prepare_pairs
 from tests.data.tiny_tokenizers import CHATML, chat, tokenizer_of, with_template
 
 
-def prepared(folder: Path, name: str, role: str, rows: list[Any], tokenizer: Any = None, **options: Any) -> AuditSet:
+def prepared(folder: Path, name: str, role: str, rows: list[Any], tokenizer: Any = None, **options: Any) -> DataSet:
     (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = {"max_length": 60, "max_prompt_length": 30, "on_bad_row": "skip", "cache_dir": folder / "c"} | options
-    return AuditSet(name, role, *prepare_pairs(folder / name, tokenizer or tokenizer_of("byte"), **options))
+    return DataSet(name, role, *prepare_pairs(folder / name, tokenizer or tokenizer_of("byte"), **options))
 
 
 def pair(prompt: str, chosen: str, rejected: str) -> dict[str, str]:

@@ -41,7 +41,7 @@ NOT_RUN = {
     "mkdir -p": "makes a folder",
     "docker build": "no daemon; tests/test_dockerfile.py reads what would be built",
     "docker run --gpus all -it dpo": "no daemon; tests/test_dockerfile.py parses the command of the image",
-    "python -m dpo sample runs/mine --validation 100 --judge openai:gpt-4o": "a service; tests/sampling/test_judge.py has one",
+    "python -m dpo sample runs/mine --validation 100 --judge openai:gpt-4o": "a service; see sampling/test_judge.py",
 }
 """Beginning of a command -> why no test runs it as it stands."""
 LAUNCHERS = {

@@ -103,6 +103,13 @@ class Pairs:
         )
         self.targets = np.array([p.targets for p in items], dtype=np.int64)
         self.row_numbers = np.arange(1, len(items) + 1)
+        self.tokens = np.concatenate([ids for p in items for ids in (p.prompt_ids, p.chosen_ids, p.rejected_ids)])
+        scored = [
+            np.ones(len(ids), dtype=bool) if mask is None else mask
+            for p in items
+            for ids, mask in ((p.prompt_ids, None), *p.completions)
+        ]
+        self.unscored = np.flatnonzero(~np.concatenate(scored))
 
     def __len__(self) -> int:
         return len(self.items)

@@ -39,7 +39,7 @@ import numpy as np
 from dpo.data.encode import LONGER
 from dpo.data.heuristics import first_token, first_token_rates, longer, overlap
 from dpo.data.kinds import CHOSEN_IS_REJECTED, EMPTY_RESPONSE, PROMPTS_DIFFER
-from dpo.data.store import EXAMPLES, DataReport, TokenizedPairs, temporary
+from dpo.data.store import EXAMPLES, DataReport, DataSet, TokenizedPairs, temporary
 
 VERSION = 1
 NO_END = "completion without end token"
@@ -57,22 +57,6 @@ RULES = {
     "first_token": "the one whose first token was chosen more often in training",
 }
 Audit = dict[str, Any]
-
-
-class AuditSet(NamedTuple):
-    """What is audited: a source, tokenised.
-
-    Attributes:
-        name: What to call it.
-        role: "train" or "validation".
-        pairs: Its pairs.
-        report: Of their tokenisation.
-    """
-
-    name: str
-    role: str
-    pairs: TokenizedPairs
-    report: DataReport
 
 
 class Specials(NamedTuple):
@@ -98,7 +82,7 @@ class Specials(NamedTuple):
         return cls(tokenizer.bos_token_id, tokenizer.eos_token_id, every, every | set(added))
 
 
-def audit(sets: Sequence[AuditSet], tokenizer: Any) -> Audit:
+def audit(sets: Sequence[DataSet], tokenizer: Any) -> Audit:
     """Look at training and validation pairs together.
 
     Args:
@@ -124,7 +108,7 @@ def audit(sets: Sequence[AuditSet], tokenizer: Any) -> Audit:
     return found | {"seconds": round(time.perf_counter() - started, 3)}
 
 
-def cached_audit(sets: Sequence[AuditSet], tokenizer: Any, cache: Path) -> Audit:
+def cached_audit(sets: Sequence[DataSet], tokenizer: Any, cache: Path) -> Audit:
     """The audit of some sets, from the cache of tokenised data or made now and left there.
 
     Args:
@@ -159,7 +143,7 @@ def _digests(pairs: TokenizedPairs) -> list[tuple[bytes, bytes, bytes]]:
     return [(own, of(pair.chosen_ids), of(pair.rejected_ids)) for own, pair in zip(prompts, every, strict=True)]
 
 
-def _of_set(one: AuditSet, digests: list[tuple[bytes, bytes, bytes]], specials: Specials) -> Audit:
+def _of_set(one: DataSet, digests: list[tuple[bytes, bytes, bytes]], specials: Specials) -> Audit:
     pairs, report = one.pairs, one.report
     kinds = [
         {"kind": kind, "count": found.count, "fate": found.fate, "rows": found.rows, "detail": found.detail}
@@ -256,7 +240,7 @@ def _repetitions(pairs: TokenizedPairs, digests: list[tuple[bytes, bytes, bytes]
 # --- sets against one another ----------------------------------------------------------------------------------------
 
 
-def _leaks(train: Sequence[tuple[AuditSet, list]], held: Sequence[tuple[AuditSet, list]]) -> list[Audit]:
+def _leaks(train: Sequence[tuple[DataSet, list]], held: Sequence[tuple[DataSet, list]]) -> list[Audit]:
     """Validation pairs, and prompts, that training holds too."""
     known: dict[str, dict[Any, tuple[str, int]]] = {"pair": {}, "prompt": {}}
     for one, digests in train:
@@ -278,7 +262,7 @@ def _leaks(train: Sequence[tuple[AuditSet, list]], held: Sequence[tuple[AuditSet
     return leaks
 
 
-def _heuristics(sets: Sequence[AuditSet]) -> list[Audit]:
+def _heuristics(sets: Sequence[DataSet]) -> list[Audit]:
     train = [one.pairs for one in sets if one.role == "train"]
     held = any(one.role == "validation" for one in sets)
     rates = first_token_rates(train) if held and train else {}

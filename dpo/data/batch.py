@@ -164,7 +164,6 @@ def _dummy(layout: Layout, row_tokens: int | None) -> PackedBatch:
         pair_index=none,
         completion_sizes=(),
         pair_ids=(),
-        num_sequences=0,
         num_useful_tokens=0,
     )
 
@@ -219,7 +218,6 @@ def collate(
         pair_index=torch.tensor([p.pair_id for p in pairs], dtype=torch.int64),
         completion_sizes=tuple(lengths.tolist()),
         pair_ids=tuple(p.pair_id for p in pairs),
-        num_sequences=len(completions),
         num_useful_tokens=sum(map(len, prompts)) + sum(map(len, completions)),
         token_weights=None if token_weights is None else _in_order(token_weights),
         num_tail_tokens=tail,

@@ -58,7 +58,8 @@ class Mixture:
 
     def origin(self, pair_id: int) -> str:
         """Name the source and row of a pair."""
-        return f"{self.names[self._place(pair_id)[0]]} row {self.row_numbers[pair_id]}"
+        part, own = self._place(pair_id)
+        return f"{self.names[part]} {self.parts[part].origin(own)}"
 
 
 Pairs = TokenizedPairs | Mixture

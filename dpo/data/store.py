@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -168,6 +168,10 @@ class TokenizedPairs:
         scored[self.unscored[first:last] - start] = False
         return TokenizedPair(pair_id, *ids, margin, scored[prompt : prompt + chosen], scored[prompt + chosen :])
 
+    def origin(self, pair_id: int) -> str:
+        """Name the source row of a pair."""
+        return f"row {self.row_numbers[pair_id]}"
+
     def texts(self, pair_id: int) -> PreferenceRow | None:
         """Return a pair as it was before tokenisation, nothing cut: text, or messages.
 
@@ -184,6 +188,22 @@ class TokenizedPairs:
         prompt, chosen, rejected, tools, kwargs = json.loads(stored)
         margin = None if np.isnan(self.margins[pair_id]) else float(self.margins[pair_id])
         return PreferenceRow(prompt, chosen, rejected, int(self.row_numbers[pair_id]), margin, tools, kwargs)
+
+
+class DataSet(NamedTuple):
+    """A source, tokenised.
+
+    Attributes:
+        name: What to call it.
+        role: "train" or "validation".
+        pairs: Its pairs.
+        report: Of their tokenisation.
+    """
+
+    name: str
+    role: str
+    pairs: TokenizedPairs
+    report: DataReport
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------

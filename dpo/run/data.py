@@ -5,26 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from dpo.config import Config, Source
 from dpo.data.mixture import Mixture, Pairs, quotas, share_lines
 from dpo.data.sources import splits_of, validation_split_of
-from dpo.data.tokenize import DataReport, TokenizedPairs, prepare_pairs
+from dpo.data.store import DataSet
+from dpo.data.tokenize import prepare_pairs
 from dpo.data.workers import WHOLE
 from dpo.errors import UserError
 
 HELD_OUT = "or hold out a share of the prompts by data.validation_fraction"
-
-
-class DataSet(NamedTuple):
-    """One source, tokenised: what to call it, its pairs, and what was found in it."""
-
-    name: str
-    pairs: TokenizedPairs
-    report: DataReport
 
 
 @dataclass(frozen=True)
@@ -125,7 +118,9 @@ def prepare_data(config: Config, tokenizer: Any, longest: int) -> RunData:
     """
     data = config.data
 
-    def prepared(source: Source, name: str, limit: int | None, of_prompts: tuple[float, float] = WHOLE) -> DataSet:
+    def prepared(
+        source: Source, name: str, role: str, limit: int | None, of_prompts: tuple[float, float] = WHOLE
+    ) -> DataSet:
         pairs, report = prepare_pairs(
             source.path,
             tokenizer,
@@ -145,14 +140,16 @@ def prepare_data(config: Config, tokenizer: Any, longest: int) -> RunData:
             workers=data.workers,
             cache_dir=data.cache_folder,
         )
-        return DataSet(name, pairs, report)
+        return DataSet(name, role, pairs, report)
 
     sources, held_out, limit = data.train_sources, data.validation_fraction or 0.0, data.train_limit
-    train = tuple(prepared(s, n, limit, (held_out, 1.0)) for s, n in zip(sources, _named(sources), strict=True))
+    named = zip(sources, _named(sources), strict=True)
+    train = tuple(prepared(s, name, "train", limit, (held_out, 1.0)) for s, name in named)
     if held_out:
-        validation = tuple(prepared(s, s.name or "", limit, (0.0, held_out)) for s in sources)
+        validation = tuple(prepared(s, s.name or "", "validation", limit, (0.0, held_out)) for s in sources)
     else:
-        validation = tuple(prepared(s, s.name or "", data.validation_limit) for s in _validation_sources(config))
+        limit = data.validation_limit
+        validation = tuple(prepared(s, s.name or "", "validation", limit) for s in _validation_sources(config))
     notes = [line for one in train for line in one.report.lines()]
     taken: list[int] = []
     if len(train) > 1:

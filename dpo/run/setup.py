@@ -16,7 +16,7 @@ import torch
 from dpo.config import Config
 from dpo.data.epochs import Epochs
 from dpo.data.loader import Loader, with_fixed_rows
-from dpo.data.mixture import Mixture, Pairs
+from dpo.data.mixture import Pairs
 from dpo.data.planner import Costs, Layout, num_tokens
 from dpo.objective.tokens import weigher
 from dpo.run import roles
@@ -159,10 +159,11 @@ class Setup:
 
     def name_rows(self, pair_ids: Sequence[int]) -> str:
         """Say which rows of the training data some pairs are."""
-        if isinstance(self.train_pairs, Mixture):
-            return ", ".join(self.train_pairs.origin(i) for i in pair_ids)
+        sources = self.config.data.train_sources
+        if len(sources) > 1:
+            return ", ".join(map(self.train_pairs.origin, pair_ids))
         rows = sorted({int(self.train_pairs.row_numbers[i]) for i in pair_ids})
-        return f"rows {', '.join(map(str, rows))} of {self.config.data.train_sources[0].path}"
+        return f"rows {', '.join(map(str, rows))} of {sources[0].path}"
 
     def sample_prompts(self) -> list[list[int]]:
         """Token ids of their prompts."""

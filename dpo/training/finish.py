@@ -14,7 +14,6 @@ from torch import Tensor
 
 from dpo.config import to_dict
 from dpo.data import example
-from dpo.data.mixture import Mixture
 from dpo.model.forward import whole_rows
 from dpo.model.load import uncompiled
 from dpo.report.card import closing_rows, model_card
@@ -99,8 +98,7 @@ def keep_evaluation(setup: Setup, step: int, pairs: np.ndarray, report: Refreshe
 
     def text(pair_id: int) -> dict[str, Any]:
         row = setup.texts(data, pair_id)
-        origin = data.origin(pair_id) if isinstance(data, Mixture) else f"row {row.row}"
-        return {"origin": origin, "prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
+        return {"origin": data.origin(pair_id), "prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
 
     write_pairs(setup.run, PairTable(step, pairs), text)
     if step > 0:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dpo.data.loader import Loader
-from dpo.data.mixture import Pairs
+from dpo.data.mixture import Mixture, Pairs
 from dpo.errors import UserError
 from dpo.model.check import TOLERANCE, counted_tokens
 from dpo.model.forward import pair_logps
@@ -32,7 +32,7 @@ from dpo.runtime.distributed import World, only_main, sum_over_ranks
 from dpo.runtime.files import write_whole
 from dpo.types import PackedBatch
 
-VERSION = 1
+VERSION = 2
 CHUNK = 4096
 """Pairs between two writes; what a killed build loses at most."""
 SAMPLE = 64
@@ -44,11 +44,9 @@ Score = Callable[[PackedBatch], Tensor]
 def tokens_fingerprint(pairs: Pairs) -> str:
     """Hash of every token id, of how the pairs are cut, and of what in them is not scored."""
     digest = hashlib.sha256(np.ascontiguousarray(pairs.lengths).tobytes())
-    for i in range(len(pairs)):
-        pair = pairs[i]
-        digest.update(np.concatenate((pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)).tobytes())
-        for _, scored in pair.completions:
-            digest.update(b"" if scored is None else scored.tobytes())
+    for part in pairs.parts if isinstance(pairs, Mixture) else [pairs]:
+        digest.update(part.tokens.data)
+        digest.update(part.unscored.data)
     return digest.hexdigest()
 
 

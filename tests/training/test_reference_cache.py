@@ -89,6 +89,7 @@ def test_each_part_of_the_key_makes_another_cache(scored, part, monkeypatch):
         manifest = scored.manifest()
     elif part == "token":
         scored.pairs.items[4].chosen_ids[0] += 1
+        scored.pairs = tiny.Pairs(scored.pairs.items)
         manifest = scored.manifest()
     elif part == "boundary":
         scored.pairs.lengths[4] += [1, -1, 0]
@@ -96,9 +97,10 @@ def test_each_part_of_the_key_makes_another_cache(scored, part, monkeypatch):
     elif part == "scored":
         pair = scored.pairs.items[4]
         scored.pairs.items[4] = replace(pair, chosen_scored=np.arange(len(pair.chosen_ids)) == 0)
+        scored.pairs = tiny.Pairs(scored.pairs.items)
         manifest = scored.manifest()
     elif part == "version":
-        monkeypatch.setattr(reference_cache, "VERSION", 2)
+        monkeypatch.setattr(reference_cache, "VERSION", reference_cache.VERSION + 1)
         manifest = scored.manifest()
     else:
         parts = {"dtype": torch.float32, "layout": "shared", "attention": "sdpa per segment"}
