@@ -12,8 +12,8 @@ from typing import Any, Literal, get_args, get_origin
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from dpo.config import Config
-from dpo.errors import UserError
-from dpo.recipe import check_recipe, keys_of, one_line, unknown_key
+from dpo.errors import UserError, one_line
+from dpo.recipe import check_recipe, keys_of, unknown_key
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "recipes" / "quickstart.yaml"
 DESCRIPTION = "Direct Preference Optimization of a Hugging Face causal language model."
@@ -103,6 +103,17 @@ def parse_options(argv: list[str], name: str, description: str, options: type) -
         return options(**{f.name: getattr(values, f.name) for f in fields(options)})
     except (ArgumentError, ValueError, TypeError) as error:
         raise UserError(_explain(parser, error)) from None
+
+
+def config_of(run: Path) -> Config:
+    """The settings that a run directory was made with.
+
+    Raises:
+        UserError: If it is none.
+    """
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is no run directory: it has no config.yaml; give the folder of a run")
+    return parse(["--recipe", str(run / "config.yaml")]).config
 
 
 def _first_pass(argv: list[str]) -> tuple[str | None, bool]:

@@ -20,6 +20,11 @@ def printable(text: str, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
+def one_line(what: object, limit: int | None = None) -> str:
+    """A text, or that of an error, with every run of white space as one space, cut to `limit` characters."""
+    return " ".join(str(what).split())[:limit]
+
+
 class UserError(Exception):
     """A mistake in the input; its message is one line of at most LONGEST_LINE characters: what, got, fix."""
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dpo.commandline import parse
+from dpo.commandline import config_of
 from dpo.config import Config, to_dict
 from dpo.errors import UserError
 from dpo.model import adapters, load
@@ -57,10 +57,7 @@ def export_run(options: Options) -> Path:
         UserError: If there is no such run, checkpoint or final/, nothing to merge, or the folder exists.
     """
     run = Path(options.run)
-    settings = run / "config.yaml"
-    if not settings.is_file():
-        raise UserError(f"{run} is no run directory: it has no config.yaml")
-    config = parse(["--recipe", str(settings)]).config
+    config = config_of(run)
     adapted = roles.trains_adapters(config)
     if options.merge and not adapted:
         raise UserError(f"--merge true: {run} trained all weights and has no adapter to merge; leave it out")

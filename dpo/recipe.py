@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -12,7 +11,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from dpo.config import Config
-from dpo.errors import UserError
+from dpo.errors import UserError, one_line
 
 LARGEST_RECIPE = 2**18  # bytes; YAML is read at some 0.1 MB/s
 ELSEWHERE = {
@@ -89,11 +88,6 @@ def _refuse_endless(value: Any, name: str) -> None:
     """A number of hundreds of digits would overflow as a float somewhere in the parser, which does not say where."""
     if isinstance(value, int) and abs(value) >= 2**63:
         raise UserError(f"{name} is a number of {value.bit_length()} bits; use a smaller one")
-
-
-def one_line(text: str) -> str:
-    """The same with every run of white space as one space."""
-    return re.sub(r"\s+", " ", text).strip()
 
 
 def keys_of(section: Any = Config, prefix: str = "") -> list[str]:

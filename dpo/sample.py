@@ -7,7 +7,6 @@ transcripts, else as they stand.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo.commandline import parse
+from dpo.commandline import config_of
 from dpo.config import Config
 from dpo.data.boundary import encode_prompt
 from dpo.data.kinds import transcript
@@ -32,7 +31,7 @@ from dpo.run.prepare import prepare
 from dpo.run.setup import Setup
 from dpo.runtime.console import console_on, say
 from dpo.runtime.distributed import World
-from dpo.runtime.files import read_records, write_whole
+from dpo.runtime.files import read_records, write_records
 from dpo.sampling.answers import Answer, Decoding, answer_logps, answers_to, side_by_side
 from dpo.sampling.judge import Case, WinRate, make_judge, win_rate
 from dpo.types import Message
@@ -127,7 +126,7 @@ def sample(options: Options) -> None:
 
 def _write(output: Path, rows: Sequence[dict[str, Any]]) -> None:
     try:
-        write_whole(output, "".join(json.dumps(row) + "\n" for row in rows))
+        write_records(output, rows)
     except OSError as error:
         raise UserError(f"{output} cannot be written: {error.strerror or error}; name another by --output") from None
 
@@ -147,8 +146,7 @@ def _output(options: Options) -> Path:
 
 
 def _config(run: Path, policy: str | None) -> Config:
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is no run directory: it has no config.yaml; give the folder of a run")
+    config = config_of(run)
     if policy is not None and not any((Path(policy) / f).is_file() for f in ("config.json", "adapter_config.json")):
         raise UserError(f"--policy {policy} holds no model; python -m dpo export makes a folder of a checkpoint")
     if policy is None and not (run / "final").is_dir():
@@ -156,7 +154,7 @@ def _config(run: Path, policy: str | None) -> Config:
             f"{run} has no final/: the run has not finished; give it the rest of its steps, or --policy with an export"
             f" of a checkpoint"
         )
-    return parse(["--recipe", str(run / "config.yaml")]).config
+    return config
 
 
 def _setup(config: Config, device: torch.device) -> Setup:

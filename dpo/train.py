@@ -19,7 +19,7 @@ from dpo.audit import audit_run
 from dpo.commandline import Command
 from dpo.config import to_dict
 from dpo.data.loader import whole_pass
-from dpo.errors import UserError
+from dpo.errors import UserError, one_line
 from dpo.evaluate import ValidationShare, evaluate
 from dpo.memory.budget import fit_budget, fitted
 from dpo.model import adapters
@@ -133,7 +133,7 @@ def _told(setup: Setup) -> Iterator[None]:
 
     def write(state: State, reason: str = "") -> None:
         with suppress(OSError):  # a disk that is full has the last word nowhere but on the console
-            write_status(setup.run, state, reason=" ".join(reason.split())[:1000], place=heartbeat.place())
+            write_status(setup.run, state, reason=one_line(reason, 1000), place=heartbeat.place())
 
     def tell(state: State, reason: str = "") -> None:
         if setup.world.is_main:

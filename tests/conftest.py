@@ -9,6 +9,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+gc.disable()  # until everything is imported, which makes no garbage
+
 import pytest
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -26,8 +28,9 @@ HEAVY = [
     "invariants/test_scheduling.py", "invariants/test_objectives.py", "invariants/test_dead_rank.py",
     "parity/test_trl.py", "test_benchmarks.py", "invariants/test_variants.py", "test_readme.py",
     "pretended/test_gpu.py", "runtime/test_heartbeat.py", "invariants/test_elastic.py", "test_bad_input.py",
-    "test_notebook.py", "model/test_half_precision.py", "test_mutations.py", "test_disk_full.py", "test_frontier.py",
-    "test_adapters.py", "test_plan.py", "parity/test_trl_objectives.py", "test_docs_commands.py", "test_eight_bit.py",
+    "test_notebook.py", "model/test_attention.py", "model/test_half_precision.py", "test_mutations.py",
+    "test_disk_full.py", "test_frontier.py", "test_adapters.py", "test_plan.py", "parity/test_trl_objectives.py",
+    "test_docs_commands.py", "test_eight_bit.py",
 ]  # fmt: skip
 """First, so that no worker is left with a long file when the other has nothing to do."""
 
@@ -42,6 +45,7 @@ def pytest_collection_finish() -> None:
     """What is imported by now stays: the garbage collector need not look through it again and again."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -177,6 +177,7 @@ def _do_what_every_rank_would_do_first() -> None:
 def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what imports print is no answer
+    gc.disable()
     import benchmarks.collectives
     import tests.invariants.cut
     import train_dpo
@@ -185,6 +186,7 @@ def _serve() -> None:
     _do_what_every_rank_would_do_first()
     gc.collect()
     gc.freeze()  # what is there now is not looked at in a rank, and its memory stays shared
+    gc.enable()
     for line in sys.stdin:
         answers.write(json.dumps(_run(json.loads(line))) + "\n")
         answers.flush()

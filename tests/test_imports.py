@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,7 @@ OWNERS = {
 }
 
 
+@functools.cache
 def imports(path: Path) -> set[str]:
     """Modules imported anywhere in a file, except for type checking alone."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -68,6 +70,7 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     """Name below dpo -> file."""
     files = sorted((ROOT / "dpo").rglob("*.py"))

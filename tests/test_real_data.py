@@ -25,7 +25,7 @@ from tests import ranks
 
 @pytest.fixture(scope="module")
 def short_rows(shared_data, tmp_path_factory) -> Path:
-    """The first 64 HH rows that fit the small model's context whole."""
+    """The shortest 64 of the first 400 HH rows, in their order: all fit the small model's context whole."""
     folder = tmp_path_factory.mktemp("rows")
     source = shared_data / "hh-rlhf/train.jsonl.gz"
     tokenizer = transformers.AutoTokenizer.from_pretrained(shared_data / "stories260k-llama")
@@ -34,7 +34,8 @@ def short_rows(shared_data, tmp_path_factory) -> Path:
     )
     whole = pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(axis=1) < 512
     lines = gzip.open(source, "rt", encoding="utf-8").read().splitlines()
-    chosen = [lines[row - 1] for row in pairs.row_numbers[whole][:64]]
+    shortest = sorted(whole.nonzero()[0], key=lambda i: pairs.lengths[i].sum())[:64]
+    chosen = [lines[row - 1] for row in pairs.row_numbers[sorted(shortest)]]
     assert len(chosen) == 64
     (folder / "64.jsonl").write_text("\n".join(chosen), encoding="utf-8")
     return folder / "64.jsonl"

@@ -294,7 +294,8 @@ def test_mistakes_are_one_line(
     argv: list[str], line: str, run: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     (tmp_path / "unfinished").mkdir()
-    (tmp_path / "unfinished/config.yaml").write_text("train: {}\n")
+    settings = "model: {policy: builtin:tiny}\ndata: {train: builtin:world}\n"
+    (tmp_path / "unfinished/config.yaml").write_text(settings)
     (tmp_path / "empty.txt").write_text("\n \n")
     tokenizer_of("pieces").save_pretrained(tmp_path / "other")
     (tmp_path / "other/config.json").write_text((run / "final/config.json").read_text())

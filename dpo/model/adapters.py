@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dpo.config import LoraConfig
-from dpo.errors import UserError
+from dpo.errors import UserError, one_line
 
 TRAINED, REFERENCE = "default", "reference"
 CONFIG = "adapter_config.json"
@@ -140,7 +140,7 @@ def add(
         try:
             peft.inject_adapter_in_model(config, model, TRAINED)
         except ValueError as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             named = list(lora.targets) or "(all linear layers)"
             raise UserError(f"model.lora.targets {named}: {reason}") from None
     _check_layers(model, "model.lora.targets")

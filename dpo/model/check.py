@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dpo.data.batch import collate
 from dpo.data.planner import Layout
-from dpo.errors import UserError
+from dpo.errors import UserError, one_line
 from dpo.model import attention
 from dpo.model.attention import UnsupportedAttention
 from dpo.model.forward import Scorer, own_logits_logps
@@ -77,7 +77,7 @@ def _complaint(
     except torch.OutOfMemoryError:
         raise
     except (UnsupportedAttention, TypeError, AttributeError, RuntimeError) as error:  # a kernel's own limits too
-        return " ".join(str(error).split())
+        return one_line(error)
     layers = scorer.model.config.get_text_config().num_hidden_layers
     if layout != "padded" and len(calls) != layers:
         return f"{len(calls)} of {layers} layers attend, the others mix tokens in their own way"

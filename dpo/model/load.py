@@ -31,14 +31,14 @@ from transformers.modeling_utils import load_state_dict
 from transformers.utils.logging import disable_progress_bar
 
 from dpo.data.chat import end_ids, listed
-from dpo.errors import UserError
+from dpo.errors import UserError, one_line
 from dpo.model import example
 
 BUILTIN = "builtin:tiny"
 
 
 def _explain(what: str, path: str, error: Exception, *, sharded: bool = False) -> UserError:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error) or type(error).__name__
     if "trust_remote_code" in text:
         return UserError(
             f"{what} {path}: brings code of its own, which is not run unasked; read it, pin it by model.revision, and"
@@ -131,7 +131,7 @@ def check_weights(path: str, name: str = "model.policy") -> None:
         try:
             load_state_dict(str(file), map_location="meta")
         except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, UnpicklingError) as error:
-            text = " ".join(str(error).split())[:200]
+            text = one_line(error, 200)
             raise UserError(f"{file}: no readable weights: {text}; download or save them anew") from None
 
 

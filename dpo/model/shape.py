@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from dpo.config import LoraConfig
-from dpo.errors import UserError
+from dpo.errors import UserError, one_line
 from dpo.model import adapters
 from dpo.model.load import fuse_gelu
 
@@ -198,7 +198,7 @@ def shape_of(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
             fuse_gelu(model)
     except (ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise UserError(f"model.policy: cannot be built from its config: {reason}") from None
     head = model.get_output_embeddings()
     if head is None:

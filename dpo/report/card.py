@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
+from dpo.errors import one_line
 from dpo.objective.catalog import needs_reference
-
-MAIN = (("loss", "loss"), ("rewards/margins", "reward margin"), ("rewards/accuracies", "accuracy"))
+from dpo.report.content import MAIN
 
 
 def closing_rows(lines: list[dict[str, Any]]) -> list[list[str]]:
@@ -99,7 +99,7 @@ def _longest_run(text: str) -> int:
 
 def code(text: str) -> str:
     """A text as inline code of Markdown, which no renderer takes for markup; line breaks become spaces."""
-    text = " ".join(text.split()) or " "
+    text = one_line(text) or " "
     fence = "`" * (_longest_run(text) + 1)
     space = " " if text[0] == "`" or text[-1] == "`" else ""
     return f"{fence}{space}{text}{space}{fence}"
@@ -112,4 +112,4 @@ def _block(text: str) -> str:
 
 def _escaped(text: str) -> str:
     """A text outside code: no markup of Markdown or HTML."""
-    return re.sub(r"([\\`*_{}\[\]()#+!|~$<>&])", lambda found: f"&#{ord(found[1])};", " ".join(text.split()))
+    return re.sub(r"([\\`*_{}\[\]()#+!|~$<>&])", lambda found: f"&#{ord(found[1])};", one_line(text))

@@ -13,6 +13,9 @@ from dpo.errors import UserError
 from dpo.report.pairs import PairTable, read_pairs, read_worst
 from dpo.runtime.files import read_records
 
+MAIN = (("loss", "loss"), ("rewards/margins", "reward margin"), ("rewards/accuracies", "accuracy"))
+"""The metrics that are shown first, and their titles."""
+
 
 @dataclass(frozen=True)
 class Content:

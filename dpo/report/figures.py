@@ -19,6 +19,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from dpo.report.content import MAIN
+
 MAX_POINTS = 300
 """Of a curve in the report; longer ones show means over neighbouring points, and their range as a band."""
 NUM_COLOURS = 8
@@ -177,11 +179,10 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
         lines: Of metrics.jsonl.
         path: Of the PNG.
     """
-    panels = (("loss", "loss"), ("rewards/margins", "reward margin"), ("rewards/accuracies", "accuracy"))
     sft = [line for line in lines if "sft_loss" in line]
-    figure = Figure(figsize=(5 * (len(panels) + bool(sft)), 4), layout="constrained")
+    figure = Figure(figsize=(5 * (len(MAIN) + bool(sft)), 4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = list(figure.subplots(1, len(panels) + bool(sft)))
+    axes = list(figure.subplots(1, len(MAIN) + bool(sft)))
     if sft:
         axis = axes.pop(0)
         axis.plot(*series(lines, "sft_loss", "sft_step"), label="train")
@@ -191,7 +192,7 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
             axis.legend()
         axis.set(title="SFT loss (nats per token)", xlabel="SFT step")
         axis.grid(alpha=0.3)
-    for axis, (name, title) in zip(axes, panels, strict=True):
+    for axis, (name, title) in zip(axes, MAIN, strict=True):
         axis.plot(*series(lines, name), label="train", linewidth=1)
         steps, values = series(lines, f"eval_{name}")
         if steps:

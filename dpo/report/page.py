@@ -23,7 +23,7 @@ from dpo.errors import UserError
 from dpo.report import panels
 from dpo.report.card import closing_rows
 from dpo.report.charts import Chart, main_charts, other_charts
-from dpo.report.content import Content, read_run
+from dpo.report.content import MAIN, Content, read_run
 from dpo.report.figures import Curve, bars, histogram, reliability
 from dpo.runtime.files import write_whole
 
@@ -215,7 +215,7 @@ def _of_several(runs: Sequence[Content]) -> dict[str, Any]:
         ("steps", [run.last_step for run in runs]),
         ("validation pairs", [len(run.pairs[1].values) if run.pairs else None for run in runs]),
     ]
-    for name, title in (("loss", "loss"), ("rewards/margins", "reward margin"), ("rewards/accuracies", "accuracy")):
+    for name, title in MAIN:
         for kind, prefix in (("validation", "eval_"), ("training", "")):
             rows.append((f"{title}, {kind}, last", [_last_value(run, prefix + name) for run in runs]))
     rows.append(("accuracy, validation, best", [_best(run, "eval_rewards/accuracies") for run in runs]))

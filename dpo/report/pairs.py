@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import io
-import json
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo.runtime.files import read_records, write_whole
+from dpo.runtime.files import read_records, write_records, write_whole
 
 COLUMNS = (
     "pair_id", "loss", "chosen_reward", "rejected_reward", "policy_chosen_logps", "policy_rejected_logps",
@@ -70,7 +69,7 @@ def write_pairs(run: Path, latest: PairTable, text: Callable[[int], dict[str, An
         numbers = {name: float(latest[name][index]) for name in COLUMNS[1:]}
         about = {"step": latest.step, "margin": float(latest.margins[index])}
         rows.append(about | numbers | text(int(latest["pair_id"][index])))
-    write_whole(run / "worst_pairs.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_records(run / "worst_pairs.jsonl", rows)
 
 
 def read_pairs(run: Path) -> tuple[PairTable, PairTable] | None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from dpo.errors import UserError
+from dpo.errors import UserError, one_line
 from dpo.runtime.distributed import World, give_up, only_main, together
 from dpo.runtime.files import read_records, write_whole
 from dpo.runtime.folders import drop, put_in_place
@@ -154,7 +154,7 @@ def save(
     try:
         _write(engine, unfinished, world, more, weights, json.dumps(asdict(state) | fits))
     except (OSError, RuntimeError) as error:
-        trouble = " ".join(str(error).split())[:300]
+        trouble = one_line(error, 300)
     if trouble is not None:  # only now is every file closed, and its room free once it is deleted
         shutil.rmtree(unfinished, ignore_errors=True)
         who = f"rank {world.rank} on {platform.node()}"

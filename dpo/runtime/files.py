@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,11 @@ def write_whole(path: Path, content: str | bytes) -> None:
     new.write_bytes(content.encode() if isinstance(content, str) else content)
     flush(new)
     os.replace(new, path)
+
+
+def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write a file of one JSON object a line, as `write_whole` does."""
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def flush(path: Path) -> None:

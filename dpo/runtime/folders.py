@@ -15,7 +15,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from dpo.errors import UserError
+from dpo.errors import UserError, one_line
 from dpo.runtime.distributed import World, only_main
 from dpo.runtime.files import flush
 
@@ -77,7 +77,7 @@ def publish(folder: Path, write: Callable[[Path], None], world: World) -> None:
             flush_tree(unfinished)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(unfinished, ignore_errors=True)
-            what = " ".join(str(error).split())[:300]
+            what = one_line(error, 300)
             raise UserError(f"{folder} cannot be written: {what}; make room and start again") from None
         put_in_place(unfinished, folder)
 

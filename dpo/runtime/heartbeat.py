@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo.errors import UserError
+from dpo.errors import UserError, one_line
 from dpo.runtime import distributed
 from dpo.runtime.distributed import World
 from dpo.runtime.preemption import Preempted
@@ -289,7 +289,7 @@ def watching(world: World, run: Path, timeout: int) -> Iterator[None]:
                 watch.read()
                 pause *= 2
         except Exception as error:
-            watch.trouble = " ".join(str(error).split())[:200]
+            watch.trouble = one_line(error, 200)
 
     def judge() -> None:
         while not stopping.wait(LOOK_SECONDS):

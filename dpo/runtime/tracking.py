@@ -15,7 +15,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dpo.runtime import console
-from dpo.runtime.files import read_records, write_whole
+from dpo.runtime.files import read_records, write_records
 from dpo.runtime.trackers import BACKENDS, Backend
 
 
@@ -123,7 +123,7 @@ def keep_lines(run: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """
     path = run / "metrics.jsonl"
     if path.exists():
-        write_whole(path, "".join(json.dumps(line) + "\n" for line in read_lines(run) if keep(line)))
+        write_records(path, [line for line in read_lines(run) if keep(line)])
 
 
 def read_lines(run: Path) -> list[dict[str, Any]]:

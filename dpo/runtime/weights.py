@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo.errors import UserError
+from dpo.errors import UserError, one_line
 from dpo.runtime.distributed import from_main
 from dpo.runtime.engine import deepspeed
 
@@ -44,7 +44,7 @@ def without_code(folder: Path) -> Iterator[None]:
         with torch.serialization.safe_globals(known):
             yield
     except pickle.UnpicklingError as error:
-        asked = " ".join(str(error).split())[:300]
+        asked = one_line(error, 300)
         raise UserError(
             f"checkpoint {folder} holds more than tensors and is not loaded, it could run code: {asked}; delete the"
             f" folder if it is not yours"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import statistics
@@ -23,7 +22,7 @@ from dpo.data.planner import Layout, plan_batch
 from dpo.model.forward import Scorer, pair_logps
 from dpo.model.load import context_length, uncompiled
 from dpo.runtime.engine import is_sharded
-from dpo.runtime.files import read_records, write_whole
+from dpo.runtime.files import read_records, write_records
 from dpo.types import PackedBatch, TokenizedPair
 
 SCORED_TOKENS = 4096
@@ -185,8 +184,7 @@ def write_samples(run: Path, step: int, rows: Sequence[dict[str, str]]) -> None:
     """
     path = run / "samples.jsonl"
     kept = [row for row in read_records(path)[0] if row["step"] < step]
-    lines = kept + [{"step": step} | row for row in rows]
-    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_records(path, [*kept, *({"step": step} | row for row in rows)])
 
 
 def side_by_side(prompt: str, reference: str, policy: str) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from dpo.data.kinds import transcript
-from dpo.errors import UserError
+from dpo.errors import UserError, one_line
 from dpo.model.reward import load_reward_model
 from dpo.types import Message
 
@@ -124,7 +124,7 @@ def _openai_judge(model: str) -> Judge:
     refusals: list[Exception] = []
 
     def does_not_judge(error: Exception) -> UserError:
-        text = " ".join(str(error).split())[:200]
+        text = one_line(error, 200)
         return UserError(f"--judge openai:{model}: {client.base_url} does not judge: {text}")
 
     def ask(prompt: str | list[Message], first: str, second: str) -> Verdict:

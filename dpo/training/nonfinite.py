@@ -7,7 +7,6 @@ been. Fp16's loss scale overflows as a matter of course; that counts only where 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from dpo.errors import UserError
 from dpo.run.setup import Setup
 from dpo.runtime import distributed, heartbeat, preemption
 from dpo.runtime import engine as deepspeed_engine
-from dpo.runtime.files import read_records, write_whole
+from dpo.runtime.files import read_records, write_records
 
 
 def spoil(total: Tensor, losses: Tensor) -> Tensor:
@@ -165,4 +164,4 @@ class Nonfinite:
         for pair in (self.setup.train_pairs[i] for i in pairs):
             texts = {name: decode(getattr(pair, f"{name}_ids").tolist()) for name in ("prompt", "chosen", "rejected")}
             lines.append({self.stage: step, "rows": self.setup.name_rows([pair.pair_id])} | texts)
-        write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
+        write_records(path, lines)
