@@ -9,10 +9,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-gc.disable()  # until everything is imported, which makes no garbage
-
 import pytest
 
+gc.disable()  # until every test module is imported, which makes no garbage
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 _skips: list[str] = []
 _source, _known_source = inspect.getsource, functools.cache(inspect.getsource)
