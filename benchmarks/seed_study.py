@@ -75,6 +75,7 @@ def run(argv: Sequence[str]) -> Stages:
     Args:
         argv: Of train_dpo.py.
     """
+    from dpo import preference
     from dpo import train as training
     from dpo.commandline import parse
     from dpo.runtime import tracking
@@ -96,8 +97,8 @@ def run(argv: Sequence[str]) -> Stages:
         (training, "prepare", stages.timed("data read and tokenised", training.prepare)),
         (training, "run_sft", stages.timed("SFT", training.run_sft)),
         (frozen, "cached_scores", stages.timed("reference scores", frozen.cached_scores)),
-        (training, "evaluate", stages.timed("validation", training.evaluate)),
-        (training, "_save", stages.timed("checkpoints", training._save)),
+        (preference, "evaluate", stages.timed("validation", preference.evaluate)),
+        (preference.Stage, "save", stages.timed("checkpoints", preference.Stage.save)),
     ]
     stages.seconds["start-up"] = time.perf_counter() - BEGAN
     with ExitStack() as watched:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+import dpo.preference
 import dpo.runtime.checkpoint
 import dpo.runtime.engine
 import dpo.sft
@@ -94,8 +95,8 @@ def run_rank(rank: int, world_size: int, port: int, folder: str, argv: list[str]
         os.write(trace, f"{name}{SEPARATOR}{time.monotonic():.6f}\n".encode())
 
     dpo.training.reference_cache.CHUNK = 16
-    _traced(dpo.train, "take_step", "step", write)
-    _traced(dpo.train, "evaluate", "evaluation", write)
+    _traced(dpo.preference, "take_step", "step", write)
+    _traced(dpo.preference, "evaluate", "evaluation", write)
     _traced(dpo.train, "run_sft", "sft", write)
     _traced(dpo.training.frozen, "cached_scores", _build_or_check, write)
     _traced(dpo.runtime.checkpoint, "save", "checkpoint", write)

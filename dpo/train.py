@@ -1,15 +1,11 @@
-"""The training run: setup -> SFT -> DPO -> what it leaves behind.
-
-A line of metrics.jsonl with `step: n` reports the forward passes made before the n-th update, so line 1 shows the
-start. Evaluations follow the update they name; the one at the start is step 0.
-"""
+"""The training run: setup -> SFT -> DPO -> what it leaves behind."""
 
 from __future__ import annotations
 
 import errno
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -18,36 +14,28 @@ from pathlib import Path
 from dpo.audit import audit_run
 from dpo.commandline import Command
 from dpo.config import to_dict
-from dpo.data.loader import whole_pass
 from dpo.errors import UserError, one_line
-from dpo.evaluate import ValidationShare, evaluate
 from dpo.memory.budget import fit_budget, fitted
 from dpo.model import adapters
 from dpo.model.load import fetch_weights
-from dpo.model.reference import nothing, remembered
-from dpo.objective.objective import Objective
+from dpo.model.reference import nothing
 from dpo.plan import show_plan
-from dpo.report.page import Refresher
+from dpo.preference import run_dpo
 from dpo.run.inputs import check_inputs
 from dpo.run.prepare import prepare
 from dpo.run.setup import Setup
 from dpo.runtime import checkpoint, distributed, heartbeat, preemption, run_directory
 from dpo.runtime.distributed import World
 from dpo.runtime.folders import drop_leftovers
-from dpo.runtime.schedule import due, learning_rate
 from dpo.runtime.status import State, write_status
-from dpo.runtime.tracking import Recorder, Silent, Tracker, keep_lines, read_lines
+from dpo.runtime.tracking import Recorder, Silent, Tracker, keep_lines
 from dpo.sft import run_sft
-from dpo.training.export import final_dtype, save_checkpoint, write_weights
-from dpo.training.finish import card_of, closing, keep_evaluation, take_samples
+from dpo.training.export import final_dtype, write_weights
+from dpo.training.finish import card_of, closing
 from dpo.training.frozen import FrozenReference, start_models
 from dpo.training.load_models import read_whole
-from dpo.training.meter import meter_for
-from dpo.training.nonfinite import Nonfinite
 from dpo.training.policy import Policy, start_policy
-from dpo.training.start import check_start
-from dpo.training.step import take_step
-from dpo.training.sync import move_reference, restore_reference, save_reference
+from dpo.training.sync import restore_reference
 from dpo.types import TrainState
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -81,16 +69,7 @@ def _run(command: Command, world: World) -> None:
     start = str(setup.run / "reference") if config.train.sft_epochs else config.model.policy
     assert start is not None
     if command.dry_run:
-        assert config.model.policy is not None
-        if setup.reference_mode == "cached":  # a look at the plan should not score the whole data set
-            policy = start_policy(setup, config.model.policy)
-            reference = FrozenReference(nothing, nothing, setup.dtype, None)
-        else:
-            still = replace(config, reference=replace(config.reference, sync_steps=None))
-            policy, reference = start_models(replace(setup, config=still), config.model.policy, lambda note: None)
-        say = partial(print, file=sys.stderr) if world.is_main else lambda line: None
-        setup = fit_budget(setup, policy, reference.train, say, policy.layout)
-        show_plan(setup, command, policy, reference)
+        _show_dry_run(setup, command)
         return
     done = distributed.only_main(world, lambda: run_directory.finished(setup.run, setup.total_steps))
     if done and config.train.resume == "auto":
@@ -120,11 +99,26 @@ def _run(command: Command, world: World) -> None:
             policy, reference = start_models(setup, start, tracker.say)
             state = _resume(setup, policy, reference, folder, tracker)
             with fitted(setup, policy, reference.train, tracker.say, policy.layout) as stage:
-                _train_dpo(stage, policy, reference, state, tracker)
+                run_dpo(stage, policy, reference, state, tracker)
         heartbeat.at("writing final/")
         write_weights(setup, policy, setup.run / "final", final_dtype(setup), card_of(setup))
         closing(setup, tracker, time.perf_counter() - began)
         tracker.close()
+
+
+def _show_dry_run(setup: Setup, command: Command) -> None:
+    """Do all that comes before the first step of DPO, and show the plan."""
+    config = setup.config
+    assert config.model.policy is not None
+    if setup.reference_mode == "cached":  # a look at the plan should not score the whole data set
+        policy = start_policy(setup, config.model.policy)
+        reference = FrozenReference(nothing, nothing, setup.dtype, None)
+    else:
+        still = replace(config, reference=replace(config.reference, sync_steps=None))
+        policy, reference = start_models(replace(setup, config=still), config.model.policy, lambda note: None)
+    say = partial(print, file=sys.stderr) if setup.world.is_main else lambda line: None
+    setup = fit_budget(setup, policy, reference.train, say, policy.layout)
+    show_plan(setup, command, policy, reference)
 
 
 @contextmanager
@@ -199,107 +193,3 @@ def _resume(
     keep = partial(keep_lines, setup.run, lambda line: "sft_step" in line or line["step"] <= last)
     distributed.only_main(setup.world, keep)
     return state
-
-
-def _train_dpo(
-    setup: Setup, policy: Policy, reference: FrozenReference, state: TrainState, tracker: Tracker
-) -> None:
-    """The DPO stage from `state` to the last step.
-
-    Raises:
-        Preempted: On every rank, if any was asked to stop; the run is checkpointed.
-    """
-    config, world, total = setup.config, setup.world, setup.total_steps
-    sync_steps = config.reference.sync_steps
-    loss = Objective(config.loss, state.running)
-    loader, per_epoch = setup.loader(setup.train_pairs, policy.layout), setup.epochs.steps_per_epoch
-    validation, known_reference = _validation(setup, policy), remembered(reference.validation)
-    report, meter = Refresher(setup.run, tracker.say), meter_for(setup, policy)
-    nonfinite = Nonfinite(setup, "step", tracker.say, state.skipped)
-
-    def evaluate_after(step: int) -> None:
-        if not validation:
-            return
-        heartbeat.at(f"in the evaluation after step {step}")
-        metrics, pairs = evaluate(policy, known_reference, validation, loss, world)
-        tracker.record({"step": step, "epoch": step / per_epoch} | metrics)
-        nonfinite.look_at(step, metrics["eval_loss"])
-        tracker.say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if "logps" not in k))
-        keep_evaluation(setup, step, pairs, report)
-
-    def after(state: TrainState, seen: Collection[str] = ()) -> None:
-        """What is due after a step and not `seen` in its lines of metrics.jsonl yet; then its checkpoint."""
-        step, train, log = state.step, config.train, config.log
-        is_last = step == total
-        if "eval_loss" not in seen and (is_last or due(step, train.eval_every, per_epoch)):
-            evaluate_after(step)
-        if "samples/kl" not in seen and log.samples and (is_last or due(step, log.sample_every, per_epoch)):
-            take_samples(setup, policy, reference, step, tracker)
-        if not seen and (is_last or due(step, train.save_every, per_epoch)):
-            _save(setup, policy, reference, replace(state, unlogged=meter.carried()))
-
-    meter.take_up(state.unlogged, world.is_main)
-    if state.step == 0:
-        check_start(setup, policy, reference, loss, loader[0], tracker)
-        evaluate_after(0)
-    else:
-        seen = distributed.only_main(world, lambda: _names_at(setup.run, state.step))
-        after(state, {*seen, "step"})
-    try:
-        for work in loader.steps(state.step, total):
-            lr = learning_rate(
-                work.step, total=total, peak=config.optim.lr, schedule=config.optim.schedule,
-                warmup_steps=config.optim.warmup_steps,
-            )
-            stop = take_step(setup, policy, reference, loss, work, lr, meter, nonfinite)
-            step = work.step + 1
-            if sync_steps is not None and step % sync_steps == 0:
-                move_reference(reference, policy, config.reference.sync_alpha)
-            tokens = state.num_tokens + work.num_tokens
-            state = TrainState(step, tokens, running=loss.running, skipped=nonfinite.count)
-            if step % config.log.every == 0 or step == total:
-                _log(setup, tracker, state, meter.line(world.device) | {"learning_rate": lr} | nonfinite.metrics)
-            preemption.stop_if(stop)
-            after(state)
-            heartbeat.at(f"waiting for the pairs of step {step + 1}", in_step=True)
-    except preemption.Preempted:
-        here = setup.run / "checkpoints" / checkpoint.step_folder(state.step)
-        if not distributed.only_main(world, lambda: state.step == 0 or here.is_dir()):
-            _save(setup, policy, reference, replace(state, unlogged=meter.carried()))
-        raise
-
-
-def _validation(setup: Setup, policy: Policy) -> dict[str, ValidationShare]:
-    """This rank's share of every validation set."""
-    if setup.validation_pairs is None:
-        return {}
-    every, targets = setup.loader(setup.validation_pairs, policy.layout), setup.validation_pairs.targets
-    return {
-        name: ValidationShare(whole_pass(every, ids), float(targets[ids, 0].mean()))
-        for name, ids in setup.data.validation_sets().items()
-    }
-
-
-def _save(setup: Setup, policy: Policy, reference: FrozenReference, state: TrainState) -> None:
-    """A checkpoint, the reference in it where it moves; status.json says so."""
-    heartbeat.at(f"writing the checkpoint of step {state.step}")
-    moves = setup.config.reference.sync_steps is not None
-    save_checkpoint(setup, policy, state, more=partial(save_reference, reference, setup.world) if moves else None)
-    if setup.world.is_main:
-        write_status(setup.run, "running", state.step, place=heartbeat.place())
-
-
-def _names_at(run: Path, step: int) -> set[str]:
-    """Names of everything that metrics.jsonl holds of a step."""
-    return {name for line in read_lines(run) if line.get("step") == step for name in line}
-
-
-def _log(setup: Setup, tracker: Tracker, state: TrainState, values: dict[str, float | None]) -> None:
-    """A line of metrics.jsonl and the progress bar."""
-    step, epoch = state.step, state.step / setup.epochs.steps_per_epoch
-    tracker.record({"step": step, "epoch": epoch} | values | {"num_tokens": state.num_tokens})
-    note = (
-        f"loss {values['loss']:.4f}  accuracy {values['rewards/accuracies']:.3f}"
-        f"  margin {values['rewards/margins']:.3f}  {values['perf/pairs_per_second']:.1f} pairs/s"
-    )
-    tracker.progress("DPO", step, setup.total_steps, note)

@@ -17,8 +17,10 @@ import dpo.train
 import train_dpo
 from benchmarks.soak import numbers, weights
 from dpo.errors import UserError
+from dpo.preference import Stage
 from dpo.runtime import checkpoint, distributed, manifest
 from dpo.runtime.distributed import World
+from dpo.runtime.tracking import Recorder
 from dpo.training.export import write_weights
 from tests import ranks
 from tests.test_stages import arguments
@@ -56,13 +58,13 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on_once_there_i
 ):
     whole = arguments(tmp_path, tiny_policy, "--train.save_every", "1", "--log.samples", "0", "--optim.lr", "1e-3")
     argv = [*whole, "--train.output_dir", str(small_disk / "run")]
-    run, save, check = small_disk / "run", dpo.train._save, checkpoint._check_disk
+    run, save, check = small_disk / "run", Stage.save, checkpoint._check_disk
     first = run / "checkpoints/step-000001"
 
-    def filled(setup, policy, reference, state):
+    def filled(stage, state):
         if state.step == 2:
             fill(small_disk, LEFT)
-        save(setup, policy, reference, state)
+        save(stage, state)
 
     def refused() -> str:
         """Start; what it said; the disk has its room again."""
@@ -75,7 +77,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on_once_there_i
         return line
 
     with monkeypatch.context() as patch:
-        patch.setattr(dpo.train, "_save", filled)
+        patch.setattr(Stage, "save", filled)
         line = refused()  # seen before the write
         assert "a checkpoint takes 0.00" in line and f"{first} is whole; make room and start again" in line
         # As when another job takes the room meanwhile.
@@ -89,7 +91,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on_once_there_i
                 fill(small_disk, 0)
             written(folder, world)
 
-        patch.setattr(dpo.train, "_save", save)
+        patch.setattr(Stage, "save", save)
         written = checkpoint.write_manifest
         patch.setattr(checkpoint, "write_manifest", filled_at_the_end)
         assert "No space left on device" in refused()
@@ -112,14 +114,16 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on_once_there_i
 
 def test_a_full_disk_at_a_line_of_metrics_is_one_line_too(small_disk, tiny_policy, tmp_path, monkeypatch, capsys):
     argv = arguments(tmp_path, tiny_policy, "--train.output_dir", str(small_disk / "run"), "--log.samples", "0")
-    log = dpo.train._log
+    record = Recorder.record
 
-    def full(*args) -> None:
-        fill(small_disk, 0)
-        while True:  # until the last block of the file is full
-            log(*args)
+    def full(recorder, values) -> None:
+        if "loss" in values:
+            fill(small_disk, 0)
+        while "loss" in values:  # until the last block of the file is full
+            record(recorder, values)
+        record(recorder, values)
 
-    monkeypatch.setattr(dpo.train, "_log", full)
+    monkeypatch.setattr(Recorder, "record", full)
     assert train_dpo.main(argv) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line == (
@@ -157,16 +161,17 @@ def test_a_full_disk_is_one_line_and_no_traceback_on_two_ranks(small_disk, tiny_
     """Rank 0's, at its second line of metrics; the other notices that it is gone."""
     script = tmp_path / "fills.py"
     script.write_text(
-        "import sys, dpo.train, train_dpo\n"
+        "import sys, train_dpo\n"
         "from pathlib import Path\n"
+        "from dpo.runtime.tracking import Recorder\n"
         "from tests.test_disk_full import fill\n"
-        "log = dpo.train._log\n"
-        "def full(setup, tracker, state, values):\n"
-        "    if setup.world.is_main and state.step == 2:\n"
+        "record = Recorder.record\n"
+        "def full(recorder, values):\n"
+        "    if values.get('step') == 2 and 'loss' in values:\n"
         f"        fill(Path({str(small_disk)!r}), 0)\n"
-        "        tracker.record({'step': 2, 'padding': 'x' * 10_000})\n"
-        "    log(setup, tracker, state, values)\n"
-        "dpo.train._log = full\n"
+        "        record(recorder, {'step': 2, 'padding': 'x' * 10_000})\n"
+        "    record(recorder, values)\n"
+        "Recorder.record = full\n"
         "sys.exit(train_dpo.main(sys.argv[1:]))\n"
     )
     argv = arguments(tmp_path, tiny_policy, "--log.samples", "0", "--train.output_dir", str(small_disk / "run"))

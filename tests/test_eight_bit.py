@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import dpo.preference
 import dpo.train
 import dpo.training.export
 import train_dpo
@@ -73,7 +74,7 @@ def test_a_checkpoint_takes_the_disk_that_is_planned(stage, tmp_path, monkeypatc
 def test_a_run_that_was_killed_goes_on_with_the_moments_it_had(stage, tiny_policy, tmp_path, engines, monkeypatch):
     flags = ("--config", f"ds_configs/{stage}.json", "--train.save_every", "2", *EIGHT)
     whole = run(tmp_path / "whole", tiny_policy, *flags)
-    take_step = dpo.train.take_step
+    take_step = dpo.preference.take_step
 
     def killed(setup: Any, policy: Any, reference: Any, loss: Any, work: Any, *rest: Any) -> bool:
         if work.step == 3:
@@ -81,7 +82,7 @@ def test_a_run_that_was_killed_goes_on_with_the_moments_it_had(stage, tiny_polic
         return take_step(setup, policy, reference, loss, work, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(dpo.train, "take_step", killed)
+        patch.setattr(dpo.preference, "take_step", killed)
         run(tmp_path / "killed", tiny_policy, *flags)
     resumed = run(tmp_path / "killed", tiny_policy, *flags)
     assert numbers(resumed) == numbers(whole) and weights(resumed) == weights(whole)

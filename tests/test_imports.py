@@ -31,7 +31,7 @@ ORDER = [
     "training.nonfinite", "training.context", "training.start", "training.meter", "training.step", "training.export",
     "training.finish",
     "memory.room", "memory.out_of_memory", "memory.budget", "planning.spread", "planning.forecast",
-    "audit", "sft", "evaluate", "plan", "export", "sample", "train", "__main__",
+    "audit", "sft", "evaluate", "preference", "plan", "export", "sample", "train", "__main__",
 ]  # fmt: skip
 OWNERS = {
     "datasets": {"data.sources"},

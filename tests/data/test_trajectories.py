@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import transformers
 
-import dpo.train
+import dpo.preference
 import train_dpo
 from dpo.data.boundary import encode_prompt
 from dpo.data.encode import PairEncoder
@@ -196,7 +196,7 @@ def test_a_run_counts_and_divides_by_scored_tokens_alone(
     tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """cpo's term of SFT is divided by the mean scored length; tokens that are computed stay all tokens."""
-    train, evaluate, seen = dpo.train.take_step, dpo.train.evaluate, []
+    train, evaluate, seen = dpo.preference.take_step, dpo.preference.evaluate, []
 
     def step(*args: Any) -> Any:
         seen.append((args[4].chosen_length, args[4].num_tokens))
@@ -206,8 +206,8 @@ def test_a_run_counts_and_divides_by_scored_tokens_alone(
         seen.append((sets[""].chosen_length, None))
         return evaluate(policy, reference, sets, *rest)
 
-    monkeypatch.setattr(dpo.train, "take_step", step)
-    monkeypatch.setattr(dpo.train, "evaluate", look)
+    monkeypatch.setattr(dpo.preference, "take_step", step)
+    monkeypatch.setattr(dpo.preference, "evaluate", look)
     rows, chat_template = written(tmp_path, trajectories(12)), tmp_path / "chat.jinja"
     chat_template.write_text(CHATML)
     flags = ["--data.train", str(rows), "--data.validation", str(rows), "--model.chat_template", str(chat_template)]

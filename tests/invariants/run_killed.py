@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import dpo.preference
 import dpo.runtime.engine
 import dpo.train
 import train_dpo
@@ -59,7 +60,7 @@ if __name__ == "__main__":
     elif moment == "in_step":
         dpo.runtime.engine.step = at_call(int(number), dpo.runtime.engine.step, strike)
     elif moment == "in_evaluation":
-        dpo.train.evaluate = at_call(int(number), dpo.train.evaluate, strike)
+        dpo.preference.evaluate = at_call(int(number), dpo.preference.evaluate, strike)
     elif moment == "in_save":
         checkpoint.write_whole = at_call(int(number), checkpoint.write_whole, strike)
     elif moment == "in_final":

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import dpo.model.forward
+import dpo.preference
 import dpo.train
 import train_dpo
 from benchmarks.collectives import Collectives
@@ -78,7 +79,7 @@ def run(name: str, argv: list[str], out: Path) -> None:
     seen: dict[str, Any] = {"sums": 0, "recorders": 0, "pairs": [], "own_losses": [], "engines": 0, "collectives": []}
     seen |= {"in_forward": 0}
     seen |= {f"{who}_{what}": [] for who in ("policy", "reference") for what in ("calls", "rows")}
-    originals = dpo.train.start_models, distributed.sum_over_ranks, tracking.Recorder.__init__, dpo.train.take_step
+    originals = dpo.train.start_models, distributed.sum_over_ranks, tracking.Recorder.__init__, dpo.preference.take_step
     initialize, total_loss = deepspeed.initialize, dpo.model.forward.total_loss
 
     def counted_loss(*args: Any, **kwargs: Any) -> Any:
@@ -111,13 +112,13 @@ def run(name: str, argv: list[str], out: Path) -> None:
         )
 
     dpo.train.start_models, distributed.sum_over_ranks = watch(seen), counted_sum
-    tracking.Recorder.__init__, dpo.train.take_step = counted_init, seen_step  # type: ignore[method-assign]
+    tracking.Recorder.__init__, dpo.preference.take_step = counted_init, seen_step  # type: ignore[method-assign]
     deepspeed.initialize, dpo.model.forward.total_loss = counted_initialize, counted_loss
     try:
         seen["code"] = train_dpo.main(argv)
     finally:
         dpo.train.start_models, distributed.sum_over_ranks = originals[:2]
-        tracking.Recorder.__init__, dpo.train.take_step = originals[2:]  # type: ignore[method-assign]
+        tracking.Recorder.__init__, dpo.preference.take_step = originals[2:]  # type: ignore[method-assign]
         deepspeed.initialize, dpo.model.forward.total_loss = initialize, total_loss
     seen["reference_moved"] = seen["reference_moved"]() if "reference_moved" in seen else None
     (out / f"{name}.{distributed.launched_ranks()[0]}.json").write_text(json.dumps(seen))

@@ -20,8 +20,8 @@ import transformers
 
 import dpo.memory.budget
 import dpo.model.forward
+import dpo.preference
 import dpo.sft
-import dpo.train
 import train_dpo
 from dpo.commandline import parse
 from dpo.data.epochs import Epochs
@@ -201,7 +201,7 @@ def test_a_run_without_enough_memory_takes_smaller_micro_batches_and_has_the_sam
 
 def runs_out(monkeypatch, stage, step):
     """Memory that runs out in a step, once."""
-    module, name = (dpo.train, "take_step") if stage == "dpo" else (dpo.sft, "_step")
+    module, name = (dpo.preference, "take_step") if stage == "dpo" else (dpo.sft, "_step")
     original, lacks = getattr(module, name), [True]
 
     def lacking(*args):
@@ -334,13 +334,13 @@ def test_activations_of_a_model_that_cannot_recompute_them_are_kept(tiny_policy,
 def test_a_run_that_goes_on_recomputes_activations_again(tiny_policy, tmp_path, monkeypatch):
     lacking_above(monkeypatch, 10, 10**9)
     assert train_dpo.main(arguments(tmp_path, tiny_policy, *SEVERAL)) == 0
-    seen, step = [], dpo.train.take_step
+    seen, step = [], dpo.preference.take_step
 
     def looked(setup, policy, *rest):
         seen.append(load.recomputes_activations(policy.scorer.model))
         return step(setup, policy, *rest)
 
-    monkeypatch.setattr(dpo.train, "take_step", looked)
+    monkeypatch.setattr(dpo.preference, "take_step", looked)
     more = ["--train.max_steps", "3", "--train.epochs", "2"]
     assert train_dpo.main(arguments(tmp_path, tiny_policy, *SEVERAL, *more)) == 0
     assert seen and all(seen)
@@ -521,13 +521,13 @@ def test_the_trial_holds_the_tiles_of_losses_that_need_whole_distributions(
 
 
 def test_an_evaluation_may_take_more_tokens_than_a_step_was_tried_with(tiny_policy, tmp_path, monkeypatch):
-    tried, seen, evaluate = lacking_above(monkeypatch, 10**9, 10**9), [], dpo.train.evaluate
+    tried, seen, evaluate = lacking_above(monkeypatch, 10**9, 10**9), [], dpo.preference.evaluate
 
     def watched(policy, reference, sets, *rest):
         seen.append(max(batch.input_ids.numel() for share in sets.values() for batch in share.batches))
         return evaluate(policy, reference, sets, *rest)
 
-    monkeypatch.setattr(dpo.train, "evaluate", watched)
+    monkeypatch.setattr(dpo.preference, "evaluate", watched)
     flags = [*SEVERAL, "--train.global_batch_size", "1", "--train.max_steps", "1"]
     assert train_dpo.main(arguments(tmp_path, tiny_policy, *flags)) == 0
     assert tried == [1600] and tried.row < min(seen) <= 1600

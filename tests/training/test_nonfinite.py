@@ -12,8 +12,8 @@ import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 
+import dpo.preference
 import dpo.sft
-import dpo.train
 import dpo.training.nonfinite
 import dpo.training.step
 import train_dpo
@@ -58,7 +58,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, what: str, *pairs: int) -> None:
 
 def without_step(monkeypatch: pytest.MonkeyPatch, left_out: int) -> None:
     """Train without ever coming to a step, counted from 0."""
-    take_step = dpo.train.take_step
+    take_step = dpo.preference.take_step
 
     def other(setup: Any, policy: Any, reference: Any, loss: Any, work: Any, lr: Any, meter: Any, *rest: Any) -> bool:
         if work.step != left_out:
@@ -66,7 +66,7 @@ def without_step(monkeypatch: pytest.MonkeyPatch, left_out: int) -> None:
         meter.grad_norm, meter.seconds, meter.totals[8] = None, 1.0, 1
         return False
 
-    monkeypatch.setattr(dpo.train, "take_step", other)
+    monkeypatch.setattr(dpo.preference, "take_step", other)
 
 
 def run(folder: Path, argv: list[str], *more: str, code: int = 0) -> Path:
@@ -120,9 +120,9 @@ def test_a_resumed_run_remembers_the_steps_that_were_left_out_and_the_bound_hold
             raise KeyboardInterrupt
         return take_step(setup, policy, reference, loss, work, *rest)
 
-    take_step = dpo.train.take_step
+    take_step = dpo.preference.take_step
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(dpo.train, "take_step", killed)
+        patch.setattr(dpo.preference, "take_step", killed)
         run(tmp_path / "resumed", argv)
     assert json.loads((tmp_path / "resumed/checkpoints/step-000002/state.json").read_text())["skipped"] == 1
     capsys.readouterr()

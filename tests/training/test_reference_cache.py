@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-import dpo.train
+import dpo.preference
 import dpo.training.frozen
 import train_dpo
 from dpo.data.epochs import Epochs
@@ -186,7 +186,7 @@ def test_a_copy_made_to_score_is_freed_before_training(tiny_policy, tmp_path, mo
         copies.append(weakref.ref(copy))
         return copy
 
-    step = dpo.train.take_step
+    step = dpo.preference.take_step
 
     def looked(*args):
         gc.collect()
@@ -194,7 +194,7 @@ def test_a_copy_made_to_score_is_freed_before_training(tiny_policy, tmp_path, mo
         step(*args)
 
     monkeypatch.setattr(dpo.training.frozen.load, "frozen_copy", copied)
-    monkeypatch.setattr(dpo.train, "take_step", looked)
+    monkeypatch.setattr(dpo.preference, "take_step", looked)
     for mode in ("cached", "online"):
         copies.clear()
         code = train_dpo.main([
@@ -220,7 +220,7 @@ def test_scores_of_products_in_fp32_and_in_bf16_have_caches_of_their_own(tiny_po
 
 
 def test_a_sharded_copy_made_to_score_gives_its_memory_back_before_training(tiny_policy, tmp_path, monkeypatch):
-    start, step = dpo.training.frozen.deepspeed_engine.start_frozen, dpo.train.take_step
+    start, step = dpo.training.frozen.deepspeed_engine.start_frozen, dpo.preference.take_step
     parameters: list[torch.nn.Parameter] = []
     held: list[int] = []
 
@@ -234,7 +234,7 @@ def test_a_sharded_copy_made_to_score_gives_its_memory_back_before_training(tiny
         return step(*args)
 
     monkeypatch.setattr(dpo.training.frozen.deepspeed_engine, "start_frozen", started)
-    monkeypatch.setattr(dpo.train, "take_step", looked)
+    monkeypatch.setattr(dpo.preference, "take_step", looked)
     code = train_dpo.main(arguments(
         tmp_path, tiny_policy, "--config", "ds_configs/zero3.json", "--reference.mode", "cached", "--reference.dtype",
         "bf16",

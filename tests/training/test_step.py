@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 import dpo.model.attention
 import dpo.model.forward
 import dpo.model.load
+import dpo.preference
 import dpo.train
 import dpo.training.meter
 import dpo.training.policy
@@ -141,7 +142,7 @@ def until_the_flag(monkeypatch, enter, leave):
         monkeypatch.setattr(dpo.training.step.deepspeed_engine, "gradient_norm", norm)
         return result
 
-    monkeypatch.setattr(dpo.train, "take_step", watched)
+    monkeypatch.setattr(dpo.preference, "take_step", watched)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +168,7 @@ def test_a_step_waits_for_the_device_once_behind_its_last_backward_pass(
         steps.append(Waits().__enter__())
 
     until_the_flag(monkeypatch, enter, lambda: before.append(len(steps[-1].found)))
-    take_step = dpo.train.take_step
+    take_step = dpo.preference.take_step
 
     def closed(*args):
         try:
@@ -175,7 +176,7 @@ def test_a_step_waits_for_the_device_once_behind_its_last_backward_pass(
         finally:
             steps[-1].__exit__(None, None, None)
 
-    monkeypatch.setattr(dpo.train, "take_step", closed)
+    monkeypatch.setattr(dpo.preference, "take_step", closed)
     assert train_dpo.main(arguments(tmp_path, tiny_policy, *SEVERAL, *flags)) == 0
     traced = before[0] if "ds_configs/zero3.json" in flags else 0  # DeepSpeed notes the modules' order
     assert before == [traced, 0]
@@ -222,13 +223,13 @@ def test_cuda_itself_sees_no_wait_from_the_first_forward_to_the_last_backward(
 @pytest.mark.parametrize("loss", ["sigmoid", "tdpo"])
 def test_a_deterministic_run_computes_what_another_does_and_ends_with_itself(loss, tiny_policy, tmp_path, monkeypatch):
     """On a CPU, where no kernel lacks such a version; `torch` refuses some on a GPU."""
-    enabled, step = [], dpo.train.take_step
+    enabled, step = [], dpo.preference.take_step
 
     def looked(*args):
         enabled.append(torch.are_deterministic_algorithms_enabled())
         return step(*args)
 
-    monkeypatch.setattr(dpo.train, "take_step", looked)
+    monkeypatch.setattr(dpo.preference, "take_step", looked)
     lines = []
     for flags in (["--train.deterministic", "true"], []):
         folder = tmp_path / str(len(flags))
@@ -315,7 +316,7 @@ def test_a_compiled_run_compiles_nothing_after_its_first_step(tiny_policy, tmp_p
     counters.clear()
     # Not that of DeepSpeed, which replaces it for the whole process once ZeRO-3 has run in it.
     monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
-    compile_blocks, step, made = dpo.model.load.compile_blocks, dpo.train.take_step, []
+    compile_blocks, step, made = dpo.model.load.compile_blocks, dpo.preference.take_step, []
     monkeypatch.setattr(dpo.model.load, "compile_blocks", lambda model: compile_blocks(model, "eager"))
 
     def counted(*args):
@@ -323,7 +324,7 @@ def test_a_compiled_run_compiles_nothing_after_its_first_step(tiny_policy, tmp_p
         made.append(counters["stats"]["unique_graphs"])
         return result
 
-    monkeypatch.setattr(dpo.train, "take_step", counted)
+    monkeypatch.setattr(dpo.preference, "take_step", counted)
     flags = ["--model.compile", "true", "--train.eval_every", "1", "--log.samples", "2", "--log.sample_every", "1",
              "--train.epochs", "2", "--train.max_steps", "4"]  # fmt: skip
     found = lines_of(tmp_path / "compiled", tiny_policy, *flags)
@@ -391,13 +392,13 @@ def test_mfu_is_the_operations_of_the_formula_over_time_and_the_peak_beside_it(
 
 
 def test_waiting_for_batches_counts_as_time_of_training(tiny_policy, tmp_path, monkeypatch):
-    step, seconds = dpo.train.take_step, []
+    step, seconds = dpo.preference.take_step, []
 
     def late(setup, policy, reference, loss, work, *rest):
         seconds.append(work.waited)
         return step(setup, policy, reference, loss, replace(work, waited=1000.0), *rest)
 
-    monkeypatch.setattr(dpo.train, "take_step", late)
+    monkeypatch.setattr(dpo.preference, "take_step", late)
     flags = ["--log.samples", "0", "--train.max_steps", "1"]
     assert train_dpo.main(arguments(tmp_path, tiny_policy, *flags)) == 0
     (line,) = [line for line in read_lines(tmp_path / "run") if "loss" in line]
