@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -92,75 +92,108 @@ def _resume(setup: Setup, policy: Policy, total: int, tracker: Tracker) -> Train
 def _train(
     setup: Setup, policy: Policy, state: TrainState, total: int, tracker: Tracker, layout: Layout
 ) -> None:
-    config, world = setup.config, setup.world
-    loader = setup.loader(setup.train_pairs, layout)
-    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-    if world.is_main and state.unlogged:
+    sums = torch.zeros(2, dtype=torch.float64, device=setup.world.device)
+    if setup.world.is_main and state.unlogged:
         sums += sums.new_tensor(state.unlogged)
-    tokens_seen, before = state.num_tokens, state.step
     nonfinite = Nonfinite(setup, "sft_step", tracker.say, state.skipped)
-    held_out, per_epoch = _held_out(setup, layout), setup.epochs.steps_per_epoch
-
-    def evaluate_after(step: int) -> bool:
-        """Evaluate if it is time; whether any rank was asked to stop meanwhile."""
-        if not held_out or not (step == total or due(step, config.train.eval_every, per_epoch)):
-            return False
-        heartbeat.at(f"in the evaluation after SFT step {step}")
-        try:
-            loss = _loss_of(policy, held_out, world.device)
-        except preemption.Preempted:
-            return True
-        tracker.record({"sft_step": step, "sft_epoch": step / per_epoch, "eval_sft_loss": loss})
-        nonfinite.look_at(step, loss)
-        tracker.say(f"SFT step {step}: eval_sft_loss {loss:.4f}")
-        return False
-
-    if not only_main(world, lambda: any(_is_evaluation_of(line, state.step) for line in read_lines(setup.run))):
-        preemption.stop_if(evaluate_after(state.step))
-    since = time.perf_counter()
-    for work in loader.steps(state.step, total):
-        lr = learning_rate(
-            work.step, total=total, peak=config.optim.peak_sft_lr, schedule=config.optim.schedule,
-            warmup_steps=config.optim.warmup_steps,
-        )
-        done = work.step + 1
-        grad_norm, stop = _step(policy, work, lr, sums, nonfinite)
-        heartbeat.at(f"after SFT step {done}")
-        tokens_seen += int(num_tokens(setup.train_pairs.lengths[setup.epochs.batch(work.step)], "chosen").sum())
-        if done % config.log.every == 0 or done == total:
-            loss, now = _per_token(sums), time.perf_counter()
-            tracker.record(
-                {
-                    "sft_step": done,
-                    "sft_epoch": done / per_epoch,
-                    "sft_loss": loss,
-                    "grad_norm": grad_norm,
-                    "learning_rate": lr,
-                    "num_tokens": tokens_seen,
-                }
-                | nonfinite.metrics
-            )
-            rate = (done - before) / (now - since)
-            tracker.progress("SFT", done, total, f"loss {loss:.4f}  {rate:.1f} steps/s")
-            sums.zero_()
-            since, before = now, done
-        if not stop:
-            started = time.perf_counter()
-            stop = evaluate_after(done)
-            since += time.perf_counter() - started
-        if stop or due(done, config.train.save_every, per_epoch) and done < total:
-            unlogged = tuple(sum_over_ranks(sums.clone()).tolist())
-            here = TrainState(done, tokens_seen, unlogged, skipped=nonfinite.count)
-            save_checkpoint(setup, policy, here, kind="sft")
-            if world.is_main:
-                write_status(setup.run, "running", place=heartbeat.place())
+    stage = _Stage(setup, policy, tracker, nonfinite, total, _held_out(setup, layout), sums)
+    if not only_main(setup.world, lambda: _is_evaluated(setup.run, state.step)):
+        preemption.stop_if(stage.evaluate(state.step))
+    for work in setup.loader(setup.train_pairs, layout).steps(state.step, total):
+        state, stop = stage.step(work, state)
+        stop = stop or stage.evaluate(state.step)
+        if stop or stage.is_due(state.step, setup.config.train.save_every) and state.step < total:
+            stage.save(state)
         preemption.stop_if(stop)
-        heartbeat.at(f"waiting for the rows of SFT step {done + 1}", in_step=True)
+        heartbeat.at(f"waiting for the rows of SFT step {state.step + 1}", in_step=True)
     heartbeat.at("writing the result of SFT")
 
 
-def _is_evaluation_of(line: dict[str, Any], step: int) -> bool:
-    return line.get("sft_step") == step and "eval_sft_loss" in line
+@dataclass
+class _Stage:
+    """What is carried from step to step.
+
+    Attributes:
+        total: Steps of the stage.
+        held_out: This rank's micro-batches of the validation pairs' chosen completions.
+        sums: (2,) fp64 on the device: negative log-probs and tokens since the last line of metrics.jsonl.
+        steps, seconds: Since then, waiting for batches among it, evaluations not.
+    """
+
+    setup: Setup
+    policy: Policy
+    tracker: Tracker
+    nonfinite: Nonfinite
+    total: int
+    held_out: list[PackedBatch]
+    sums: torch.Tensor
+    steps: int = 0
+    seconds: float = 0.0
+
+    def is_due(self, step: int, every: int | str) -> bool:
+        return due(step, every, self.setup.epochs.steps_per_epoch)
+
+    def step(self, work: StepBatches, state: TrainState) -> tuple[TrainState, bool]:
+        """One optimizer step, and its line of metrics.jsonl where that is due.
+
+        Returns:
+            The state after it; whether any rank was asked to stop.
+        """
+        setup, optim, started = self.setup, self.setup.config.optim, time.perf_counter()
+        lr = learning_rate(
+            work.step, total=self.total, peak=optim.peak_sft_lr, schedule=optim.schedule,
+            warmup_steps=optim.warmup_steps,
+        )  # fmt: skip
+        grad_norm, stop = _step(self.policy, work, lr, self.sums, self.nonfinite)
+        heartbeat.at(f"after SFT step {work.step + 1}")
+        self.steps, self.seconds = self.steps + 1, self.seconds + time.perf_counter() - started + work.waited
+        tokens = num_tokens(setup.train_pairs.lengths[setup.epochs.batch(work.step)], "chosen")
+        state = TrainState(work.step + 1, state.num_tokens + int(tokens.sum()), skipped=self.nonfinite.count)
+        if state.step % setup.config.log.every == 0 or state.step == self.total:
+            self.record(state, grad_norm, lr)
+        return state, stop
+
+    def record(self, state: TrainState, grad_norm: float | None, lr: float) -> None:
+        """A line of metrics.jsonl and the progress bar."""
+        loss, step = _per_token(self.sums), state.step
+        line = {
+            "sft_step": step,
+            "sft_epoch": step / self.setup.epochs.steps_per_epoch,
+            "sft_loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": lr,
+            "num_tokens": state.num_tokens,
+        }
+        self.tracker.record(line | self.nonfinite.metrics)
+        self.tracker.progress("SFT", step, self.total, f"loss {loss:.4f}  {self.steps / self.seconds:.1f} steps/s")
+        self.sums.zero_()
+        self.steps, self.seconds = 0, 0.0
+
+    def evaluate(self, step: int) -> bool:
+        """Evaluate if it is time; whether any rank was asked to stop meanwhile."""
+        if not self.held_out or not (step == self.total or self.is_due(step, self.setup.config.train.eval_every)):
+            return False
+        heartbeat.at(f"in the evaluation after SFT step {step}")
+        try:
+            loss = _loss_of(self.policy, self.held_out, self.sums.device)
+        except preemption.Preempted:
+            return True
+        epoch = step / self.setup.epochs.steps_per_epoch
+        self.tracker.record({"sft_step": step, "sft_epoch": epoch, "eval_sft_loss": loss})
+        self.nonfinite.look_at(step, loss)
+        self.tracker.say(f"SFT step {step}: eval_sft_loss {loss:.4f}")
+        return False
+
+    def save(self, state: TrainState) -> None:
+        """A checkpoint; status.json says so."""
+        unlogged = tuple(sum_over_ranks(self.sums.clone()).tolist())
+        save_checkpoint(self.setup, self.policy, replace(state, unlogged=unlogged), kind="sft")
+        if self.setup.world.is_main:
+            write_status(self.setup.run, "running", place=heartbeat.place())
+
+
+def _is_evaluated(run: Path, step: int) -> bool:
+    return any(line.get("sft_step") == step and "eval_sft_loss" in line for line in read_lines(run))
 
 
 def _held_out(setup: Setup, layout: Layout) -> list[PackedBatch]:
