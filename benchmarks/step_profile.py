@@ -112,7 +112,7 @@ def record(argv: Sequence[str], device: str, warmup: int, steps: int) -> dict[tu
 
     def started(*args: Any) -> Any:
         policy, reference = start_models(*args)
-        reference.train = _marked("reference", reference.train)
+        reference.of_training = _marked("reference", reference.of_training)
         return policy, reference
 
     changes: list[tuple[Any, str, Any]] = [

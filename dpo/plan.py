@@ -58,9 +58,9 @@ def _try_costliest(setup: Setup, policy: Policy, reference: FrozenReference) -> 
     chosen_length = float(setup.train_pairs.targets[:, 0].mean())
     _wait_for(device)
     started = time.perf_counter()
-    known = look_ahead(policy, reference.train, [batch], device) if loss.couples else None
+    known = look_ahead(policy, reference.of_training, [batch], device) if loss.couples else None
     (context,) = contexts_of(loss, [batch], known, chosen_length, setup.world, setup.ranks_a_row, is_step=False)
-    reference_logps = reference.train(on_device)
+    reference_logps = reference.of_training(on_device)
     total, _, _ = losses_of(policy, on_device, reference_logps, loss, context)
     deepspeed_engine.backward(policy.engine, total, True)
     _wait_for(device)

@@ -51,7 +51,7 @@ def run_dpo(
     stage = Stage(
         setup, policy, reference, tracker, Objective(setup.config.loss, state.running), meter_for(setup, policy),
         Nonfinite(setup, "step", tracker.say, state.skipped), Refresher(setup.run, tracker.say),
-        _validation(setup, policy), remembered(reference.validation),
+        _validation(setup, policy), remembered(reference.of_validation),
     )  # fmt: skip
     stage.meter.take_up(state.unlogged, world.is_main)
     if state.step == 0:

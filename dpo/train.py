@@ -98,7 +98,7 @@ def _run(command: Command, world: World) -> None:
             heartbeat.at("loading the models")
             policy, reference = start_models(setup, start, tracker.say)
             state = _resume(setup, policy, reference, folder, tracker)
-            with fitted(setup, policy, reference.train, tracker.say, policy.layout) as stage:
+            with fitted(setup, policy, reference.of_training, tracker.say, policy.layout) as stage:
                 run_dpo(stage, policy, reference, state, tracker)
         heartbeat.at("writing final/")
         write_weights(setup, policy, setup.run / "final", final_dtype(setup), card_of(setup))
@@ -117,7 +117,7 @@ def _show_dry_run(setup: Setup, command: Command) -> None:
         still = replace(config, reference=replace(config.reference, sync_steps=None))
         policy, reference = start_models(replace(setup, config=still), config.model.policy, lambda note: None)
     say = partial(print, file=sys.stderr) if setup.world.is_main else lambda line: None
-    setup = fit_budget(setup, policy, reference.train, say, policy.layout)
+    setup = fit_budget(setup, policy, reference.of_training, say, policy.layout)
     show_plan(setup, command, policy, reference)
 
 

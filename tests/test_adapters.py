@@ -519,7 +519,7 @@ def test_another_model_as_reference_scores_with_its_own_weights(flags, tiny_poli
     argv = arguments(tmp_path, tiny_policy, "--reference.path", str(other), "--train.max_steps", "1", *flags)
     seen = seen_run(argv, monkeypatch)
     pairs = [TokenizedPair(i, *ids) for i, ids in enumerate(token_ids(plain_rows(12)))]
-    found = seen["reference"].train(collate(pairs[:4], seen["policy"].layout))
+    found = seen["reference"].of_training(collate(pairs[:4], seen["policy"].layout))
     model = transformers.AutoModelForCausalLM.from_pretrained(other).eval()
     truth = torch.stack([own_logits_logps(Scorer(model), pair, torch.device("cpu")) for pair in pairs[:4]])
     torch.testing.assert_close(found.chosen, truth[:, 0], rtol=1e-5, atol=1e-4)

@@ -424,7 +424,7 @@ def test_a_start_far_from_the_reference_is_stopped(
                                                               (logps.rejected, logps.rejected_lengths)))  # fmt: skip
             return replace(logps, chosen=chosen + of_chosen, rejected=rejected)
 
-        own, reference.train = reference.train, shifted
+        own, reference.of_training = reference.of_training, shifted
         return policy, reference
 
     monkeypatch.setattr(dpo.train, "start_models", apart)

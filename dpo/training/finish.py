@@ -79,7 +79,7 @@ def take_samples(setup: Setup, policy: Policy, reference: FrozenReference, step:
 
 def _scores(reference: FrozenReference, batch: PackedBatch) -> Tensor:
     """(S,) log-probs of a batch under the reference."""
-    logps = reference.train(batch)
+    logps = reference.of_training(batch)
     return torch.cat((logps.chosen, logps.rejected))
 
 

@@ -38,16 +38,16 @@ class FrozenReference:
     """The reference beside a policy under training.
 
     Attributes:
-        train, validation: reference(batch) -> PairLogps of the pairs of each data set, without gradient; of a reference
-            that moves, of training as it stands and of validation as it was at the start.
+        of_training, of_validation: reference(batch) -> PairLogps of the pairs of each data set, without gradient; of a
+            reference that moves, of training as it stands and of validation as it was at the start.
         dtype: In which it scores.
         scorer: Backbone and head; None where there is none, or once a cached reference has no more need of it.
         view: view(): the block within which the scorer is the reference, where it is the policy's own.
         answers: To the sample prompts; they never change.
     """
 
-    train: Reference
-    validation: Reference
+    of_training: Reference
+    of_validation: Reference
     dtype: torch.dtype
     scorer: Scorer | None
     view: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -201,11 +201,12 @@ def _cached_reference(setup: Setup, frozen: FrozenReference, scores: Callable[[P
     """Scores of both data sets and answers to the sample prompts, after which no model is needed."""
     train = scores(setup.train_pairs)
     validation = train if setup.validation_pairs is None else scores(setup.validation_pairs)
-    return replace(frozen, train=train, validation=validation, answers=frozen.answer(setup), scorer=None)
+    return replace(frozen, of_training=train, of_validation=validation, answers=frozen.answer(setup), scorer=None)
 
 
 def _moving_reference(setup: Setup, frozen: FrozenReference, scores: Callable[[Pairs], Reference]) -> FrozenReference:
     """A reference that will follow the policy. Evaluations and samples compare with what it says as it starts, since
     rewards of two steps can be compared under one reference alone."""
-    validation = frozen.validation if setup.validation_pairs is None else scores(setup.validation_pairs)
-    return replace(frozen, validation=validation, answers=frozen.answer(setup) if setup.config.log.samples else None)
+    validation = frozen.of_validation if setup.validation_pairs is None else scores(setup.validation_pairs)
+    answers = frozen.answer(setup) if setup.config.log.samples else None
+    return replace(frozen, of_validation=validation, answers=answers)

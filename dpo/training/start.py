@@ -67,7 +67,7 @@ def check_start(
     Raises:
         UserError: If the run would not start from the reference.
     """
-    scored = look_ahead(policy, reference.train, work.batches, setup.world.device)
+    scored = look_ahead(policy, reference.of_training, work.batches, setup.world.device)
     equal = [_as_if_equal(*pair) for pair in scored] if loss.needs_reference else scored
     gaps = [(p.chosen - r.chosen).abs() + (p.rejected - r.rejected).abs() for p, r in scored]
     lengths = [torch.stack((p.chosen_lengths, p.rejected_lengths)) for p, _ in scored]

@@ -79,14 +79,14 @@ def take_step(
     world, started = setup.world, time.perf_counter()
     losses, before, running = [], meter.totals.clone(), loss.running
     heartbeat.at(f"at the beginning of step {work.step + 1}", in_step=True)
-    known = look_ahead(policy, reference.train, work.batches, world.device) if loss.couples else None
+    known = look_ahead(policy, reference.of_training, work.batches, world.device) if loss.couples else None
     contexts = contexts_of(loss, work.batches, known, work.chosen_length, world, setup.ranks_a_row, is_step=True)
     for index, (batch, context) in enumerate(zip(work.batches, contexts, strict=True)):
         heartbeat.at(f"in step {work.step + 1}, micro-batch {index + 1}", in_step=True)
         meter.totals[TOKENS] += batch.input_ids.numel()
         meter.totals[PADDING] += batch.num_padding_tokens
         on_device = batch.to(world.device)
-        reference_logps = reference.train(on_device) if known is None else known[index][1]
+        reference_logps = reference.of_training(on_device) if known is None else known[index][1]
         total, output, policy_logps = losses_of(policy, on_device, reference_logps, loss, context)
         scale = world.world_size / work.num_pairs
         scaled = total * scale + policy.router_loss(len(batch.pair_ids) * scale)

@@ -103,7 +103,7 @@ def run(case: dict[str, Any], world: World, pairs: tiny.Pairs) -> dict[str, Any]
         lines.append(meter.line(world.device))
     dpo.model.forward.total_loss = total_loss
     share = ValidationShare(whole_pass(loader, range(len(pairs))), float(pairs.lengths[:, 1].mean()))
-    found, per_pair = evaluate(policy, reference.validation, {"": share}, loss, world)
+    found, per_pair = evaluate(policy, reference.of_validation, {"": share}, loss, world)
     seen = {"lines": lines, "evaluation": found, "said": said.lines, "has_reference": reference.scorer is not None}
     seen["in_forward"] = in_forward[0]
     if case.get("keep_weights"):
