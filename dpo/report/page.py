@@ -165,6 +165,7 @@ def is_table(rows: Any) -> bool:
 def _of_one(run: Content) -> dict[str, Any]:
     values: dict[str, Any] = {
         "run": run, "summary": closing_rows(run.lines), "findings": panels.findings(run.lines), "pairs": None,
+        "epochs": panels.by_epoch(run.lines), "metrics": [title for _, title in MAIN],
         "answers": _answers(run), "settings": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
     }  # fmt: skip
     return values | (_panels(run) if run.pairs is not None and len(run.pairs[1].values) else {})

@@ -10,10 +10,12 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from dpo.report.content import MAIN
 from dpo.report.pairs import PairTable
 
 MANY_FELL = 0.5
@@ -222,6 +224,35 @@ def findings(lines: Sequence[dict[str, Any]]) -> list[str]:
             " weights are trained at all."
         )
     return found
+
+
+def by_epoch(lines: Sequence[dict[str, Any]]) -> list[tuple[int, list[float | None]]]:
+    """Training and validation epoch by epoch; nothing where there are fewer than two.
+
+    Args:
+        lines: Of metrics.jsonl.
+    Returns:
+        Epoch (0: the evaluation at the start), and for each metric of MAIN its training value, then its validation
+        value. The former is the mean of the lines of the epoch, each for the steps that it tells of; a line that
+        reaches into an epoch counts there as a whole. The latter is of the last evaluation. None for what is missing.
+    """
+    lines = [line for line in lines if "epoch" in line]
+    training = [line for line in lines if "loss" in line]
+    last = math.ceil(max((line["epoch"] for line in training), default=0))
+    steps = dict(pairwise([0, *(line["step"] for line in training)]))  # step of the line before -> of the line
+    told = {step: step - before for before, step in steps.items()}
+    rows = []
+    for epoch in range(last + 1 if last > 1 else 0):
+        own = [line for line in training if math.ceil(line["epoch"]) == epoch]
+        evaluated = [line for line in lines if "eval_loss" in line and math.ceil(line["epoch"]) == epoch]
+        values: list[float | None] = []
+        for name, _ in MAIN:
+            known = [(line[name], told[line["step"]]) for line in own if line.get(name) is not None]
+            counted = sum(weight for _, weight in known)
+            values.append(sum(value * weight for value, weight in known) / counted if counted else None)
+            values.append(evaluated[-1].get(f"eval_{name}") if evaluated else None)
+        rows.append((epoch, values))
+    return rows
 
 
 def show(value: Any) -> str:

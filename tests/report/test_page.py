@@ -260,3 +260,17 @@ def test_a_page_that_cannot_be_written_stops_no_run(tmp_path: Path) -> None:
     assert len(said) == 1 and said[0].startswith("report.html could not be written: UserError: ")
     with pytest.raises(UserError):
         write_report([tmp_path / "gone"], tmp_path / "x.html")
+
+
+def test_the_page_of_several_epochs_has_a_row_for_each(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=6, pairs=4, samples=1)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    write_report([run], tmp_path / "one.html")
+    assert "Epoch by epoch" not in (tmp_path / "one.html").read_text()
+    told = [json.dumps(line | {"epoch": line["step"] / 2}) + "\n" for line in lines]
+    (run / "metrics.jsonl").write_text("".join(told))
+    write_report([run], tmp_path / "three.html")
+    table = (tmp_path / "three.html").read_text().partition("Epoch by epoch")[2].partition("</table>")[0]
+    assert re.findall(r'<tr><td class="n">(\d)</td>', table) == ["0", "1", "2", "3"]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert "training accuracy" in table and f"{sum(losses[:2]) / 2:.4f}" in table

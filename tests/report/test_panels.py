@@ -85,3 +85,17 @@ def test_findings_name_losses_that_are_not_finite_and_runs_that_do_not_move() ->
 )
 def test_numbers_are_shown_short(value: object, shown: str) -> None:
     assert panels.show(value) == shown
+
+
+def test_an_epoch_is_the_mean_of_its_steps_beside_its_last_evaluation() -> None:
+    def line(step: int, value: float | None, prefix: str = "") -> dict[str, float | None]:
+        names = ("loss", "rewards/margins", "rewards/accuracies")
+        return {"step": step, "epoch": step / 5} | {prefix + name: value for name in names}
+
+    lines = [line(0, 9.0, "eval_"), line(1, 1.0), line(3, 4.0), line(5, 7.0), line(5, 8.0, "eval_")]
+    lines += [line(7, 2.0), line(7, 6.0, "eval_"), line(9, None), line(10, 5.0)]
+    rows = panels.by_epoch(lines)
+    assert rows == [
+        (0, [None, 9.0] * 3), (1, [(1 + 2 * 4 + 2 * 7) / 5, 8.0] * 3), (2, [(2 * 2 + 5) / 3, 6.0] * 3),
+    ]  # fmt: skip
+    assert panels.by_epoch(lines[:5]) == [] == panels.by_epoch([{"sft_step": 1, "sft_loss": 2.0}])
