@@ -99,8 +99,7 @@ def run_rank(rank: int, world_size: int, port: int, folder: str, argv: list[str]
     _traced(dpo.preference, "evaluate", "evaluation", write)
     _traced(dpo.train, "run_sft", "sft", write)
     _traced(dpo.training.frozen, "cached_scores", _build_or_check, write)
-    _traced(dpo.runtime.checkpoint, "save", "checkpoint", write)
-    dpo.sft.save = dpo.runtime.checkpoint.save
+    _traced(dpo.training.export, "save", "checkpoint", write)
     _traced(dpo.runtime.engine, "step", "update", write)
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     places |= {"MASTER_PORT": port, "OMP_NUM_THREADS": 1}

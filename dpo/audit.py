@@ -1,5 +1,4 @@
-"""The audit of preference data shown: python -m dpo audit DATA, and shortened at the head of a run.
-"""
+"""The audit of preference data shown: python -m dpo audit DATA, and shortened at the head of a run."""
 
 from __future__ import annotations
 
@@ -65,7 +64,10 @@ class AuditOptions:
     """Where tokenised data is kept; default: $DPO_CACHE, else ~/.cache/dpo."""
 
     def __post_init__(self) -> None:
-        self.config()
+        try:
+            self.config()
+        except ValueError as error:  # in the names of a run's settings
+            raise ValueError(str(error).replace("data.train_limit", "--limit").replace("data.", "--")) from None
 
     def config(self) -> Config:
         """Settings of a run on this data, odd rows left out."""

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-gc.disable()  # until every test module is imported, which makes no garbage
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 _skips: list[str] = []
 _source, _known_source = inspect.getsource, functools.cache(inspect.getsource)
@@ -38,6 +37,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place = {name: number for number, name in enumerate(HEAVY)}
     folder = Path(__file__).parent
     items.sort(key=lambda item: place.get(item.path.relative_to(folder).as_posix(), len(HEAVY)))
+
+
+def pytest_collectstart() -> None:
+    """Garbage is not looked for while test modules are imported, which makes little of it."""
+    gc.disable()
 
 
 def pytest_collection_finish() -> None:

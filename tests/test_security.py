@@ -261,13 +261,13 @@ def test_control_characters_of_answers_do_not_reach_the_terminal(
     from dpo.runtime.console import console_on, say, show_table
     from dpo.runtime.tracking import Recorder
 
-    text = "prompt: \x1b]0;title\x07\x1b[31mred\u202e\nnext \ud800 [bold]line[/bold]"
+    text = "prompt: \x1b]0;title\x07\x1b[31mred\u202e\nnext \ud800 [bold]line[/bold] :smile:"
     Recorder(tmp_path, {}).say(text)
     say(console_on(sys.stderr), text)
     shown = capsys.readouterr().err
     assert re.sub("[ -~]", "", shown) == "\n\n\n\n"
-    assert shown.count("\\x1b[31mred\\u202e\nnext \\ud800 [bold]line") == 2
-    text = "\x1b[31m\u202e\n[bold]a[/bold]"
+    assert shown.count("\\x1b[31mred\\u202e\nnext \\ud800 [bold]line[/bold] :smile:") == 2
+    text = "\x1b[31m\u202e\n[bold]:smile:[/bold]"
     show_table(console_on(sys.stderr), text, [[text, "1"]], [text, "b"])
     shown = capsys.readouterr().err
-    assert shown.count("\\x1b[31m\\u202e\\n[bold]a[/bold]") == 3 and "\x1b" not in shown
+    assert shown.count("\\x1b[31m\\u202e\\n[bold]:smile:[/bold]") == 3 and "\x1b" not in shown

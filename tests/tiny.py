@@ -111,6 +111,10 @@ class Pairs:
         ]
         self.unscored = np.flatnonzero(~np.concatenate(scored))
 
+    @property
+    def parts(self) -> list[Pairs]:
+        return [self]
+
     def __len__(self) -> int:
         return len(self.items)
 

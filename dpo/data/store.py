@@ -150,6 +150,11 @@ class TokenizedPairs:
         unscored = path / "unscored.bin"  # an empty file cannot be mapped
         self.unscored = np.memmap(unscored, dtype=np.int64, mode="r") if unscored.stat().st_size else np.zeros(0, int)
 
+    @property
+    def parts(self) -> list[TokenizedPairs]:
+        """The sources it is made of: itself; see `mixture.Mixture`."""
+        return [self]
+
     def __len__(self) -> int:
         return len(self.lengths)
 

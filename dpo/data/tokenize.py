@@ -101,8 +101,9 @@ def prepare_pairs(
         chat_template_kwargs=chat_template_kwargs,
     )  # fmt: skip
     settings = (
-        CODE_VERSION, form, max_length, max_prompt_length, dict(chat_template_kwargs or {}), ranked_pairs, streaming,
-        of_prompts,
+        # None stands where a template of its own once did, so that what is cached is found.
+        CODE_VERSION, form, max_length, max_prompt_length, None, dict(chat_template_kwargs or {}), ranked_pairs,
+        streaming, *(() if of_prompts == WHOLE else of_prompts),
     )  # fmt: skip
 
     def job() -> Job:
@@ -153,7 +154,7 @@ def _open_or_make(
 
 def _tokenize(job: Job, folder: Path, source: str, stop_at_bad: bool) -> DataReport:
     """Tokenise all rows into the temporary folder of `folder` and count."""
-    started = time.monotonic()
+    started, left_out = time.monotonic(), 0
     report = DataReport(format=job.form, max_length=job.encoder.max_length)
     draft = temporary(folder)
     draft.mkdir()
@@ -166,6 +167,7 @@ def _tokenize(job: Job, folder: Path, source: str, stop_at_bad: bool) -> DataRep
             open(draft / "texts.bin", "wb") as texts,
         ):
             for part in parts(job):
+                left_out += part.left_out
                 _count(report, part)
                 if stop_at_bad and report.first_bad:
                     raise UserError(_refusal(source, report.first_bad))
@@ -180,7 +182,7 @@ def _tokenize(job: Job, folder: Path, source: str, stop_at_bad: bool) -> DataRep
         if not columns["lengths"]:
             kinds = ", ".join(f"{kind} {found.count:,}" for kind, found in report.kinds.items())
             first = f"; {report.first_bad}" if report.first_bad else ""
-            if job.of_prompts != WHOLE and not first:
+            if left_out:
                 raise UserError(f"{source}: no pair of {report.rows_read:,} rows; change data.validation_fraction")
             raise UserError(f"{source}: no usable row is left of {report.rows_read:,}: {kinds}{first}; fix the rows")
         for name, dtype in COLUMNS.items():

@@ -47,7 +47,8 @@ class Job:
         encoder: Makes ids of text.
         streamed: Whether `rows` is an iterator; then of every range of rows the first pair alone keeps its text.
         workers: Processes.
-        of_prompts: Which prompts are wanted: those whose hash lies in this part of [0, 1).
+        of_prompts: Which prompts are wanted: those whose hash lies in this part of [0, 1); rows that have none, since
+            they are bad, are counted with the last part.
     """
 
     rows: Any
@@ -73,6 +74,7 @@ class Part:
         unscored: Which tokens of completions are not scored, counted from the first of the range; int64.
         oddities: Row, kind, detail and fate ("bad", "tie", "cut", "kept") of whatever is odd, once a row and kind.
         prompts_cut, completions_cut: Pairs and completions that were truncated.
+        left_out: Rows and pairs that belong to another part of the prompts.
     """
 
     rows_read: int = 0
@@ -89,6 +91,7 @@ class Part:
     oddities: list[tuple[int, str, str, str]] = field(default_factory=list)
     prompts_cut: int = 0
     completions_cut: int = 0
+    left_out: int = 0
 
 
 _job: Job | None = None  # set in the worker processes alone
@@ -114,6 +117,7 @@ def encode_part(job: Job, task: Task) -> Part:
     first, what = task
     rows = what if isinstance(what, list) else [job.rows[index] for index in range(first, what)]
     part = Part(rows_read=len(rows))
+    low, high = (int(end * 2**64) for end in job.of_prompts)
     found = [
         (number, *one)
         for number, row in enumerate(rows, start=first + 1)
@@ -129,7 +133,9 @@ def encode_part(job: Job, task: Task) -> Part:
     oddities: dict[tuple[int, str], tuple[str, str]] = {}
     for (number, _, odd), row in zip(found, usable, strict=True):
         pair = next(encoded) if row else None
-        if pair and not pair.problems and not job.of_prompts[0] <= pair.prompt_hash / 2**64 < job.of_prompts[1]:
+        place = pair.prompt_hash if pair and not pair.problems else 2**64 - 1
+        if not low <= place < high:
+            part.left_out += 1
             continue
         fates = {p.kind: (p.detail, fate_of(p.kind)) for p in odd}
         if pair:

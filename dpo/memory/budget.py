@@ -225,9 +225,9 @@ def fit_budget(
     key = _key(setup, layout)
     found = None if path is None else only_main(world, lambda: read_budget(path))
     if found is None or found.found_for != key:
-        found = new = replace(_find(setup, policy, reference, say, layout), found_for=key)
+        found = _find(setup, policy, reference, say, layout, key)
         if path is not None:
-            only_main(world, lambda: write_budget(path, new))
+            only_main(world, partial(write_budget, path, found))
     else:
         if found.recomputed and not load.recomputes_activations(model):
             load.checkpoint_activations(model)
@@ -253,7 +253,8 @@ def _key(setup: Setup, layout: Layout) -> dict[str, Any]:
 
 
 def _find(
-    setup: Setup, policy: Policy, reference: Reference | None, say: Callable[[str], None], layout: Layout
+    setup: Setup, policy: Policy, reference: Reference | None, say: Callable[[str], None], layout: Layout,
+    key: dict[str, Any],
 ) -> Budget:
     """The budget; the policy does what was found."""
     model, owed, asked = policy.scorer.model, _owed(setup, policy), setup.config.train.tokens_per_micro_batch
@@ -281,7 +282,7 @@ def _find(
             _compile(setup, policy, say)  # says that it no longer is
         # More was not tried; without gradients, whose activations are what takes memory, it need not be.
         budget = max(room.longest, min(searched, max(gather(largest(setup, layout, searched)))))
-    return Budget(budget, searched, load.recomputes_activations(model), {})
+    return Budget(budget, searched, load.recomputes_activations(model), key)
 
 
 def _compile(setup: Setup, policy: Policy, say: Callable[[str], None]) -> None:

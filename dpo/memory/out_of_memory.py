@@ -52,8 +52,9 @@ def read_budget(path: Path) -> Budget | None:
     """What `write_budget` has left; None where there is nothing that can be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return Budget(found.pop("tokens"), found.pop("evaluation"), found.pop("recomputed"), found)
-    except (OSError, ValueError, KeyError, AttributeError):
+        own = {name: found.pop(name) for name in ("tokens", "evaluation", "recomputed")}
+        return Budget(**own, found_for=found)
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -23,7 +23,7 @@ from dpo.model.loss_in_forward import Chunk, PairLosses, chunks_of, total_loss
 from dpo.model.products import HALF
 from dpo.model.router import Balance
 from dpo.model.sequence import SequenceGroup
-from dpo.model.vocabulary import certainties, token_kls
+from dpo.model.vocabulary import logps_and_certainties, token_kls
 from dpo.types import FrozenTokens, PackedBatch, PairLogps, TokenizedPair
 
 
@@ -53,6 +53,7 @@ class Scorer(nn.Module):
         self.router_loss: Tensor | None = None
         self.across: SequenceGroup | None = None
         self.register_state_dict_post_hook(_without_frozen)
+        self.register_load_state_dict_pre_hook(_without_certainty)
 
     def forward(
         self,
@@ -89,12 +90,15 @@ class Scorer(nn.Module):
             token_logps = self._own_token_logps(batch) if self.own_head else self._token_logps(batch)
             return sums_by_sequence(self._weighted(token_logps, batch), batch)
         hidden, head = self.hidden(batch), self.head
-        token_logps = head(hidden, batch.target_ids)
         if frozen is not None:
+            token_logps = head(hidden, batch.target_ids)
             second = token_kls(hidden, head.weight, head.bias, frozen, head.chunk_rows, head.logit_map)
         else:
-            sure = partial(certainties, chunk_rows=head.chunk_rows, logit_map=head.logit_map)
-            second = token_logps.detach() - head(hidden.detach(), batch.target_ids, sure)
+            both = partial(
+                logps_and_certainties, targets=batch.target_ids, chunk_rows=head.chunk_rows, logit_map=head.logit_map
+            )
+            token_logps, certainty = head(hidden, batch.target_ids, both)
+            second = token_logps.detach() - certainty
         rows = self._weighted(token_logps, batch), second
         return torch.stack([sums_by_sequence(row, batch) for row in rows])
 
@@ -175,13 +179,19 @@ def _say_nothing(*_: Any) -> None:
 
 def _without_frozen(scorer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Leave weights that never learn out of a checkpoint, under all their names: DeepSpeed knows one name a weight, and
-    an output embedding has two. What is stored beneath a weight's name goes with it: the scales of 4 bits."""
+    an output embedding has two or three. What is stored beneath a weight's name goes with it: the scales of 4 bits."""
     named = scorer.named_parameters(remove_duplicate=False)
     frozen = {prefix + name for name, parameter in named if not parameter.requires_grad}
     for key in list(state):
         parts = key.split(".")
         if any(".".join(parts[:count]) in frozen for count in range(1, len(parts) + 1)):
             del state[key]
+
+
+def _without_certainty(scorer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Checkpoints of loss.wpo that were written before 2026-11-30 hold the output embedding once more."""
+    for key in [key for key in state if key.startswith(f"{prefix}certainty.")]:
+        del state[key]
 
 
 def pair_logps(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from dpo.model.head import token_logps
 from dpo.model.logits import PRODUCT, Logits, logits_of
 from dpo.types import FrozenTokens, LogitMap
 
@@ -74,3 +75,11 @@ def certainties(
         logits = logits_of(h, weight, bias, logit_map)  # (n, V)
         tiles.append((2 * logits).logsumexp(dim=1) - 2 * logits.logsumexp(dim=1))
     return torch.cat(tiles)
+
+
+def logps_and_certainties(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *, targets: Tensor, chunk_rows: int, logit_map: LogitMap
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of target tokens, and certainties, which have no gradient; arguments as of both. (N,) each."""
+    logps = token_logps(hidden, weight, bias, targets, chunk_rows, logit_map)
+    return logps, certainties(hidden, weight, bias, chunk_rows, logit_map)

@@ -17,7 +17,7 @@ from dpo.data.tokenize import prepare_pairs
 from dpo.data.workers import WHOLE
 from dpo.errors import UserError
 
-HELD_OUT = "or hold out a share of the prompts by data.validation_fraction"
+OR_HOLD_OUT = "or hold out a share of the prompts by data.validation_fraction"
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,12 @@ def _place(source: Source) -> dict[str, Any]:
 
 def _why_no_validation(config: Config) -> str:
     if not isinstance(config.data.train, str):
-        return f"no validation: data.train is a list of sources; name validation data by data.validation, {HELD_OUT}"
+        return f"no validation: data.train is a list of sources; name validation data by data.validation, {OR_HOLD_OUT}"
     names = splits_of(**_place(config.data.train_sources[0]))
     others = [name for name in names if name != config.data.train_split]
     hint = f"; it has {', '.join(others)}: name one by data.validation_split," if others else ";"
-    return f"no validation: data.validation is not set and data.train has no split validation or test{hint} {HELD_OUT}"
+    none = "no validation: data.validation is not set and data.train has no split validation or test"
+    return f"{none}{hint} {OR_HOLD_OUT}"
 
 
 def _named(sources: Sequence[Source]) -> list[str]:

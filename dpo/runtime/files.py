@@ -27,7 +27,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write a file of one JSON object a line, as `write_whole` does."""
-    write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
+    write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def flush(path: Path) -> None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dpo.data.loader import Loader
-from dpo.data.mixture import Mixture, Pairs
+from dpo.data.mixture import Pairs
 from dpo.errors import UserError
 from dpo.model.check import TOLERANCE, counted_tokens
 from dpo.model.forward import pair_logps
@@ -44,7 +44,7 @@ Score = Callable[[PackedBatch], Tensor]
 def tokens_fingerprint(pairs: Pairs) -> str:
     """Hash of every token id, of how the pairs are cut, and of what in them is not scored."""
     digest = hashlib.sha256(np.ascontiguousarray(pairs.lengths).tobytes())
-    for part in pairs.parts if isinstance(pairs, Mixture) else [pairs]:
+    for part in pairs.parts:
         digest.update(part.tokens.data)
         digest.update(part.unscored.data)
     return digest.hexdigest()

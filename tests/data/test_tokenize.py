@@ -124,6 +124,27 @@ def test_parts_of_the_prompts_share_none_and_make_up_the_whole(tmp_path: Path) -
     assert few.row_numbers.tolist() == [row for row in sides[0] if row <= 100]
 
 
+def test_every_odd_row_is_counted_on_one_side_of_the_prompts(tmp_path: Path) -> None:
+    rows = [*plain_rows(60), {"prompt": "x", "chosen": "y"}, {"prompt": "p", "chosen": "", "rejected": " a"}]
+    rows += [{"prompt": f"q{i} ", "chosen": "a", "rejected": " b"} for i in range(9)]
+    file, counts, tokenizer = written(tmp_path, rows), [], tokenizer_of("byte")
+    options: dict[str, Any] = {"on_bad_row": "skip", "cache_dir": tmp_path / "c"}
+    for part in ((0.0, 0.5), (0.5, 1.0), (0.0, 1.0)):
+        report = prepare_pairs(file, tokenizer, of_prompts=part, **options)[1]
+        counts.append({kind: found.count for kind, found in report.kinds.items()} | {"pairs": report.pairs})
+    assert len(counts[2]) > 3
+    assert all(counts[0].get(kind, 0) + counts[1].get(kind, 0) == count for kind, count in counts[2].items())
+
+
+def test_a_share_without_a_pair_is_blamed_and_so_are_rows(tmp_path: Path) -> None:
+    bad, tokenizer = {"prompt": "p", "chosen": "a", "rejected": "a"}, tokenizer_of("byte")
+    options: dict[str, Any] = {"on_bad_row": "skip", "cache_dir": tmp_path / "c"}
+    with pytest.raises(UserError, match=r"0.0% of its prompts: no pair of 41 rows; change data.validation_fraction"):
+        prepare_pairs(written(tmp_path, [*plain_rows(40), bad]), tokenizer, of_prompts=(0.0, 1e-9), **options)
+    with pytest.raises(UserError, match=r"99.9% of its prompts: no usable row is left of 2: chosen == rejected 2"):
+        prepare_pairs(written(tmp_path, [bad, bad]), tokenizer, of_prompts=(0.001, 1.0), **options)
+
+
 def test_one_process_and_several_make_the_same(tmp_path: Path) -> None:
     file, made = written(tmp_path, plain_rows(1100)), []
     for workers in (1, 3):

@@ -494,7 +494,7 @@ def test_the_sft_stage_is_tried_too_with_its_own_rows_and_has_the_same_lines(tin
 
 
 @pytest.mark.parametrize(
-    ("flags", "where"), [(["--loss.name", "tdpo"], "token_kls"), (["--loss.wpo", "true"], "certainties")]
+    ("flags", "where"), [(["--loss.name", "tdpo"], "token_kls"), (["--loss.wpo", "true"], "logps_and_certainties")]
 )
 def test_the_trial_holds_the_tiles_of_losses_that_need_whole_distributions(
     flags, where, tiny_policy, tmp_path, monkeypatch

@@ -104,3 +104,11 @@ def test_a_policy_that_is_the_reference_has_no_kl():
     found = pair_logps(scorer, batch, online_with_tokens(scorer)(batch).tokens)
     torch.testing.assert_close(found.kls, torch.zeros_like(found.kls), atol=1e-10, rtol=0)
     assert replace(found, kls=None).kls is None
+
+
+def test_a_checkpoint_of_before_with_the_embedding_once_more_for_certainties_is_taken_up():
+    scorer = Scorer(tiny.model("llama"))
+    state = scorer.state_dict() | {"certainty.weight": torch.zeros(3, 2)}
+    scorer.load_state_dict(state, strict=True)
+    with pytest.raises(RuntimeError, match="Unexpected"):
+        scorer.load_state_dict(state | {"certain.weight": torch.zeros(3, 2)}, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from dpo.runtime import tracking
+from dpo.runtime.console import console_on, show_table
 from dpo.runtime.tracking import Recorder, Silent, keep_lines, read_lines
 
 
@@ -90,3 +92,25 @@ def test_other_ranks_write_and_say_nothing(tmp_path: Path, capfd: pytest.Capture
     silent.progress("DPO", 1, 2)
     silent.close()
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("cells", "side"),
+    [
+        (["-5.0", "12"], "right"), (["0.6931", "-"], "right"), (["", "0.6 min"], "right"),
+        (["52.0%", "1,024"], "right"), (["nan", "3e-05"], "right"),
+        (["0.2 s at 40% of it", "1"], "left"), (["-x", "1"], "left"),
+    ],
+)  # fmt: skip
+def test_columns_of_numbers_stand_to_the_right(cells, side):
+    shown = io.StringIO()
+    show_table(console_on(shown), "", [["a", cell] for cell in cells], ["name", "a long heading, above"])
+    rows = [line for line in shown.getvalue().splitlines() if line.startswith("│ a")]
+    assert len(rows) == 2
+    for row, cell in zip(rows, cells, strict=True):
+        assert row.split("│")[2].strip() == cell
+        assert row.endswith(f"{cell} │" if side == "right" else "  │")
+
+
+def test_a_table_may_have_neither_headings_nor_rows():
+    show_table(console_on(io.StringIO()), "Nothing", [])

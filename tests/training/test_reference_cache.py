@@ -7,6 +7,7 @@ import json
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ import dpo.training.frozen
 import train_dpo
 from dpo.data.epochs import Epochs
 from dpo.data.loader import Loader
+from dpo.data.mixture import Mixture
+from dpo.data.tokenize import prepare_pairs
 from dpo.errors import UserError
 from dpo.model import products
 from dpo.model.check import use_layout
@@ -27,6 +30,7 @@ from dpo.runtime.weights import fingerprint
 from dpo.training import reference_cache
 from dpo.training.reference_cache import cached_scores, folder_of, manifest_of
 from tests import tiny
+from tests.data.tiny_tokenizers import CHATML, tokenizer_of, with_template
 from tests.test_stages import arguments
 
 
@@ -241,3 +245,20 @@ def test_a_sharded_copy_made_to_score_gives_its_memory_back_before_training(tiny
     ))  # fmt: skip
     assert code == 0 and parameters
     assert held == [0, 0]
+
+
+def test_the_tokens_of_files_on_disk_and_of_a_mixture_are_in_the_key(tmp_path):
+    def made(name: str, answer: str, tool: str) -> Any:
+        ask, turns = [{"role": "user", "content": "Hi"}], [{"role": "assistant", "content": answer}]
+        longer = [*turns, {"role": "tool", "content": tool}, *turns]
+        rows = [{"prompt": ask, "chosen": longer, "rejected": [{"role": "assistant", "content": "no"}]}]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return prepare_pairs(tmp_path / name, tokenizer, cache_dir=tmp_path / "cache")[0]
+
+    tokenizer = with_template(tokenizer_of("byte"), CHATML)
+    first, same, other = made("a.jsonl", "yes", "1"), made("b.jsonl", "yes", "1"), made("c.jsonl", "yes", "2")
+    assert len(first.unscored) > 0
+    found = [reference_cache.tokens_fingerprint(pairs) for pairs in (first, same, other)]
+    assert found[0] == found[1] != found[2]
+    mixed = [reference_cache.tokens_fingerprint(Mixture(two, "ab")) for two in ([first, other], [other, first])]
+    assert len({*found, *mixed}) == 4
