@@ -13,7 +13,8 @@ from dpo.config import Config, DataConfig, ModelConfig
 from dpo.data.audit import CONTRADICTS, REPEATS, RULES, Audit, audit, cached_audit
 from dpo.data.chat import read_chat_template
 from dpo.errors import UserError, printable
-from dpo.model.load import BUILTIN, load_tokenizer
+from dpo.model.load import BUILTIN, load_config, load_tokenizer
+from dpo.run.checks import max_length
 from dpo.run.data import prepare_data
 from dpo.run.setup import Setup
 from dpo.runtime.console import console_on, say, show_table
@@ -22,7 +23,9 @@ from dpo.runtime.files import write_whole
 
 DESCRIPTION = "Say what a preference data set is like: odd rows, leaks, lengths, and how far trivial rules get."
 PLAIN_TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if tools %}tools: {{ tools | tojson }}\n{% endif %}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.tool_calls %} {{ m.tool_calls | tojson }}{% endif %}"
+    "{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 """For conversations where the tokenizer has no chat template of its own; good enough to count by."""
@@ -50,12 +53,14 @@ class AuditOptions:
     """Split of DATA that is for training."""
     validation_split: str | None = None
     """Split for validation; default: validation, else test."""
+    validation_fraction: float | None = None
+    """Validate on this share of the prompts of DATA, as a run does (data.validation_fraction)."""
     format: Literal["auto", "hh", "prompt", "conversation", "ranked", "votes"] = "auto"
     """Schema of the rows; auto looks at the first ones."""
     ranked_pairs: Literal["best_worst", "best_each"] = "best_worst"
     """Pairs of a ranked list: the best completion against the worst, or against each that is rated lower."""
-    max_length: int = 1024
-    """Longest prompt + completion in tokens."""
+    max_length: int | None = None
+    """Longest prompt + completion in tokens; default: 1024, or the context of the model at --tokenizer if shorter."""
     limit: int | None = None
     """Look only at the first rows of each source."""
     json: str | None = None
@@ -75,7 +80,8 @@ class AuditOptions:
             train=self.data, validation=self.validation, subset=self.subset, data_dir=self.data_dir,
             revision=self.revision, train_split=self.train_split, validation_split=self.validation_split,
             format=self.format, ranked_pairs=self.ranked_pairs, max_length=self.max_length, train_limit=self.limit,
-            validation_limit=self.limit, on_bad_row="skip", cache_dir=self.cache_dir,
+            validation_fraction=self.validation_fraction, on_bad_row="skip", cache_dir=self.cache_dir,
+            validation_limit=None if self.validation_fraction else self.limit,
         )  # fmt: skip
         return Config(model=ModelConfig(policy=self.tokenizer), data=data)
 
@@ -94,7 +100,7 @@ def show_audit(options: AuditOptions) -> None:
         tokenizer.chat_template = read_chat_template(options.chat_template)
     elif tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE
-    data = prepare_data(options.config(), tokenizer, options.max_length)
+    data = prepare_data(options.config(), tokenizer, _longest(options))
     found = audit([one._replace(name=one.role) for one in (*data.train, *data.validation)], tokenizer)
     if options.json is not None:
         try:
@@ -108,12 +114,22 @@ def show_audit(options: AuditOptions) -> None:
         say(out, line)
 
 
+def _longest(options: AuditOptions) -> int:
+    """--max_length, by default that of a run on the model whose tokenizer is used, if there is one."""
+    if options.max_length is not None or options.tokenizer == BUILTIN:
+        return options.max_length or 1024
+    try:
+        return max_length(options.config(), load_config(options.tokenizer))
+    except UserError:  # a tokenizer alone
+        return 1024
+
+
 def _remarks(options: AuditOptions, found: Audit) -> list[str]:
     lines = []
     if options.tokenizer == BUILTIN:
         lines.append(f"lengths are in tokens of {BUILTIN}, mostly bytes: give the policy's own by --tokenizer")
     if any(one["format"] not in ("hh", "prompt") for one in found["sets"]) and options.chat_template is None:
-        lines.append("conversations are rendered by the tokenizer's chat template, or a plain one where it has none")
+        lines.append("conversations, if there are any, by the tokenizer's chat template, else by a plain one")
     return lines + ([f"written to {options.json}"] if options.json else [])
 
 

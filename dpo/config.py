@@ -268,8 +268,8 @@ class DataConfig:
         names = [source.name for source in self.train_sources]
         _require(
             len(names) == 1 or (None not in names and len(set(names)) == len(names)),
-            f"data.validation_fraction is {fraction} and the sources of data.train have the names {names}; give each a"
-            f" name of its own, for its validation metrics",
+            f"data.validation_fraction is {fraction} and data.train has {len(names)} sources; give each a name of"
+            f" its own, for its validation metrics",
         )
 
     def _check_sources(self) -> None:
@@ -610,11 +610,10 @@ class Config:
                 f"reference.mode is none with loss.name {named}, which needs a reference; use online or cached, or"
                 f" loss.reference_free"
             )
-        useless = {"mode is cached": mode == "cached", "mode is adapter": mode == "adapter"}
-        useless |= {f"{key} is set": getattr(self.reference, key) is not None for key in ("path", "sync_steps")}
-        if not self.needs_reference and any(useless.values()):
-            what = next(text for text, given in useless.items() if given)
-            raise ValueError(f"reference.{what} with loss.name {named}, which needs no reference; leave it out")
+        for key in ("path", "sync_steps"):
+            if not self.needs_reference and getattr(self.reference, key) is not None:
+                what = f"reference.{key} is set with loss.name {named}"
+                raise ValueError(f"{what}, which needs no reference; leave it out")
         if mode == "cached" and "tdpo" in self.loss.names:
             raise ValueError(
                 "reference.mode is cached with loss.name tdpo, which needs whole next-token distributions; use online"

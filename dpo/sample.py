@@ -179,6 +179,8 @@ def _prompts(options: Options, setup: Setup) -> tuple[list[Prompt], list[list[in
     nothing = not asked and options.validation is None
     if nothing:
         asked = list(DEFAULT_PROMPTS)
+    if options.file and not setup.tokenizer.chat_template and any(isinstance(prompt, list) for prompt in asked):
+        raise UserError(f"--file {options.file}: has messages, and the run's tokenizer no chat template; give text")
     dressed = [_dressed(prompt, example) for prompt in asked]
     ids = [encode_prompt(setup.tokenizer, prompt, template_options=template_options) for prompt in dressed]
     if pairs is not None:

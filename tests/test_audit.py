@@ -69,7 +69,7 @@ def test_conversations_and_votes_are_audited_without_a_chat_template(shared_data
         if name == "pandalm-testset":
             odd = {kind: (count, fate) for kind, (count, fate, _) in findings(one).items()}
             assert odd["tie"] == (105, "tie") and odd["not a string"] == (6, "bad") and odd["empty response"][0] == 52
-    assert "a plain one where it has none" in capsys.readouterr().out
+    assert "chat template, else by a plain one" in capsys.readouterr().out
 
 
 # --- findings --------------------------------------------------------------------------------------------------------
@@ -242,6 +242,9 @@ def test_nothing_of_the_data_reaches_the_terminal_unescaped(tmp_path, capsys):
         (["DATA", "--tokenizer", "./absent"], "./absent"),
         (["DATA", "--json", "./absent/a.json"], "--json ./absent/a.json: cannot be written: No such file"),
         (["DATA", "--max_lenght", "3"], "unknown key max_lenght; did you mean max_length?"),
+        (["DATA", "--limit", "0"], "--limit is 0; use a whole number of at least 1"),
+        (["DATA", "--max_length", "1"], "--max_length is 1; use at least 2"),
+        (["DATA", "--validation_fraction", "2"], "--validation_fraction is 2.0; use a number between 0 and 1"),
         ([], "data"),
     ],
 )
@@ -251,6 +254,29 @@ def test_a_mistake_is_one_line(arguments, named, tmp_path, capsys):
     assert main(["audit", *words, "--cache_dir", str(tmp_path / "c")]) == 2
     captured = capsys.readouterr().err
     assert captured.startswith("python -m dpo audit: ") and captured.count("\n") == 1 and named in captured
+
+
+def test_the_length_is_that_of_a_run_on_the_model_and_a_share_is_held_out_as_in_one(tiny_policy, tmp_path):
+    rows = [pair(f"{i // 2} {'long ' * 60}", "a", "b") for i in range(60)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["audit", str(tmp_path / "data.jsonl"), "--tokenizer", str(tiny_policy), "--json", str(tmp_path / "a.json")]
+    words += ["--cache_dir", str(tmp_path / "c"), "--limit", "50", "--validation_fraction", "0.3"]
+    assert main(words) == 0
+    found = json.loads((tmp_path / "a.json").read_text())
+    context = json.loads((tiny_policy / "config.json").read_text())["max_position_embeddings"]
+    assert [one["max_length"] for one in found["sets"]] == [context, context] and context < 1024
+    assert [one["role"] for one in found["sets"]] == ["train", "validation"] and found["leaks"] == []
+    assert sum(one["pairs"] for one in found["sets"]) == 50
+
+
+def test_tools_are_read_by_the_plain_template(tmp_path, capsys):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "clock", "arguments": {}}]}
+    row = {"prompt": chat("Time?"), "chosen": [call], "rejected": chat("", "No")[1:], "tools": [{"name": "clock"}]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
+    words = ["audit", str(tmp_path / "data.jsonl"), "--json", str(tmp_path / "a.json"), "--cache_dir", str(tmp_path)]
+    assert main(words) == 0, capsys.readouterr().err
+    (one,) = json.loads((tmp_path / "a.json").read_text())["sets"]
+    assert one["pairs"] == 1 and not {name for name, (_, fate, _) in findings(one).items() if fate == "bad"}
 
 
 def test_a_run_leaves_its_audit_and_says_the_most_important(tmp_path, capsys, monkeypatch):

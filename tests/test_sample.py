@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from dpo.runtime.files import read_records
 from dpo.runtime.tracking import read_lines
 from dpo.sample import DEFAULT_PROMPTS
 from dpo.sampling.answers import side_by_side
+from dpo.types import PreferenceRow
 from tests import tiny
 from tests.data.tiny_tokenizers import tokenizer_of
 from tests.report.runs import HOSTILE
@@ -304,3 +306,15 @@ def test_mistakes_are_one_line(
     assert main(["sample", *(word.replace("RUN", str(run)) for word in argv)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and line in error, error
+
+
+def test_messages_without_a_template_are_refused_by_the_file_they_come_from(tmp_path):
+    file = tmp_path / "chat.jsonl"
+    file.write_text('{"prompt": [{"role": "user", "content": "x"}]}\n')
+    setup = SimpleNamespace(
+        validation_pairs=None, train_pairs=None, tokenizer=tokenizer_of("byte"),
+        texts=lambda pairs, pair_id: PreferenceRow("p", "a", "b", 1),
+        config=SimpleNamespace(data=SimpleNamespace(chat_template_kwargs={})),
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"--file .*chat.jsonl: has messages, and the run's tokenizer no chat template"):
+        verb._prompts(verb.Options(run="r", file=str(file)), setup)

@@ -164,7 +164,7 @@ def _csv_rows(file: Path, text: io.TextIOWrapper) -> Iterator[Any]:
         names = next(reader, [])
         if len(names) < 2 or len(set(names)) < len(names):
             named = ", ".join(names)
-            raise UserError(f"{file}: its first line names the columns {named}; give at least two, none twice")
+            raise UserError(f"{file}: its first line names the columns {named}; give at least two by commas, each once")
         for number, cells in enumerate(filter(None, reader), start=1):
             if len(cells) != len(names):
                 raise UserError(f"{file} row {number}: {len(cells)} cells for {len(names)} columns; fix it")
@@ -183,7 +183,7 @@ def _vote(cell: str) -> int | str | None:
 def _parse_lines(file: Path, lines: Iterable[bytes]) -> Iterator[Any]:
     for number, line in enumerate(lines, start=1):
         try:
-            row = _loads(line)
+            row = _loads(line.strip())
         except UnicodeDecodeError as error:
             raise UserError(f"{file} row {number}: not UTF-8 text: {error}; save it as UTF-8") from error
         except (ValueError, RecursionError) as error:

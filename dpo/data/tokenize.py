@@ -92,7 +92,7 @@ def prepare_pairs(
     """
     _check_settings(format, on_bad_row, workers)
     place = dict[str, Any](path=path, subset=subset, data_dir=data_dir, revision=revision, split=split, limit=limit)
-    source = _called(path, split, of_prompts)
+    source = f"{path} [{split}]" if split and not Path(path).is_file() else str(path)
     rows: Any = [source_identity(**place)] if streaming else load_source(**place)
     form = detect_format(islice(rows, DETECTION_ROWS), str(path)) if format == "auto" and not streaming else format
     # Before the key: probing the tokenizer also clears what earlier calls left in it (truncation, padding).
@@ -112,13 +112,19 @@ def prepare_pairs(
         return Job(found, its_form, ranked_pairs, encoder, streaming, processes, of_prompts)
 
     folder = cache_folder(cache_dir) / content_key(rows, tokenizer, settings)
-    return _open_or_make(job, folder, source, on_bad_row == "error")
+    return _open_or_make(job, folder, source, on_bad_row == "error", of_prompts)
 
 
-def _called(path: str | Path, split: str | None, of_prompts: tuple[float, float]) -> str:
-    """What log and errors call the data."""
-    name = f"{path} [{split}]" if split and not Path(path).is_file() else str(path)
-    return name if of_prompts == WHOLE else f"{name}, {of_prompts[1] - of_prompts[0]:.1%} of its prompts"
+class EmptyShare(UserError):
+    """No pair of a source has its prompt in the part that was asked for."""
+
+
+def _share(of_prompts: tuple[float, float]) -> str:
+    """What log and errors call a part of the prompts; nothing for the whole."""
+    if of_prompts == WHOLE:
+        return ""
+    use = "held out" if of_prompts[0] == 0 else "to train on"
+    return f", the {100 * (of_prompts[1] - of_prompts[0]):.4g}% of prompts {use}"
 
 
 # --- the work ------------------------------------------------------------------------------------------------------
@@ -134,7 +140,7 @@ def _opened(place: dict[str, Any], form: str) -> tuple[Iterator[Any], str]:
 
 
 def _open_or_make(
-    job: Callable[[], Job], folder: Path, source: str, stop_at_bad: bool
+    job: Callable[[], Job], folder: Path, source: str, stop_at_bad: bool, of_prompts: tuple[float, float]
 ) -> tuple[TokenizedPairs, DataReport]:
     try:
         with FileLock(folder.with_name(f"{folder.name}.lock")):
@@ -146,7 +152,7 @@ def _open_or_make(
     except OSError as error:
         what = f"cannot write tokenised data to {folder.parent}: {error.strerror or error}"
         raise UserError(f"{what}; set data.cache_dir") from error
-    report.source = source
+    report.source = source + _share(of_prompts)
     if stop_at_bad and report.first_bad:
         raise UserError(_refusal(source, report.first_bad))
     return TokenizedPairs(folder), report
@@ -183,7 +189,8 @@ def _tokenize(job: Job, folder: Path, source: str, stop_at_bad: bool) -> DataRep
             kinds = ", ".join(f"{kind} {found.count:,}" for kind, found in report.kinds.items())
             first = f"; {report.first_bad}" if report.first_bad else ""
             if left_out:
-                raise UserError(f"{source}: no pair of {report.rows_read:,} rows; change data.validation_fraction")
+                share = _share(job.of_prompts)
+                raise EmptyShare(f"{source}{share}: none in {report.rows_read:,} rows; change data.validation_fraction")
             raise UserError(f"{source}: no usable row is left of {report.rows_read:,}: {kinds}{first}; fix the rows")
         for name, dtype in COLUMNS.items():
             np.save(draft / f"{name}.npy", np.array(columns[name], dtype=dtype))

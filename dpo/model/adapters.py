@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -84,6 +85,8 @@ def check_installed() -> None:
     """
     if find_spec("peft") is None:
         raise UserError("adapters (model.lora.r, or an adapter as model.policy) need peft; pip install peft")
+    # Which peft imports, and which warns on a CPU of kernels that nothing here asks for.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def linear_names(model: Any) -> list[str]:

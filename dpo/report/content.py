@@ -50,6 +50,11 @@ class Content:
         """Of DPO, as far as there are lines."""
         return max((line["step"] for line in self.lines if "step" in line), default=0)
 
+    @property
+    def is_logistic(self) -> bool:
+        """Whether a margin is the log-odds of a preference: it is under the sigmoid loss alone."""
+        return self.setting("loss.name") in (None, "sigmoid", ["sigmoid"])
+
     def setting(self, name: str) -> Any:
         """One setting by its dotted name; None where it is missing."""
         section, key = name.split(".")

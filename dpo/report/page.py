@@ -7,10 +7,9 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,11 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from dpo.config import OptimConfig
 from dpo.errors import UserError
 from dpo.report import panels
 from dpo.report.card import closing_rows
 from dpo.report.charts import Chart, main_charts, other_charts
+from dpo.report.comparison import distinct_names, side_by_side
 from dpo.report.content import MAIN, Content, read_run
 from dpo.report.figures import Curve, bars, histogram, reliability
 from dpo.runtime.files import write_whole
@@ -52,12 +51,13 @@ def write_report(runs: Sequence[Path], output: Path, *, running: bool = False) -
     Raises:
         UserError: One of them is no run directory.
     """
-    contents = [read_run(run, running=running) for run in runs]
+    names = distinct_names(runs)
+    contents = [replace(read_run(run, running=running), name=name) for run, name in zip(runs, names, strict=True)]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"show": panels.show, "cut": cut, "plain": plain, "is_table": is_table}
+    environment.filters |= {"show": panels.show, "cut": cut, "plain": plain, "is_table": is_table, "places": places}
     values = {
         "title": " and ".join(content.name for content in contents) if len(contents) < 3 else f"{len(contents)} runs",
         "written": time.strftime("%Y-%m-%d %H:%M %Z"),
@@ -65,7 +65,7 @@ def write_report(runs: Sequence[Path], output: Path, *, running: bool = False) -
         "charts": main_charts(contents),
         "others": other_charts(contents),
     }
-    values |= _of_one(contents[0]) if len(contents) == 1 else _of_several(contents)
+    values |= _of_one(contents[0]) if len(contents) == 1 else side_by_side(contents)
     template = environment.get_template("one.html.jinja" if len(contents) == 1 else "several.html.jinja")
     write_whole(output, template.render(values))
 
@@ -151,6 +151,13 @@ def plain(text: Any) -> str:
     return json.dumps(text, ensure_ascii=False, indent=1)
 
 
+def places(sources: Any) -> str:
+    """The setting data.train: a path, or those of a list of sources."""
+    if not isinstance(sources, list):
+        return plain(sources)
+    return ", ".join(str(one.get("path")) if isinstance(one, dict) else str(one) for one in sources)
+
+
 def is_table(rows: Any) -> bool:
     """Whether a list holds objects of the same names and of plain values, or lists of these."""
 
@@ -189,6 +196,7 @@ def _panels(run: Content) -> dict[str, Any]:
         "by_difference": Chart("Accuracy by difference of lengths", (), by_difference),
         "by_longest": Chart("Accuracy by length", (), by_longest),
         "calibration": calibration,
+        "is_logistic": run.is_logistic,
         "reliability": Chart(
             "Predicted and right", (), Markup(reliability(calibration.predicted, calibration.right))
         ),
@@ -208,84 +216,3 @@ def _answers(run: Content) -> list[dict[str, Any]]:
         same = row["reference"] == row["policy"]
         shown.append({"prompt": row["prompt"], "reference": left, "policy": right, "same": same})
     return shown
-
-
-def _of_several(runs: Sequence[Content]) -> dict[str, Any]:
-    rows: list[tuple[str, list[Any]]] = [
-        ("state", [run.state for run in runs]),
-        ("steps", [run.last_step for run in runs]),
-        ("validation pairs", [len(run.pairs[1].values) if run.pairs else None for run in runs]),
-    ]
-    for name, title in MAIN:
-        for kind, prefix in (("validation", "eval_"), ("training", "")):
-            rows.append((f"{title}, {kind}, last", [_last_value(run, prefix + name) for run in runs]))
-    rows.append(("accuracy, validation, best", [_best(run, "eval_rewards/accuracies") for run in runs]))
-    of_pairs = [_facts(run) for run in runs]
-    rows += [(title, [facts.get(title) for facts in of_pairs]) for title in FACTS]
-    rows.append(("pairs a second, last", [_last_value(run, "perf/pairs_per_second") for run in runs]))
-    changed = _changed_settings(runs)
-    return {"rows": rows, "changed": changed, "warnings": _warnings(runs, changed), "shared": _shared_answers(runs)}
-
-
-FACTS = ("chosen log-prob fell, share", "margin and length, correlation", "calibration error", "log-ratio of answers")
-
-
-def _facts(run: Content) -> dict[str, float | None]:
-    kl = _last_value(run, "samples/kl")
-    if run.pairs is None or not len(run.pairs[1].values):
-        return {FACTS[3]: kl}
-    first, latest = run.pairs
-    found = panels.displacement(first, latest), panels.lengths(latest), panels.calibration(latest.margins)
-    return dict(zip(FACTS, (found[0].chosen_fell, found[1].correlation, found[2].error, kl), strict=True))
-
-
-def _last_value(run: Content, name: str) -> float | None:
-    return next((line[name] for line in reversed(run.lines) if line.get(name) is not None), None)
-
-
-def _best(run: Content, name: str) -> str | None:
-    """The highest value of a metric and its step, the later of equals."""
-    found = [(line[name], line["step"]) for line in run.lines if line.get(name) is not None]
-    return "{:.4g} at step {}".format(*max(found)) if found else None
-
-
-OF_SFT = re.compile(
-    r"model\.(policy|revision|lora|tokenizer|chat_template)|data\.(train\w*|subset|format|max_\w+|shuffle)"
-    r"|optim\.(?!lr$).*|train\.(seed|sft_epochs|global_batch_size|precision)"
-)
-"""Settings that the result of an SFT stage depends on; optim.lr does so by optim.sft_lr."""
-
-
-def _warnings(runs: Sequence[Content], changed: Sequence[tuple[str, list[Any]]]) -> list[str]:
-    """What cannot be compared between the runs."""
-    names, found = [name for name, _ in changed], []
-    if any(name.startswith("loss.") for name in names):
-        found.append(
-            "The objectives differ: their losses cannot be compared, margins scale with beta, and accuracies can be"
-            " compared where all have a reference or none has."
-        )
-    made_own = [run for run in runs if run.setting("train.sft_epochs")]
-    if len(made_own) > 1 and any(OF_SFT.fullmatch(name) for name in names):
-        found.append(
-            "Each run with train.sft_epochs has made the reference that its rewards are measured from, and under"
-            " settings that differ. To share one: --model.policy RUN/reference --train.sft_epochs 0."
-        )
-    return found
-
-
-def _changed_settings(runs: Sequence[Content]) -> list[tuple[str, list[Any]]]:
-    """Settings in which the runs differ, output_dir aside; where there was an SFT stage, with the rate that it took."""
-    flat = [{f"{s}.{k}": v for s, keys in run.config.items() for k, v in (keys or {}).items()} for run in runs]
-    for settings in flat:
-        if settings.get("train.sft_epochs") and settings.get("optim.sft_lr") is None and "optim.lr" in settings:
-            settings["optim.sft_lr"] = float(f"{OptimConfig(lr=settings['optim.lr']).peak_sft_lr:.9g}")
-    names = [name for name in dict.fromkeys(n for f in flat for n in f) if name != "train.output_dir"]
-    rows = [(name, [f.get(name) for f in flat]) for name in names]
-    return [(name, values) for name, values in rows if any(value != values[0] for value in values)]
-
-
-def _shared_answers(runs: Sequence[Content]) -> list[tuple[str, list[str]]]:
-    """Prompts that every run has answered, and the policies' answers."""
-    answers = [{row["prompt"]: row["policy"] for row in run.samples} for run in runs]
-    prompts = [prompt for prompt in answers[0] if all(prompt in known for known in answers)]
-    return [(prompt, [known[prompt] for known in answers]) for prompt in prompts[:MAX_ANSWERS]]

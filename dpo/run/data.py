@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from dpo.config import Config, Source
 from dpo.data.mixture import Mixture, Pairs, quotas, share_lines
 from dpo.data.sources import splits_of, validation_split_of
 from dpo.data.store import DataSet
-from dpo.data.tokenize import prepare_pairs
+from dpo.data.tokenize import EmptyShare, prepare_pairs
 from dpo.data.workers import WHOLE
 from dpo.errors import UserError
 
@@ -93,7 +93,7 @@ def _why_no_validation(config: Config) -> str:
         return f"no validation: data.train is a list of sources; name validation data by data.validation, {OR_HOLD_OUT}"
     names = splits_of(**_place(config.data.train_sources[0]))
     others = [name for name in names if name != config.data.train_split]
-    hint = f"; it has {', '.join(others)}: name one by data.validation_split," if others else ";"
+    hint = f"; it has {', '.join(others)}: name one by data.validation_split," if others else "; name it,"
     none = "no validation: data.validation is not set and data.train has no split validation or test"
     return f"{none}{hint} {OR_HOLD_OUT}"
 
@@ -147,8 +147,10 @@ def prepare_data(config: Config, tokenizer: Any, longest: int) -> RunData:
     named = zip(sources, _named(sources), strict=True)
     train = tuple(prepared(s, name, "train", limit, (held_out, 1.0)) for s, name in named)
     if held_out:
-        validation = tuple(prepared(s, s.name or "", "validation", limit, (0.0, held_out)) for s in sources)
+        share = 0.0, held_out
+        validation, empty = _held_out(sources, lambda s: prepared(s, s.name or "", "validation", limit, share))
     else:
+        empty = []
         limit = data.validation_limit
         validation = tuple(prepared(s, s.name or "", "validation", limit) for s in _validation_sources(config))
     notes = [line for one in train for line in one.report.lines()]
@@ -162,12 +164,34 @@ def prepare_data(config: Config, tokenizer: Any, longest: int) -> RunData:
         if one.name:
             notes.append(f"validation {one.name}:")
         notes += one.report.lines()
+    notes += [f"validation: {line}" for line in empty]
     if not validation:
         notes.append(_why_no_validation(config))
     if "odpo" in config.loss.names:
         for one in (*train, *validation):
             _check_margins(one, positive=config.loss.odpo_scale == "log")
     return RunData(train, validation, tuple(taken), tuple(notes))
+
+
+def _held_out(
+    sources: Sequence[Source], prepared: Callable[[Source], DataSet]
+) -> tuple[tuple[DataSet, ...], list[str]]:
+    """The held-out share of every source that has one, and why the others have none.
+
+    Raises:
+        UserError: If none has.
+    """
+    found, empty = [], []
+    for source in sources:
+        try:
+            found.append(prepared(source))
+        except EmptyShare as error:
+            if len(sources) == 1:
+                raise
+            empty.append(str(error))
+    if not found:
+        raise UserError(empty[0])
+    return tuple(found), empty
 
 
 def _check_margins(one: DataSet, *, positive: bool) -> None:

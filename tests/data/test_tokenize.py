@@ -139,9 +139,9 @@ def test_every_odd_row_is_counted_on_one_side_of_the_prompts(tmp_path: Path) -> 
 def test_a_share_without_a_pair_is_blamed_and_so_are_rows(tmp_path: Path) -> None:
     bad, tokenizer = {"prompt": "p", "chosen": "a", "rejected": "a"}, tokenizer_of("byte")
     options: dict[str, Any] = {"on_bad_row": "skip", "cache_dir": tmp_path / "c"}
-    with pytest.raises(UserError, match=r"0.0% of its prompts: no pair of 41 rows; change data.validation_fraction"):
+    with pytest.raises(UserError, match=r"the 1e-07% of prompts held out: none in 41 rows; change data.val"):
         prepare_pairs(written(tmp_path, [*plain_rows(40), bad]), tokenizer, of_prompts=(0.0, 1e-9), **options)
-    with pytest.raises(UserError, match=r"99.9% of its prompts: no usable row is left of 2: chosen == rejected 2"):
+    with pytest.raises(UserError, match=r"train.jsonl: no usable row is left of 2: chosen == rejected 2"):
         prepare_pairs(written(tmp_path, [bad, bad]), tokenizer, of_prompts=(0.001, 1.0), **options)
 
 

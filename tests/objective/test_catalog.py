@@ -87,7 +87,6 @@ def test_combinations_that_make_sense_are_taken(options):
 
 REFERENCES = {
     ("none", "sigmoid"): "reference.mode is none with loss.name sigmoid, which needs a reference",
-    ("cached", "simpo"): "reference.mode is cached with loss.name simpo, which needs no reference",
     ("cached", "tdpo"): "reference.mode is cached with loss.name tdpo, which needs whole next-token distributions",
     ("cached", "sampo"): "reference.mode is cached with loss.name sampo, which draws tokens anew",
 }
@@ -102,7 +101,9 @@ def test_a_reference_that_the_loss_cannot_use_is_refused(mode, name):
         )
 
 
-@pytest.mark.parametrize(("name", "mode"), [("simpo", "none"), ("cpo", "online"), ("sigmoid", "online")])
+@pytest.mark.parametrize(
+    ("name", "mode"), [("simpo", "none"), ("cpo", "online"), ("sigmoid", "online"), ("simpo", "cached")]
+)
 def test_a_loss_without_a_reference_takes_either_mode(name, mode):
     config = Config(
         model=ModelConfig(policy="x"), data=DataConfig(train="y"), loss=LossConfig(name=name),

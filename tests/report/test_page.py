@@ -16,7 +16,7 @@ import pytest
 
 from dpo.__main__ import main
 from dpo.errors import UserError
-from dpo.report.page import Refresher, write_report
+from dpo.report.page import Refresher, places, write_report
 from tests.report.runs import HOSTILE, make_run
 
 
@@ -274,3 +274,30 @@ def test_the_page_of_several_epochs_has_a_row_for_each(tmp_path: Path) -> None:
     assert re.findall(r'<tr><td class="n">(\d)</td>', table) == ["0", "1", "2", "3"]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert "training accuracy" in table and f"{sum(losses[:2]) / 2:.4f}" in table
+
+
+def test_runs_of_the_same_name_are_told_apart_and_one_is_not_compared_with_itself(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / place / "x", steps=4, pairs=4, samples=1) for place in ("p", "q")]
+    write_report(runs, tmp_path / "both.html")
+    text = (tmp_path / "both.html").read_text()
+    assert "p/x and q/x - DPO report" in text and '<th class="n">p/x</th><th class="n">q/x</th>' in text
+    with pytest.raises(UserError, match="p/x is named twice; name each run once"):
+        write_report([runs[0], runs[0] / "../x"], tmp_path / "twice.html")
+
+
+def test_a_calibration_is_not_claimed_of_margins_that_are_no_log_odds(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=4, pairs=30, samples=1)
+    for name, claims in (("sigmoid", True), ("ipo", False)):
+        settings = (run / "config.yaml").read_text()
+        (run / "config.yaml").write_text(re.sub(r"(?m)^  name: (sigmoid|ipo)$", f"  name: {name}", settings))
+        write_report([run], tmp_path / "one.html")
+        assert ("ipo margins are no log-odds" not in re.sub(r"\s+", " ", (tmp_path / "one.html").read_text())) is claims
+        shutil.rmtree(tmp_path / "other", ignore_errors=True)
+        shutil.copytree(run, tmp_path / "other")
+        write_report([run, tmp_path / "other"], tmp_path / "two.html")
+        row = re.search(r"<th>calibration error</th>(.*)</tr>", (tmp_path / "two.html").read_text())
+        assert row and (">-<" not in row[1]) is claims
+
+
+def test_the_head_of_a_page_names_sources_by_their_paths(tmp_path: Path) -> None:
+    assert places([{"path": "a.jsonl", "weight": 2}, "b.jsonl"]) == "a.jsonl, b.jsonl" and places("c") == "c"

@@ -212,10 +212,20 @@ def test_a_fraction_of_the_prompts_is_validated_on_and_never_trained_on(tmp_path
     assert {"eval_loss", "eval_a_loss", "eval_b_loss"} <= read_lines(run)[0].keys()
 
 
+def test_a_source_too_small_to_hold_out_a_prompt_has_no_validation_and_says_so(tmp_path):
+    (tmp_path / "few.jsonl").write_text(json.dumps({"prompt": "Q:", "chosen": " a", "rejected": " b"}) + "\n")
+    sources = [{"path": WORLD, "name": "a"}, {"path": str(tmp_path / "few.jsonl"), "name": "few"}]
+    flags = ["--data.train", json.dumps(sources), "--data.train_limit", "40", "--data.cache_dir", str(tmp_path)]
+    config = parse(held_out("0.1", *flags)).config
+    data = prepare_data(config, model_and_tokenizer(config)[1], 99)
+    assert [one.name for one in data.validation] == ["a"] and len(data.train) == 2
+    assert any("few.jsonl, the 10% of prompts held out: none in 1 rows" in note for note in data.notes)
+
+
 def test_a_fraction_that_leaves_nothing_is_refused_by_name(tmp_path):
     flags = held_out("0.0001", "--data.train", WORLD, "--data.train_limit", "3", "--data.cache_dir", str(tmp_path))
     config = parse(flags).config
-    with pytest.raises(UserError, match=r"0.0% of its prompts: no pair of 3 rows; change data"):
+    with pytest.raises(UserError, match=r"the 0.01% of prompts held out: none in 3 rows; change data"):
         prepare_data(config, model_and_tokenizer(config)[1], 99)
 
 
@@ -225,7 +235,7 @@ def test_a_fraction_that_leaves_nothing_is_refused_by_name(tmp_path):
         (held_out("1"), "data.validation_fraction is 1.0; use a number between 0 and 1"),
         (held_out("0.1", "--data.validation", "v"), "data.validation_fraction is 0.1 and data.validation is given too"),
         (held_out("0.1", "--data.validation_limit", "9"), "and data.validation_limit is given too"),
-        (held_out("0.1", "--data.train", '["a", "b"]'), "have the names [None, None]; give each a name of its own"),
+        (held_out("0.1", "--data.train", '["a", "b"]'), "data.train has 2 sources; give each a name of its own"),
     ],
 )
 def test_a_fraction_that_makes_no_sense_is_one_line(flags, named):
