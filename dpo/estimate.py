@@ -113,8 +113,8 @@ def memory(
 ) -> dict[str, float]:
     """Memory per GPU that does not depend on the batch, in GiB.
 
-    Checked against the tensors of real engines (DeepSpeed 0.19.8) by tests/test_plan.py: DeepSpeed keeps an fp32 copy
-    of the weights beside the weights in fp32 too, and at stage 1 gradients in 16 bits and, summed, in 32.
+    Checked against the tensors of real engines (DeepSpeed 0.19.8) by tests/test_plan.py: under ZeRO it keeps an fp32
+    copy of the weights beside weights in fp32 too, and at stage 1 gradients in 16 bits and, summed, in 32.
 
     Args:
         num_parameters: N of the policy.
@@ -135,7 +135,7 @@ def memory(
     per_parameter = {
         "weights": (2 if half else 4) * share["weights"],
         "gradients": 6 if half and stage < 2 else 4 * share["gradients"],
-        "optimizer (AdamW, fp32 master)": (4 + states) * share["optimizer"],
+        "optimizer (AdamW, fp32 master)": (master_bytes(stage, half) + states) * share["optimizer"],
         "reference": reference_bytes * share["weights"],
     }
     learning = {"gradients", "optimizer (AdamW, fp32 master)"}
@@ -165,11 +165,16 @@ def checkpoint_bytes(
     """Disk space of one checkpoint, over all ranks.
 
     The fp32 master weights and AdamW's two moments of `states` bytes, and, below stage 3, the weights themselves: 14
-    bytes a parameter at half precision, 16 in fp32. Of the weights alone 2 and 4.
+    bytes a parameter at half precision, 16 in fp32 (12 without ZeRO). Of the weights alone 2 and 4.
     """
     if weights_only:
         return num_parameters * (2 if half else 4)
-    return num_parameters * (4 + states + (0 if stage == 3 else 2 if half else 4))
+    return num_parameters * (master_bytes(stage, half) + states + (0 if stage == 3 else 2 if half else 4))
+
+
+def master_bytes(stage: int, half: bool) -> int:
+    """Bytes a parameter of the fp32 copy that the optimizer steps on; weights in fp32 without ZeRO need none."""
+    return 4 if half or stage > 0 else 0
 
 
 def traffic(

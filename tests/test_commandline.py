@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
+import gc
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+import train_dpo
 from dpo import commandline
 from dpo.commandline import Command, parse, parse_options
 from dpo.config import Config, check_world_size, to_dict
@@ -379,3 +383,24 @@ def test_a_number_without_end_is_named_by_its_flag() -> None:
 def test_rare_refusals_say_what_to_do_too(argv, remedy):
     with pytest.raises(UserError, match=remedy):
         parse(argv)
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_importing_without_a_garbage_collector_ends_with_one(breaks, monkeypatch):
+    seen: list[bool] = []
+
+    def imported(name: str, *rest: Any) -> Any:
+        if name == "dpo.train":
+            seen.append(gc.isenabled())
+            if breaks:
+                raise ImportError("played")
+            return None  # not a second module of the name
+        return original(name, *rest)
+
+    original = builtins.__import__
+    monkeypatch.delitem(sys.modules, "dpo.train", raising=False)
+    monkeypatch.setattr(builtins, "__import__", imported)
+    monkeypatch.setattr(gc, "freeze", lambda: None)
+    with pytest.raises(ImportError) if breaks else nullcontext():
+        train_dpo._import_all()
+    assert seen == [False] and gc.isenabled()

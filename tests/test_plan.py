@@ -42,7 +42,7 @@ from tests import tiny
 from tests.data.tiny_tokenizers import plain_rows, written
 from tests.ranks import ROOT, run
 
-JOBS = ["2-bf16", "2-fp32", "1-fp32", "1-bf16", "3-bf16"]
+JOBS = ["2-bf16", "2-fp32", "1-fp32", "1-bf16", "3-bf16", "0-fp32"]
 OFFLOADED = ["2-bf16-offload", "3-bf16-offload"]
 
 
@@ -66,6 +66,10 @@ def test_fp32_has_a_master_copy_too() -> None:
     assert parts(1, half=False, reference_bytes=4) == [4, 4, 3, 4]
     assert parts(2, half=False, reference_bytes=4) == [4, 1, 3, 4]
     assert parts(3, half=False, reference_bytes=0, world_size=1) == [4, 4, 12, 0]
+
+
+def test_without_zero_fp32_weights_are_their_own_master_copy() -> None:
+    assert parts(0, half=False, reference_bytes=4) == [4, 4, 8, 4]
 
 
 def test_of_a_mixture_the_active_experts_compute_and_all_take_memory() -> None:
@@ -130,7 +134,7 @@ def test_a_checkpoint_takes_the_disk_that_was_planned(allocated: Any, job: str, 
     stage, precision = job.split("-")
     measured = allocated[job, ranks][0]
     planned = checkpoint_bytes(measured["parameters"], stage=int(stage), half=precision == "bf16")
-    names_and_pickles = (14_000 if stage == "3" else 12_000) * ranks + 8_000
+    names_and_pickles = {"0": 22_000, "3": 14_000}.get(stage, 12_000) * ranks + 8_000
     assert planned <= measured["checkpoint"] <= planned + names_and_pickles
 
 

@@ -21,6 +21,7 @@ from dpo.estimate import (
     STATES,
     Hardware,
     checkpoint_bytes,
+    master_bytes,
     memory,
     reduction_buckets,
     traffic,
@@ -284,8 +285,9 @@ def _room(setup: Setup, machine: Machine, hardware: Hardware) -> Room:
     train, ranks, zero = setup.config.train, setup.world.world_size, setup.zero
     parts = _fixed_parts(setup, machine)
     is_offloaded = parts["optimizer (AdamW, fp32 master)"] == 0
-    copy_in_fp32 = 0 if is_offloaded else 4 * machine.trained // (ranks if machine.stage >= 1 else 1)
-    free = GIB * (GPUS[hardware.gpu].memory_gib - parts["weights"] - parts["reference"]) - copy_in_fp32
+    copied = 0 if is_offloaded else master_bytes(machine.stage, machine.width == 2) * machine.trained
+    free = GIB * (GPUS[hardware.gpu].memory_gib - parts["weights"] - parts["reference"])
+    free -= copied // (ranks if machine.stage else 1)
     free -= first_step_bytes(
         zero, world_size=ranks, width=machine.width, trained=machine.trained,
         largest=min(machine.shape.largest, machine.trained), states=STATES[setup.config.optim.name],

@@ -102,6 +102,8 @@ def _write(engine: Any, folder: Path, world: World, more: Write | None, weights:
             str(folder.parent), tag=folder.name, client_state=mark, save_latest=False,
             exclude_frozen_parameters=_holds_frozen(engine),
         )
+        # DeepSpeed's converter, which does not know these folders: `python -m dpo export` is the way.
+        only_main(world, lambda: (folder.parent / "zero_to_fp32.py").unlink(missing_ok=True))
     if more is not None:
         more(folder)
     only_main(world, lambda: write_whole(folder / "state.json", state))
