@@ -220,6 +220,8 @@ def test_a_source_too_small_to_hold_out_a_prompt_has_no_validation_and_says_so(t
     data = prepare_data(config, model_and_tokenizer(config)[1], 99)
     assert [one.name for one in data.validation] == ["a"] and len(data.train) == 2
     assert any("few.jsonl, the 10% of prompts held out: none in 1 rows" in note for note in data.notes)
+    sources = [one.report.source.partition("world ")[2] for one in (data.train[0], data.validation[0])]
+    assert sources == ["[train], the 90% of prompts to train on", "[train], the 10% of prompts held out"]
 
 
 def test_a_fraction_that_leaves_nothing_is_refused_by_name(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 
 from dpo.runtime import tracking
 from dpo.runtime.console import console_on, show_table
+from dpo.runtime.files import read_records, write_records
 from dpo.runtime.tracking import Recorder, Silent, keep_lines, read_lines
 
 
@@ -114,3 +115,10 @@ def test_columns_of_numbers_stand_to_the_right(cells, side):
 
 def test_a_table_may_have_neither_headings_nor_rows():
     show_table(console_on(io.StringIO()), "Nothing", [])
+
+
+def test_records_are_written_in_their_own_script_and_a_line_each(tmp_path: Path) -> None:
+    rows = [{"prompt": "Grüße, 世界"}, {"prompt": "one\u2028line"}]
+    write_records(tmp_path / "rows.jsonl", rows)
+    assert "Grüße, 世界" in (tmp_path / "rows.jsonl").read_text(encoding="utf-8")
+    assert read_records(tmp_path / "rows.jsonl") == (rows, False)
