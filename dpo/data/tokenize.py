@@ -177,7 +177,7 @@ def _tokenize(job: Job, folder: Path, source: str, stop_at_bad: bool) -> DataRep
                 _count(report, part)
                 if stop_at_bad and report.first_bad:
                     raise UserError(_refusal(source, report.first_bad))
-                places = (np.frombuffer(part.unscored, np.int64) + tokens.tell() // 4).tobytes()
+                places = (np.array(part.unscored, dtype=np.int64) + tokens.tell() // 4).tobytes()
                 tokens.write(part.tokens)
                 unscored.write(places)
                 digest.update(part.tokens)

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo.data.encode import LONGER, PROMPT_ALONE, PairEncoder
+from dpo.data.encode import LONGER, PROMPT_ALONE, EncodedPair, PairEncoder
 from dpo.data.kinds import BROKEN_UNICODE, KEPT, TIE, content_of
 from dpo.data.labels import read_row
 from dpo.errors import UserError
@@ -71,15 +71,15 @@ class Part:
         characters: Characters of chosen, rejected before truncation.
         row_numbers, margins, text_sizes, prompt_hashes: Of every pair.
         targets: Scored tokens of chosen, rejected.
-        unscored: Which tokens of completions are not scored, counted from the first of the range; int64.
+        unscored: Which tokens of completions are not scored, counted from the first of the range.
         oddities: Row, kind, detail and fate ("bad", "tie", "cut", "kept") of whatever is odd, once a row and kind.
         prompts_cut, completions_cut: Pairs and completions that were truncated.
         left_out: Rows and pairs that belong to another part of the prompts.
     """
 
     rows_read: int = 0
-    tokens: bytes = b""
-    texts: bytes = b""
+    tokens: bytearray = field(default_factory=bytearray)
+    texts: bytearray = field(default_factory=bytearray)
     lengths: list[tuple[int, int, int]] = field(default_factory=list)
     characters: list[tuple[int, int]] = field(default_factory=list)
     row_numbers: list[int] = field(default_factory=list)
@@ -87,11 +87,27 @@ class Part:
     text_sizes: list[int] = field(default_factory=list)
     prompt_hashes: list[int] = field(default_factory=list)
     targets: list[tuple[int, int]] = field(default_factory=list)
-    unscored: bytes = b""
+    unscored: list[int] = field(default_factory=list)
     oddities: list[tuple[int, str, str, str]] = field(default_factory=list)
     prompts_cut: int = 0
     completions_cut: int = 0
     left_out: int = 0
+
+    def add(self, row: PreferenceRow, pair: EncodedPair, *, with_text: bool) -> None:
+        """Take up a pair that is kept."""
+        first, text = len(self.tokens) // 4, _text(row) if with_text else b""
+        self.tokens += np.array(pair.prompt_ids + pair.chosen_ids + pair.rejected_ids, dtype=np.int32).tobytes()
+        self.unscored += [first + place for place in pair.unscored]
+        self.texts += text
+        self.text_sizes.append(len(text))
+        self.lengths.append((len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)))
+        self.targets.append(pair.targets)
+        self.characters.append((len(content_of(row.chosen)), len(content_of(row.rejected))))
+        self.row_numbers.append(row.row)
+        self.margins.append(np.nan if row.margin is None else row.margin)
+        self.prompt_hashes.append(pair.prompt_hash)
+        self.prompts_cut += pair.prompt_cut
+        self.completions_cut += pair.completions_cut
 
 
 _job: Job | None = None  # set in the worker processes alone
@@ -126,15 +142,10 @@ def encode_part(job: Job, task: Task) -> Part:
     # A row with broken Unicode cannot be given to a tokenizer.
     usable = [row if row and not any(p.kind == BROKEN_UNICODE for p in odd) else None for _, row, odd in found]
     encoded = iter(job.encoder.encode_rows([row for row in usable if row]))
-    tokens: list[bytes] = []
-    texts: list[bytes] = []
-    unscored: list[int] = []
-    num_tokens = 0
     oddities: dict[tuple[int, str], tuple[str, str]] = {}
     for (number, _, odd), row in zip(found, usable, strict=True):
         pair = next(encoded) if row else None
-        place = pair.prompt_hash if pair and not pair.problems else 2**64 - 1
-        if not low <= place < high:
+        if not low <= (pair.prompt_hash if pair and not pair.problems else 2**64 - 1) < high:
             part.left_out += 1
             continue
         fates = {p.kind: (p.detail, fate_of(p.kind)) for p in odd}
@@ -145,24 +156,8 @@ def encode_part(job: Job, task: Task) -> Part:
             oddities.setdefault((number, kind), what_of_it)
         if row is None or pair is None or any(fate == "bad" for _, fate in fates.values()):
             continue
-        text = b"" if job.streamed and tokens else _text(row)
-        ids = pair.prompt_ids + pair.chosen_ids + pair.rejected_ids
-        unscored += [num_tokens + place for place in pair.unscored]
-        num_tokens += len(ids)
-        tokens.append(np.array(ids, dtype=np.int32).tobytes())
-        texts.append(text)
-        part.text_sizes.append(len(text))
-        part.lengths.append((len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)))
-        part.targets.append(pair.targets)
-        part.characters.append((len(content_of(row.chosen)), len(content_of(row.rejected))))
-        part.row_numbers.append(number)
-        part.margins.append(np.nan if row.margin is None else row.margin)
-        part.prompt_hashes.append(pair.prompt_hash)
-        part.prompts_cut += pair.prompt_cut
-        part.completions_cut += pair.completions_cut
+        part.add(row, pair, with_text=not job.streamed or not part.lengths)
     part.oddities = [(number, kind, detail, fate) for (number, kind), (detail, fate) in oddities.items()]
-    part.tokens, part.texts = b"".join(tokens), b"".join(texts)
-    part.unscored = np.array(unscored, dtype=np.int64).tobytes()
     return part
 
 
