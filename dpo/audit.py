@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json as json_format
+import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,8 +72,8 @@ class AuditOptions:
     def __post_init__(self) -> None:
         try:
             self.config()
-        except ValueError as error:  # in the names of a run's settings
-            raise ValueError(str(error).replace("data.train_limit", "--limit").replace("data.", "--")) from None
+        except ValueError as error:
+            raise ValueError(_own_names(error)) from None
 
     def config(self) -> Config:
         """Settings of a run on this data, odd rows left out."""
@@ -100,7 +101,10 @@ def show_audit(options: AuditOptions) -> None:
         tokenizer.chat_template = read_chat_template(options.chat_template)
     elif tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE
-    data = prepare_data(options.config(), tokenizer, _longest(options))
+    try:
+        data = prepare_data(options.config(), tokenizer, _longest(options))
+    except UserError as error:
+        raise UserError(_own_names(error)) from None
     found = audit([one._replace(name=one.role) for one in (*data.train, *data.validation)], tokenizer)
     if options.json is not None:
         try:
@@ -112,6 +116,12 @@ def show_audit(options: AuditOptions) -> None:
         show_table(out, title, rows, headings)
     for line in (*_conclusions(found), *_remarks(options, found)):
         say(out, line)
+
+
+def _own_names(error: Exception) -> str:
+    """An error in the names of a run's settings, in those of the verb's options."""
+    keys = "|".join(field.name for field in fields(AuditOptions))
+    return re.sub(rf"\bdata\.({keys})\b", r"--\1", re.sub(r"\bdata\.train_limit\b", "--limit", str(error)))
 
 
 def _longest(options: AuditOptions) -> int:
@@ -129,7 +139,7 @@ def _remarks(options: AuditOptions, found: Audit) -> list[str]:
     if options.tokenizer == BUILTIN:
         lines.append(f"lengths are in tokens of {BUILTIN}, mostly bytes: give the policy's own by --tokenizer")
     if any(one["format"] not in ("hh", "prompt") for one in found["sets"]) and options.chat_template is None:
-        lines.append("conversations, if there are any, by the tokenizer's chat template, else by a plain one")
+        lines.append("conversations are rendered by the tokenizer's chat template, else by a plain one")
     return lines + ([f"written to {options.json}"] if options.json else [])
 
 

@@ -42,7 +42,7 @@ def _lines(setup: Setup, command: Command) -> Rows:
         ("SFT steps before", f"{config.train.sft_epochs * setup.epochs.steps_per_epoch:,}"),
         ("optimizer steps", f"{setup.total_steps:,} ({setup.epochs.steps_per_epoch:,} an epoch)"),
         ("precision", setup.precision),
-        ("ZeRO stage", str(setup.stage)),
+        ("ZeRO stage", str(setup.zero_stage)),
         ("recipe", command.recipe or "none (defaults)"),
     ]
 
@@ -69,7 +69,7 @@ def _try_costliest(setup: Setup, policy: Policy, reference: FrozenReference) -> 
     shape = shape_of(policy.scorer.model.config, setup.dtype, trust_remote_code=config.model.trust_remote_code)
     parts = memory(
         shape.parameters + (num_parameters(policy.scorer, trained=True) if setup.trains_adapters else 0),
-        stage=setup.stage,
+        stage=setup.zero_stage,
         world_size=setup.world.world_size,
         half=setup.precision != "fp32",
         reference_bytes=reference.dtype.itemsize if setup.reference_mode == "online" else 0,

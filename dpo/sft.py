@@ -59,8 +59,8 @@ def run_sft(setup: Setup, tracker: Tracker) -> None:
     state = _resume(setup, policy, total, tracker)
     # One causal call per row serves a model that cannot attend in segments; else chosen sequences are packed.
     layout: Layout = "padded_chosen" if policy.layout == "padded" else "chosen"
-    with fitted(setup, policy, None, tracker.say, layout) as stage:
-        _train(stage, policy, state, total, tracker, layout)
+    with fitted(setup, policy, None, tracker.say, layout) as fitted_setup:
+        _train(fitted_setup, policy, state, total, tracker, layout)
     # In the dtype it was trained in: the policy and the reference of DPO are read back from here.
     write_weights(setup, policy, setup.run / "reference", setup.dtype, card=None)
     only_main(setup.world, lambda: _drop_checkpoints(setup.run))
@@ -75,9 +75,8 @@ def _drop_checkpoints(run: Path) -> None:
 
 def _resume(setup: Setup, policy: Policy, total: int, tracker: Tracker) -> TrainState:
     """Bring the engine to the stage's newest checkpoint, and metrics.jsonl with it."""
-    stage = setup.stage
     folder, damaged = newest(
-        setup.run, "auto", setup.world, stage=stage, precision=setup.precision, total_steps=total, kind="sft"
+        setup.run, "auto", setup.world, stage=setup.zero_stage, precision=setup.precision, total_steps=total, kind="sft"
     )
     for note in damaged:
         tracker.say(note)

@@ -80,7 +80,7 @@ def _run(command: Command, world: World) -> None:
         setup.run,
         config.train.resume,
         world,
-        stage=setup.stage,
+        stage=setup.zero_stage,
         precision=setup.precision,
         total_steps=setup.total_steps,
     )
@@ -98,8 +98,8 @@ def _run(command: Command, world: World) -> None:
             heartbeat.at("loading the models")
             policy, reference = start_models(setup, start, tracker.say)
             state = _resume(setup, policy, reference, folder, tracker)
-            with fitted(setup, policy, reference.of_training, tracker.say, policy.layout) as stage:
-                run_dpo(stage, policy, reference, state, tracker)
+            with fitted(setup, policy, reference.of_training, tracker.say, policy.layout) as fitted_setup:
+                run_dpo(fitted_setup, policy, reference, state, tracker)
         heartbeat.at("writing final/")
         write_weights(setup, policy, setup.run / "final", final_dtype(setup), card_of(setup))
         closing(setup, tracker, time.perf_counter() - began)

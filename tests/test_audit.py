@@ -69,7 +69,7 @@ def test_conversations_and_votes_are_audited_without_a_chat_template(shared_data
         if name == "pandalm-testset":
             odd = {kind: (count, fate) for kind, (count, fate, _) in findings(one).items()}
             assert odd["tie"] == (105, "tie") and odd["not a string"] == (6, "bad") and odd["empty response"][0] == 52
-    assert "chat template, else by a plain one" in capsys.readouterr().out
+    assert "are rendered by the tokenizer's chat template, else by a plain one" in capsys.readouterr().out
 
 
 # --- findings --------------------------------------------------------------------------------------------------------
@@ -244,6 +244,8 @@ def test_nothing_of_the_data_reaches_the_terminal_unescaped(tmp_path, capsys):
         (["DATA", "--max_lenght", "3"], "unknown key max_lenght; did you mean max_length?"),
         (["DATA", "--limit", "0"], "--limit is 0; use a whole number of at least 1"),
         (["DATA", "--max_length", "1"], "--max_length is 1; use at least 2"),
+        (["DATA", "--validation_fraction", "0.0001"], "none in 1 rows; change --validation_fraction"),
+        (["DATA", "--validation_split", "x"], "--validation_split is x but data.train"),
         (["DATA", "--validation_fraction", "2"], "--validation_fraction is 2.0; use a number between 0 and 1"),
         ([], "data"),
     ],

@@ -100,7 +100,7 @@ def attempt(setup: Setup, policy: Policy, reference: Reference | None, layout: L
     with _embedded(scorer.model) as tokens:
         total = _total(policy, batch, known)
     learned: list[Tensor] = [p for p in scorer.parameters() if p.requires_grad]
-    if tokens and setup.stage == 2:
+    if tokens and setup.zero_stage == 2:
         # Every gradient is handed on as it comes, and that of the embedded tokens passes through all blocks.
         learned = [*tokens, *(w for w in (scorer.head.weight,) if w.requires_grad)]
     torch.autograd.grad(total, learned, allow_unused=True)
@@ -167,7 +167,7 @@ def _room(setup: Setup, policy: Policy, layout: Layout, owed: int) -> Room:
     shape = shape_of(scorer.model.config, setup.dtype, trust_remote_code=setup.config.model.trust_remote_code)
     return Room(
         shape, setup.dtype, _free_memory(setup.world.device) - owed,
-        setup.stage, num_parameters(scorer, trained=True), setup.longest_row(layout), layout,
+        setup.zero_stage, num_parameters(scorer, trained=True), setup.longest_row(layout), layout,
         setup.ranks_a_row, scorer.head.chunk_rows,
     )  # fmt: skip
 

@@ -134,7 +134,7 @@ def wanted_tokens(setup: Setup, layout: Layout) -> int:
         for step in setup.heaviest_steps(layout)
         for micro_batches in loader.plan_of(epochs.batch(step))
     )
-    enough = UNTRIED_TOKENS if setup.stage == 3 else ENOUGH_TOKENS
+    enough = UNTRIED_TOKENS if setup.zero_stage == 3 else ENOUGH_TOKENS
     asked = train.tokens_per_micro_batch
     limits = [math.ceil(of_step / setup.ranks_a_row), enough if asked == "auto" else asked]
     if train.micro_batch_size is not None:

@@ -92,7 +92,7 @@ def machine_of(setup: Setup) -> Machine:
     base, revision = adapters.base_of(model.policy, model.revision)
     config = load.load_config(base, revision=revision, trust_remote_code=model.trust_remote_code)
     shape = shape_of(config, setup.dtype, trust_remote_code=model.trust_remote_code)
-    stage, mode = setup.stage, setup.reference_mode
+    stage, mode = setup.zero_stage, setup.reference_mode
     dtype, _ = reference_dtype(reference.dtype, setup.dtype, setup.world.device, sharded=stage == 3, mode=mode)
     return Machine(
         shape=shape,

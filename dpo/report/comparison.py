@@ -26,7 +26,7 @@ def distinct_names(runs: Sequence[Path]) -> list[str]:
     if twice is not None:
         raise UserError(f"{twice} is named twice; name each run once")
     for depth in range(1, max(len(path.parts) for path in paths)):
-        names = ["/".join(path.parts[-depth:]) for path in paths]
+        names = [str(Path(*path.parts[-depth:])) for path in paths]
         if len({*names}) == len(names):
             return names
     return [str(path) for path in paths]
@@ -82,7 +82,8 @@ def _best(run: Content, name: str) -> str | None:
 
 
 OF_SFT = re.compile(
-    r"model\.(policy|revision|lora|tokenizer|chat_template)|data\.(train\w*|subset|format|max_\w+|shuffle)"
+    r"model\.(policy|revision|lora|tokenizer\w*|chat_template)"
+    r"|data\.(?!(validation|validation_split|validation_limit|workers|cache_dir)$).*"
     r"|optim\.(?!lr$).*|train\.(seed|sft_epochs|global_batch_size|precision)"
 )
 """Settings that the result of an SFT stage depends on; optim.lr does so by optim.sft_lr."""

@@ -17,6 +17,15 @@ MAIN = (("loss", "loss"), ("rewards/margins", "reward margin"), ("rewards/accura
 """The metrics that are shown first, and their titles."""
 
 
+def is_logistic(loss: Any) -> bool:
+    """Whether a margin is the log-odds of a preference: it is under the sigmoid loss alone.
+
+    Args:
+        loss: loss.name; None where it is not known.
+    """
+    return loss in (None, "sigmoid", ["sigmoid"], ("sigmoid",))
+
+
 @dataclass(frozen=True)
 class Content:
     """What there is of a run.
@@ -52,8 +61,8 @@ class Content:
 
     @property
     def is_logistic(self) -> bool:
-        """Whether a margin is the log-odds of a preference: it is under the sigmoid loss alone."""
-        return self.setting("loss.name") in (None, "sigmoid", ["sigmoid"])
+        """See the function."""
+        return is_logistic(self.setting("loss.name"))
 
     def setting(self, name: str) -> Any:
         """One setting by its dotted name; None where it is missing."""

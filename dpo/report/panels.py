@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -227,7 +226,7 @@ def findings(lines: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def by_epoch(lines: Sequence[dict[str, Any]]) -> list[tuple[int, list[float | None]]]:
-    """Training and validation epoch by epoch; nothing where there are fewer than two.
+    """Training and validation epoch by epoch; nothing while a run is in its first.
 
     Args:
         lines: Of metrics.jsonl.
@@ -239,17 +238,17 @@ def by_epoch(lines: Sequence[dict[str, Any]]) -> list[tuple[int, list[float | No
     lines = [line for line in lines if "epoch" in line]
     training = [line for line in lines if "loss" in line]
     last = math.ceil(max((line["epoch"] for line in training), default=0))
-    steps = dict(pairwise([0, *(line["step"] for line in training)]))  # step of the line before -> of the line
-    told = {step: step - before for before, step in steps.items()}
+    before = [0, *(line["step"] for line in training)]
+    told = [(line, max(1, line["step"] - start)) for line, start in zip(training, before, strict=False)]
     rows = []
     for epoch in range(last + 1 if last > 1 else 0):
-        own = [line for line in training if math.ceil(line["epoch"]) == epoch]
+        own = [(line, steps) for line, steps in told if math.ceil(line["epoch"]) == epoch]
         evaluated = [line for line in lines if "eval_loss" in line and math.ceil(line["epoch"]) == epoch]
         values: list[float | None] = []
         for name, _ in MAIN:
-            known = [(line[name], told[line["step"]]) for line in own if line.get(name) is not None]
-            counted = sum(weight for _, weight in known)
-            values.append(sum(value * weight for value, weight in known) / counted if counted else None)
+            known = [(line[name], steps) for line, steps in own if line.get(name) is not None]
+            counted = sum(steps for _, steps in known)
+            values.append(sum(value * steps for value, steps in known) / counted if counted else None)
             values.append(evaluated[-1].get(f"eval_{name}") if evaluated else None)
         rows.append((epoch, values))
     return rows

@@ -186,8 +186,6 @@ def _held_out(
         try:
             found.append(prepared(source))
         except EmptyShare as error:
-            if len(sources) == 1:
-                raise
             empty.append(str(error))
     if not found:
         raise UserError(empty[0])

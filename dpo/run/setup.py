@@ -83,7 +83,7 @@ class Setup:
         return self.engine_config.get("zero_optimization", {})
 
     @property
-    def stage(self) -> int:
+    def zero_stage(self) -> int:
         """ZeRO stage."""
         return deepspeed_engine.zero_stage(self.engine_config)
 

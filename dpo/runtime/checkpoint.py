@@ -102,12 +102,17 @@ def _write(engine: Any, folder: Path, world: World, more: Write | None, weights:
             str(folder.parent), tag=folder.name, client_state=mark, save_latest=False,
             exclude_frozen_parameters=_holds_frozen(engine),
         )
-        # DeepSpeed's converter, which does not know these folders: `python -m dpo export` is the way.
-        only_main(world, lambda: (folder.parent / "zero_to_fp32.py").unlink(missing_ok=True))
+        only_main(world, partial(_remove_converters, folder.parent))
     if more is not None:
         more(folder)
     only_main(world, lambda: write_whole(folder / "state.json", state))
     write_manifest(folder, world)
+
+
+def _remove_converters(parent: Path) -> None:
+    """DeepSpeed's own do not know these folders; `python -m dpo export` does."""
+    for script in parent.glob("zero_to_*.py"):
+        script.unlink()
 
 
 def save(

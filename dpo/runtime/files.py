@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,14 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write a file of one JSON object a line, as `write_whole` does."""
-    write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    """Write a file of one JSON object a line, as `write_whole` does; texts in their own script, which can be read."""
+    write_whole(path, "".join(_line(record) for record in records))
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    line = json.dumps(record, ensure_ascii=False) + "\n"
+    # Half a surrogate pair, as in arguments of a call that were cut, has no UTF-8.
+    return line if line.isascii() or not re.search("[\ud800-\udfff]", line) else json.dumps(record) + "\n"
 
 
 def flush(path: Path) -> None:

@@ -74,7 +74,7 @@ def save_checkpoint(
     if train.save_weights_only:
         weights = partial(write_weights, setup, policy, dtype=setup.dtype, card=None)
     expected = checkpoint_bytes(
-        num_parameters(policy.scorer, trained=True), stage=setup.stage,
+        num_parameters(policy.scorer, trained=True), stage=setup.zero_stage,
         half=setup.precision != "fp32", weights_only=train.save_weights_only, states=STATES[setup.config.optim.name],
     )  # fmt: skip
     save(

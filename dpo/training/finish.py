@@ -17,6 +17,7 @@ from dpo.data import example
 from dpo.model.forward import whole_rows
 from dpo.model.load import uncompiled
 from dpo.report.card import closing_rows, model_card
+from dpo.report.content import is_logistic
 from dpo.report.figures import plot
 from dpo.report.page import Refresher, write_or_say
 from dpo.report.pairs import PairTable, read_pairs, write_pairs
@@ -117,12 +118,13 @@ def card_of(setup: Setup) -> str | None:
         "validation data": validation,
         "optimizer steps": f"{setup.total_steps:,} of {setup.config.train.global_batch_size:,} pairs",
         "tokens": f"{next((line['num_tokens'] for line in reversed(lines) if 'loss' in line), 0):,}",
-        "hardware": f"{world.world_size} x {device}, ZeRO-{setup.stage}, {setup.precision}",
+        "hardware": f"{world.world_size} x {device}, ZeRO-{setup.zero_stage}, {setup.precision}",
     }
     if (pairs := read_pairs(setup.run)) is not None and len(pairs[1].values):
         found = displacement(*pairs)
         facts["chosen log-prob fell"] = f"in {found.chosen_fell:.1%} of the validation pairs"
-        facts["calibration error"] = f"{calibration(pairs[1].margins).error:.3f}"
+        if is_logistic(setup.config.loss.name):
+            facts["calibration error"] = f"{calibration(pairs[1].margins).error:.3f}"
     return model_card(to_dict(setup.config), lines, versions(), facts, adapter=setup.trains_adapters)
 
 

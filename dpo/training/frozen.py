@@ -88,7 +88,7 @@ def start_models(setup: Setup, path: str, say: Callable[[str], None]) -> tuple[P
         UserError: If the model cannot be loaded or scored faithfully, or a cache is of something else.
     """
     wanted, mode = setup.config.reference, setup.reference_mode
-    sharded = setup.stage == 3
+    sharded = setup.zero_stage == 3
     dtype, reason = reference_dtype(wanted.dtype, setup.dtype, setup.world.device, sharded=sharded, mode=mode)
     if sharded and dtype == torch.float16 and setup.world.device.type == "cpu":
         raise UserError("reference.dtype is fp16 under ZeRO-3 on a CPU, where DeepSpeed refuses it; use bf16 or fp32")

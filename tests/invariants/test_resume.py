@@ -91,7 +91,7 @@ def test_a_run_that_is_asked_to_stop_loses_no_step_and_says_so(argv, uninterrupt
     assert status["place"] == (f"writing the checkpoint of step {step}" if step else "after SFT step 3")
     name = moment.split(":")[2]
     assert status["reason"] in (f"{name} received", "a signal reached another rank")
-    folders = [folder.name for folder in (run / "checkpoints").glob("*-*")]
+    folders = [entry.name for entry in (run / "checkpoints").iterdir()]
     assert folders == [f"step-{step:06d}" if step else "sft-000003"]
     train(here, ranks)
     assert json.loads((run / "status.json").read_text())["state"] == "finished"

@@ -130,7 +130,7 @@ def test_no_more_tokens_are_wanted_than_are_asked_for_keep_a_gpu_busy_or_are_the
     setup = SimpleNamespace(
         config=config, train_pairs=pairs, epochs=epochs,
         loader=lambda pairs, layout: Loader(pairs, epochs, 0, ranks, layout, 16384),
-        heaviest_steps=lambda layout: [0], longest_row=lambda layout: 100, stage=stage, ranks_a_row=1,
+        heaviest_steps=lambda layout: [0], longest_row=lambda layout: 100, zero_stage=stage, ranks_a_row=1,
     )  # fmt: skip
     assert wanted_tokens(setup, "shared") == wanted
 

@@ -16,6 +16,7 @@ import pytest
 
 from dpo.__main__ import main
 from dpo.errors import UserError
+from dpo.report.comparison import OF_SFT
 from dpo.report.page import Refresher, places, write_report
 from tests.report.runs import HOSTILE, make_run
 
@@ -301,3 +302,15 @@ def test_a_calibration_is_not_claimed_of_margins_that_are_no_log_odds(tmp_path: 
 
 def test_the_head_of_a_page_names_sources_by_their_paths(tmp_path: Path) -> None:
     assert places([{"path": "a.jsonl", "weight": 2}, "b.jsonl"]) == "a.jsonl, b.jsonl" and places("c") == "c"
+
+
+@pytest.mark.parametrize(
+    ("name", "matters"),
+    [
+        ("data.validation_fraction", True), ("data.ranked_pairs", True), ("data.train", True), ("data.workers", False),
+        ("data.validation_limit", False), ("optim.lr", False), ("optim.sft_lr", True),
+        ("model.tokenizer_revision", True), ("train.epochs", False),
+    ],
+)  # fmt: skip
+def test_runs_with_references_of_their_own_are_told_apart_by_what_sft_depends_on(name: str, matters: bool) -> None:
+    assert bool(OF_SFT.fullmatch(name)) is matters

@@ -98,4 +98,6 @@ def test_an_epoch_is_the_mean_of_its_steps_beside_its_last_evaluation() -> None:
     assert rows == [
         (0, [None, 9.0] * 3), (1, [(1 + 2 * 4 + 2 * 7) / 5, 8.0] * 3), (2, [(2 * 2 + 5) / 3, 6.0] * 3),
     ]  # fmt: skip
+    torn = [line(1, 1.0), line(2, 2.0), line(4, 4.0), line(2, 3.0), line(7, 5.0)]  # joined by hand
+    assert panels.by_epoch(torn)[1][1][0] == (1 + 2 + 2 * 4 + 3) / 5
     assert panels.by_epoch(lines[:5]) == [] == panels.by_epoch([{"sft_step": 1, "sft_loss": 2.0}])

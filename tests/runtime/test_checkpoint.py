@@ -255,7 +255,8 @@ class FakeEngine:
         assert save_latest is False and client_state["universal_checkpoint_info"] and not exclude_frozen_parameters
         (Path(parent) / tag).mkdir(parents=True)
         (Path(parent) / tag / "weights").write_text(tag)
-        (Path(parent) / "zero_to_fp32.py").write_text("a converter that does not know these folders")
+        for name in ("zero_to_fp32.py", "zero_to_torch.py"):
+            (Path(parent) / name).write_text("a converter that does not know these folders")
 
     def load_checkpoint(self, parent: str, tag: str, load_module_strict: bool) -> tuple[str | None, dict[str, Any]]:
         assert load_module_strict

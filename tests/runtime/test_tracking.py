@@ -118,7 +118,7 @@ def test_a_table_may_have_neither_headings_nor_rows():
 
 
 def test_records_are_written_in_their_own_script_and_a_line_each(tmp_path: Path) -> None:
-    rows = [{"prompt": "Grüße, 世界"}, {"prompt": "one\u2028line"}]
+    rows = [{"prompt": "Grüße, 世界"}, {"prompt": "one\u2028line"}, {"call": "cut \ud83d"}]
     write_records(tmp_path / "rows.jsonl", rows)
     assert "Grüße, 世界" in (tmp_path / "rows.jsonl").read_text(encoding="utf-8")
     assert read_records(tmp_path / "rows.jsonl") == (rows, False)
