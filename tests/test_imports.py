@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = [
-    "errors", "objective.catalog", "config", "recipe", "commandline", "types",
+    "errors", "machine", "objective.catalog", "config", "recipe", "commandline", "types",
     "data.example", "data.files", "data.sources", "data.kinds", "data.fields", "data.formats", "data.labels",
     "data.chat", "data.boundary", "data.encode", "data.workers", "data.store", "data.tokenize", "data.mixture",
     "data.epochs", "data.planner", "data.batch", "data.loader", "data.heuristics", "data.audit",

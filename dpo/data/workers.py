@@ -25,6 +25,7 @@ from dpo.data.encode import LONGER, PROMPT_ALONE, EncodedPair, PairEncoder
 from dpo.data.kinds import BROKEN_UNICODE, KEPT, TIE, content_of
 from dpo.data.labels import read_row
 from dpo.errors import UserError
+from dpo.machine import available_cpus
 from dpo.types import PreferenceRow
 
 WHOLE = 0.0, 1.0
@@ -224,11 +225,6 @@ def _serial_tokenizer() -> Iterator[None]:
             del os.environ["TOKENIZERS_PARALLELISM"]
         else:
             os.environ["TOKENIZERS_PARALLELISM"] = before
-
-
-def available_cpus() -> int:
-    """CPUs that this process may use: a job of a scheduler or container may have fewer than the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def num_workers(workers: int | None, rows: int | None) -> int:

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpo.data.workers import available_cpus
 from dpo.errors import UserError
+from dpo.machine import available_cpus
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)
