@@ -120,7 +120,8 @@ def show_audit(options: AuditOptions) -> None:
 
 def _own_names(error: Exception) -> str:
     """An error in the names of a run's settings, in those of the verb's options."""
-    keys = "|".join(field.name for field in fields(AuditOptions))
+    # Of both alone: the data may lie in a file data.json.
+    keys = "|".join({field.name for field in fields(AuditOptions)} & {field.name for field in fields(DataConfig)})
     return re.sub(rf"\bdata\.({keys})\b", r"--\1", re.sub(r"\bdata\.train_limit\b", "--limit", str(error)))
 
 

@@ -245,6 +245,7 @@ def test_nothing_of_the_data_reaches_the_terminal_unescaped(tmp_path, capsys):
         (["DATA", "--limit", "0"], "--limit is 0; use a whole number of at least 1"),
         (["DATA", "--max_length", "1"], "--max_length is 1; use at least 2"),
         (["DATA", "--validation_fraction", "0.0001"], "none in 1 rows; change --validation_fraction"),
+        (["data.json"], "data 'data.json': no such file or folder"),
         (["DATA", "--validation_split", "x"], "--validation_split is x but data.train"),
         (["DATA", "--validation_fraction", "2"], "--validation_fraction is 2.0; use a number between 0 and 1"),
         ([], "data"),

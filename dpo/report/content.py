@@ -61,7 +61,7 @@ class Content:
 
     @property
     def is_logistic(self) -> bool:
-        """See the function."""
+        """Whether margins of this run are log-odds of a preference."""
         return is_logistic(self.setting("loss.name"))
 
     def setting(self, name: str) -> Any:
