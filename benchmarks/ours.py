@@ -12,8 +12,8 @@ from typing import Any
 
 from benchmarks.clock import Clock, Job, main
 
-NO_SETTINGS = OWN_GELU, OWN_PRODUCTS = "own_gelu", "own_products"
-"""Options: leave the model's activation function, and PyTorch's products of bf16, as they are."""
+NO_SETTINGS = OWN_GELU, OWN_PRODUCTS, WHOLE_MLP = "own_gelu", "own_products", "whole_mlp"
+"""Options: leave the model's activation function, PyTorch's products of bf16, the last block's MLP as they are."""
 DEEPSPEED_JSON = Path(__file__).resolve().parents[1] / "ds_configs" / "zero2.json"
 
 
@@ -50,11 +50,13 @@ def run(job: Job) -> dict[str, Any]:
     """Train, and note every line that the recorder writes."""
     from dpo import train as training
     from dpo.commandline import parse
-    from dpo.model import load, products
+    from dpo.model import blocks, load, products
     from dpo.runtime import tracking
 
     if job.options.get(OWN_GELU):
         load.fuse_gelu = lambda model: None
+    if job.options.get(WHOLE_MLP):
+        blocks.LastMlp.learn = lambda *_: None  # type: ignore[method-assign]
     if job.options.get(OWN_PRODUCTS):
         products.fp32_is_faster = lambda: False  # type: ignore[assignment]
     clock, path = Clock(job), list[str]()

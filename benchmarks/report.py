@@ -35,6 +35,7 @@ NAMES = {
     "ours_loss_after_forward": "loss after forward",
     "ours_vocabulary_64": "vocabulary padded to a multiple of 64",
     "ours_own_gelu": "GELU not fused",
+    "ours_whole_mlp": "last MLP on every row",
     "ours_own_products": "products of bf16 left to PyTorch",
     "ours_compiled": "blocks compiled, rows of one length",
     "ours_recomputed": "activations recomputed",

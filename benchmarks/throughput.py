@@ -50,6 +50,7 @@ SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
     "ours_loss_after_forward": ("ours", {"model.loss_in_forward": "false"}),
     "ours_vocabulary_64": ("ours", {"model.vocabulary_multiple": 64}),
     "ours_own_gelu": ("ours", {ours.OWN_GELU: True}),
+    "ours_whole_mlp": ("ours", {ours.WHOLE_MLP: True}),
     "ours_own_products": ("ours", {ours.OWN_PRODUCTS: True}),
     "ours_compiled": ("ours", {"model.compile": "true"}),
     "ours_recomputed": ("ours", {"model.gradient_checkpointing": "true"}),
@@ -64,7 +65,10 @@ COMPARED = {
     "llama_1b": ["ours_online", "ours_cached"],
 }
 """Table -> the systems in it."""
-EVERYWHERE = ["ours_packed", "ours_padded", "ours_single", "ours_own_gelu", "ours_vocabulary_64", "ours_recomputed"]
+EVERYWHERE = [
+    "ours_packed", "ours_padded", "ours_single", "ours_own_gelu", "ours_whole_mlp", "ours_vocabulary_64",
+    "ours_recomputed",
+]  # fmt: skip
 ABLATIONS = {
     "cpu": ["ours_online", "ours_cached", *EVERYWHERE, "ours_own_products", "ours_loss_in_forward"],
     "cuda": [

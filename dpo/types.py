@@ -147,6 +147,7 @@ class PackedBatch:
         segments: Attention segments of the packed row; None for padded, where plain causal attention is exact because
             padding stands on the right.
         score_index: (N,) int64: the row of the hidden states that predicts each scored token.
+        predicting: (M,) int64: those rows, each once, in ascending order.
         target_ids: (N,) int64: the scored tokens: those of the completions, less what others say in them.
         sequence_ids: (N,) int64: the sequence each belongs to.
         completion_lengths: (S,) int64: scored tokens of each sequence.
@@ -164,6 +165,7 @@ class PackedBatch:
     num_rows: int
     segments: Segments | None
     score_index: Tensor
+    predicting: Tensor
     target_ids: Tensor
     sequence_ids: Tensor
     completion_lengths: Tensor

@@ -14,7 +14,7 @@ ORDER = [
     "data.example", "data.files", "data.sources", "data.kinds", "data.fields", "data.formats", "data.labels",
     "data.chat", "data.boundary", "data.encode", "data.workers", "data.store", "data.tokenize", "data.mixture",
     "data.epochs", "data.planner", "data.batch", "data.loader", "data.heuristics", "data.audit",
-    "model.example", "model.adapters", "model.load", "model.shape", "model.sequence", "model.products",
+    "model.example", "model.adapters", "model.blocks", "model.load", "model.shape", "model.sequence", "model.products",
     "model.attention_sdpa", "model.attention_varlen", "model.attention_flex", "model.attention",
     "model.logits", "model.head", "model.loss_in_forward", "model.vocabulary", "model.router", "model.forward",
     "model.check", "model.reference", "model.reward",

@@ -34,7 +34,7 @@ from dpo.estimate import (
     useful_flops,
 )
 from dpo.memory.room import Room
-from dpo.model import load
+from dpo.model import blocks
 from dpo.model.shape import _kept_bytes, shape_of
 from dpo.run.setup import Setup
 from dpo.types import PackedBatch
@@ -161,7 +161,7 @@ def test_parameters_are_counted_without_weights_tied_ones_once() -> None:
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_activations_counted_on_meta_are_those_that_a_real_pass_keeps(family: str) -> None:
     real = tiny.model(family, torch.float32)
-    load.fuse_gelu(real)
+    blocks.fuse_gelu(real)
     real.set_attn_implementation("sdpa")
     kept: dict[int, torch.UntypedStorage] = {}
     weights = {p.untyped_storage().data_ptr() for p in real.parameters()}

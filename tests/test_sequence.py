@@ -166,8 +166,9 @@ def test_a_plan_of_rows_on_two_gpus_is_that_of_whole_rows_with_half_of_each_on_a
     assert (whole.largest, whole.flops, whole.tokens) == (cut.largest, cut.flops, cut.tokens)
     assert whole.micro_steps.tolist() == cut.micro_steps.tolist() and whole.micro_steps.max() > 1
     (before, old), (after, new) = found
-    for part in ("activations, kept", "activations, recomputed"):
-        assert new[part] == pytest.approx(old[part] / 2, rel=0.01), part
+    assert new["activations, recomputed"] == pytest.approx(old["activations, recomputed"] / 2, rel=0.01)
+    # Of the last MLP a cut may hold more than its share: it spares prompts, and one cut may hold none.
+    assert 0.99 < new["activations, kept"] / (old["activations, kept"] / 2) < 1.1
     assert "exchanged" not in before
     # Llama: 4 query and 2 key heads of 8 in 2 layers, 2 bytes: q, o and k, v; forward, backward, once more, reference.
     a_token = 2 * (2 * 4 * 8 + 2 * 2 * 8) * 2

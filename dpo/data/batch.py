@@ -157,6 +157,7 @@ def _dummy(layout: Layout, row_tokens: int | None) -> PackedBatch:
         num_rows=1,
         segments=None if padded else index_segments(_tail(0, length)),
         score_index=none,
+        predicting=none,
         target_ids=none,
         sequence_ids=none,
         completion_lengths=none,
@@ -204,13 +205,14 @@ def collate(
         ids, positions = np.pad(ids, (0, tail)), np.pad(positions, (0, tail))
     rows = [own if kept is None else own[kept] for own, kept in zip(rows, scored, strict=True)]
     targets = [ids if kept is None else ids[kept] for ids, kept in zip(completions, scored, strict=True)]
-    lengths = np.array([len(own) for own in targets], dtype=np.int64)
+    lengths, score_index = np.array([len(own) for own in targets], dtype=np.int64), np.concatenate(rows)
     return PackedBatch(
         input_ids=torch.from_numpy(ids.astype(np.int64)),
         position_ids=torch.from_numpy(positions.astype(np.int64)),
         num_rows=len(completions) if padded else 1,
         segments=segments,
-        score_index=torch.from_numpy(np.concatenate(rows).astype(np.int64)),
+        score_index=torch.from_numpy(score_index.astype(np.int64)),
+        predicting=torch.from_numpy(np.unique(score_index).astype(np.int64)),
         target_ids=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
         sequence_ids=torch.from_numpy(np.repeat(np.arange(len(targets)), lengths)),
         completion_lengths=torch.from_numpy(lengths),

@@ -29,7 +29,7 @@ from dpo.errors import UserError
 from dpo.estimate import GIB, STATES
 from dpo.memory.out_of_memory import Budget, is_lack_of_memory, lowered, may_recompute, read_budget, write_budget
 from dpo.memory.room import Room, costliest, first_step_bytes, largest, wanted_tokens
-from dpo.model import load
+from dpo.model import blocks
 from dpo.model.forward import pair_logps
 from dpo.model.reference import Reference
 from dpo.model.shape import shape_of
@@ -229,8 +229,8 @@ def fit_budget(
         if path is not None:
             only_main(world, partial(write_budget, path, found))
     else:
-        if found.recomputed and not load.recomputes_activations(model):
-            load.checkpoint_activations(model)
+        if found.recomputed and not blocks.recomputes_activations(model):
+            blocks.checkpoint_activations(model)
         _compile(setup, policy, say)
     again, where = ", activations recomputed" if found.recomputed else "", "" if path is None else f" ({path.name})"
     say(f"micro-batches: at most {found.tokens:,} tokens{again}{where}")
@@ -263,28 +263,28 @@ def _find(
     def first() -> int:
         if asked != "auto":
             return max(asked, room.longest)
-        return min(gather(room.budget(recomputed=load.recomputes_activations(model))))
+        return min(gather(room.budget(recomputed=blocks.recomputes_activations(model))))
 
     def recompute() -> int:
-        load.checkpoint_activations(model)
+        blocks.checkpoint_activations(model)
         return first()
 
     may = may_recompute(setup, model)
     if may and any(gather(room.asks_for_recomputation(wanted_tokens(setup, layout)))):
-        load.checkpoint_activations(model)
+        blocks.checkpoint_activations(model)
         may = False
     _compile(setup, policy, say)
     searched = budget = first()
     if room.is_tried:
         fits = partial(_fits, setup, policy, reference, layout, owed=owed)
         searched = choose(budget, room.longest, fits, recompute if may else None, say)
-        if may and load.recomputes_activations(model):
+        if may and blocks.recomputes_activations(model):
             _compile(setup, policy, say)  # says that it no longer is
         # More was not tried; without gradients, whose activations are what takes memory, it need not be.
         budget = max(room.longest, min(searched, max(gather(largest(setup, layout, searched)))))
-    return Budget(budget, searched, load.recomputes_activations(model), key)
+    return Budget(budget, searched, blocks.recomputes_activations(model), key)
 
 
 def _compile(setup: Setup, policy: Policy, say: Callable[[str], None]) -> None:
     if setup.config.model.compile:
-        say(load.compile_where_it_helps(policy.scorer.model, padded=policy.layout == "padded"))
+        say(blocks.compile_where_it_helps(policy.scorer.model, padded=policy.layout == "padded"))

@@ -23,7 +23,7 @@ import torch
 
 from dpo.data.planner import Layout
 from dpo.memory.room import largest
-from dpo.model import load
+from dpo.model import blocks
 from dpo.run.setup import Setup
 from dpo.runtime import heartbeat
 from dpo.runtime.distributed import give_up
@@ -72,7 +72,7 @@ def is_lack_of_memory(error: RuntimeError) -> bool:
 def may_recompute(setup: Setup, model: Any) -> bool:
     """Whether activations are kept and need not be."""
     allowed = setup.config.model.gradient_checkpointing == "auto" and model.supports_gradient_checkpointing
-    return allowed and not load.recomputes_activations(model)
+    return allowed and not blocks.recomputes_activations(model)
 
 
 @contextmanager

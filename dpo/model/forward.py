@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo.model.attention import UnsupportedAttention
+from dpo.model.blocks import spare_last_mlp
 from dpo.model.head import CHUNK_ROWS, Head, logps_of_logits
 from dpo.model.logits import logit_map_of
 from dpo.model.loss_in_forward import Chunk, PairLosses, chunks_of, total_loss
@@ -52,6 +53,7 @@ class Scorer(nn.Module):
         self.balance: Balance | None = None
         self.router_loss: Tensor | None = None
         self.across: SequenceGroup | None = None
+        spare_last_mlp(model)
         self.register_state_dict_post_hook(_without_frozen)
         self.register_load_state_dict_pre_hook(_without_certainty)
 
@@ -123,7 +125,11 @@ class Scorer(nn.Module):
         packed: dict[str, Any] = {
             "position_ids": batch.position_ids.view(batch.num_rows, -1), "segments": batch.segments
         }  # fmt: skip
-        return inputs | packed | ({} if self.across is None else {"across": self.across})
+        if self.across is not None:
+            packed["across"] = self.across
+        if self.model.last_mlp is not None and self.balance is None and len(batch.predicting):
+            packed["predicting"] = batch.predicting
+        return inputs | packed
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """(N, H): the hidden states that predict the completion tokens."""

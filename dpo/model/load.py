@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -24,15 +23,14 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.activations import NewGELUActivation
 from transformers.integrations import HfDeepSpeedConfig
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import load_state_dict
 from transformers.utils.logging import disable_progress_bar
 
 from dpo.data.chat import end_ids, listed
 from dpo.errors import UserError, one_line
 from dpo.model import example
+from dpo.model.blocks import fuse_gelu
 
 BUILTIN = "builtin:tiny"
 
@@ -203,72 +201,6 @@ def _four_bits(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     return {"quantization_config": config, "device_map": {"": device}}
-
-
-def fuse_gelu(model: Any) -> None:
-    """Compute GPT-2's tanh-GELU in one kernel instead of eight elementwise ones; the same function to 2e-7 in fp32."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation):
-                setattr(module, name, nn.GELU(approximate="tanh"))
-
-
-def checkpoint_activations(model: Any) -> None:
-    """Recompute activations in backward, keeping dropout off.
-
-    transformers checkpoints only layers in training mode; their children stay in eval mode, and rates that a layer
-    reads itself become 0.
-    """
-    # Renamed in transformers 5.2x; the old name warns there and goes in 6.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True
-            for name, value in vars(module).items():
-                if "drop" in name and isinstance(value, float):
-                    setattr(module, name, 0.0)
-
-
-def recomputes_activations(model: Any) -> bool:
-    """Whether `checkpoint_activations` is in force."""
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-
-
-def compile_where_it_helps(model: Any, *, padded: bool) -> str:
-    """Compile a policy's blocks, unless rows are padded or activations recomputed, and say so."""
-    if padded:
-        return "blocks: not compiled: rows of layout padded have many lengths"
-    if recomputes_activations(model):
-        return "blocks: not compiled: torch.compile leaves blocks alone whose activations are recomputed"
-    return f"blocks: {compile_blocks(model)} compiled"
-
-
-def compile_blocks(model: Any, backend: str = "inductor") -> int:
-    """Compile the transformer blocks, each one alike, so that their elementwise work is fused.
-
-    Attention over segments stays outside the compiled code: what it reads changes with every batch.
-
-    Args:
-        model: The transformers model.
-        backend: Of torch.compile.
-    Returns:
-        How many blocks there are.
-    """
-    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    # Blocks share their code; torch keeps 8 variants of it by default and runs further ones as they were written.
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, 4 * len(blocks))
-    for block in blocks:
-        block.compile(backend=backend, dynamic=False)
-    return len(blocks)
-
-
-def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
-    """Within the block compiled blocks run as they were written: code would be made for every length of an answer, and
-    then, at the compiler's limit, no more for training."""
-    is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
-    return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
 
 
 def frozen_copy(model: nn.Module, dtype: torch.dtype) -> Any:

@@ -56,9 +56,10 @@ class SequenceGroup:
             name: getattr(whole, name)[start : start + length] for name in ("input_ids", "position_ids")
         }
         changed |= {name: getattr(whole, name)[own] for name in ("target_ids", "sequence_ids")}
-        weights = whole.token_weights
+        weights, read = whole.token_weights, whole.predicting
         return replace(
             whole, **changed, score_index=whole.score_index[own] - start,
+            predicting=read[(read >= start) & (read < start + length)] - start,
             token_weights=None if weights is None else weights[own],
         )  # fmt: skip
 

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from dpo.config import LoraConfig
 from dpo.errors import UserError, one_line
 from dpo.model import adapters
-from dpo.model.load import fuse_gelu
+from dpo.model.blocks import fuse_gelu, spare_last_mlp
 
 ATTENTION = "dpo_meta"
 """Name under which transformers knows the stand-in for a fused attention kernel while activations are counted."""
@@ -40,6 +40,7 @@ class Shape:
         activations: Bytes a token that a forward pass of the body keeps for backward; None where it cannot be told.
         block_input: Bytes a token of the blocks' inputs, which is what is kept when activations are recomputed.
         shared_activations: The same where attention copies keys and values together, as it does for shared prompts.
+        last_mlp: Bytes that the last block's MLP keeps of a token; not of one that nothing reads (last_mlp.py).
         keys_and_values: Bytes a token of the keys and values of all blocks, which each prompt has there once more.
         has_fused_experts: Whether a weight has three dimensions, as those of several experts in one tensor have.
         largest: Parameters of the largest weight.
@@ -55,6 +56,7 @@ class Shape:
     activations: int | None
     block_input: int
     shared_activations: int | None
+    last_mlp: int
     keys_and_values: int
     has_fused_experts: bool
     largest: int
@@ -64,11 +66,14 @@ class Shape:
         """What operations are counted from; see `estimate.useful_flops`."""
         return {"body": self.body, "head": self.hidden * self.vocabulary, "attention_width": self.attention_width}
 
-    def kept(self, tokens: int, prompts: int, *, is_shared: bool, recomputed: bool) -> float | None:
+    def kept(
+        self, tokens: int, prompts: int, *, is_shared: bool, recomputed: bool, unread: int = 0
+    ) -> float | None:
         """Bytes that live at a time for backward.
 
         Args:
             tokens, prompts: Tokens of a row, and how many of them are prompts'.
+            unread: How many of them predict nothing.
             is_shared: Whether chosen and rejected completions share their prompts.
             recomputed: Whether only the blocks' inputs are kept, and at a time what one block keeps.
         """
@@ -76,7 +81,9 @@ class Shape:
         if of_token is None:
             return None
         kept = of_token * tokens + (self.keys_and_values * prompts if is_shared else 0)
-        return self.block_input * tokens + kept / self.layers if recomputed else kept
+        if recomputed:
+            return self.block_input * tokens + kept / self.layers
+        return kept - self.last_mlp * unread
 
 
 class _Fused(torch.autograd.Function):
@@ -106,7 +113,7 @@ class _Attention:
         return _Fused.apply(query, key, value), None
 
 
-def _kept_bytes(model: Any, num_tokens: int) -> int:
+def _kept_bytes(model: Any, num_tokens: int, **terms: Any) -> int:
     """Bytes of all tensors that autograd keeps after a forward pass of the body, weights among them."""
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -120,22 +127,27 @@ def _kept_bytes(model: Any, num_tokens: int) -> int:
         "position_ids": torch.zeros(1, num_tokens, dtype=torch.int64, device="meta"),
     }
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = model.base_model(**inputs, use_cache=False)
+        output = model.base_model(**inputs, **terms, use_cache=False)
     del output
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def _activations(model: Any, *, copies: bool) -> tuple[int | None, int]:
-    """Bytes a token that are kept, None where they cannot be told, and those of keys and values."""
+def _activations(model: Any, *, copies: bool) -> tuple[int | None, int, int]:
+    """Bytes a token that are kept, None where they cannot be told; those of the last MLP; those of keys and values."""
     attention = _Attention(copies)
     AttentionInterface.register(ATTENTION, attention)
     try:
         model.set_attn_implementation(ATTENTION)
         # The difference of two lengths: weights and other constants fall out.
         kept = (_kept_bytes(model, 2 * PROBE_TOKENS) - _kept_bytes(model, PROBE_TOKENS)) // PROBE_TOKENS
+        keys_and_values = attention.bytes // (3 * PROBE_TOKENS)
+        read = [
+            _kept_bytes(model, PROBE_TOKENS, predicting=torch.zeros(rows, dtype=torch.int64, device="meta"))
+            for rows in (PROBE_TOKENS // 2, PROBE_TOKENS)
+        ]
     except Exception:  # any architecture's own code runs here, and only an estimate is lost
-        return None, 0
-    return kept, attention.bytes // (3 * PROBE_TOKENS)
+        return None, 0, 0
+    return kept, 2 * (read[1] - read[0]) // PROBE_TOKENS, keys_and_values
 
 
 def steady_length(config: Any) -> int | None:
@@ -197,6 +209,7 @@ def shape_of(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
             fuse_gelu(model)
+            spare_last_mlp(model)
     except (ValueError, KeyError, ImportError) as error:
         reason = one_line(error, 300)
         raise UserError(f"model.policy: cannot be built from its config: {reason}") from None
@@ -214,7 +227,7 @@ def shape_of(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False
     vocabulary, hidden = head.weight.shape
     heads = getattr(text, "num_attention_heads", 0)  # a state-space model has none
     head_size = getattr(text, "head_dim", None) or hidden // max(1, heads)
-    activations, keys_and_values = _activations(model, copies=False)
+    activations, last_mlp, keys_and_values = _activations(model, copies=False)
     return Shape(
         parameters=sum(p.numel() for p in model.parameters()),
         body=sum(body),
@@ -226,6 +239,7 @@ def shape_of(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False
         activations=activations,
         block_input=text.num_hidden_layers * hidden * dtype.itemsize,
         shared_activations=_activations(model, copies=True)[0],
+        last_mlp=last_mlp,
         keys_and_values=keys_and_values,
         has_fused_experts=any(p.dim() == 3 for p in model.parameters()),
         largest=max(p.numel() for p in model.parameters()),

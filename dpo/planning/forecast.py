@@ -182,8 +182,9 @@ def batch_parts(
     parts: dict[str, float | None] = {}
     for name, recomputed in (("activations, kept", False), ("activations, recomputed", True)):
         kept = shape.kept(
-            schedule.largest, schedule.largest_prompts, is_shared=layout == "shared", recomputed=recomputed
-        )
+            schedule.largest, schedule.largest_prompts, is_shared=layout == "shared", recomputed=recomputed,
+            unread=0 if layout == "padded" else schedule.largest - schedule.largest_completions,
+        )  # fmt: skip
         parts[name] = None if kept is None else kept / GIB
     rows, copied = min(CHUNK_ROWS, schedule.largest_completions), width == 2
     name = f"logits tile, {rows:,} rows in fp32{' and a copy in 16 bits' * copied}"

@@ -19,8 +19,9 @@ from dpo.data import example
 from dpo.data.batch import collate
 from dpo.data.chat import end_ids, listed
 from dpo.data.planner import Layout, plan_batch
+from dpo.model.blocks import uncompiled
 from dpo.model.forward import Scorer, pair_logps
-from dpo.model.load import context_length, uncompiled
+from dpo.model.load import context_length
 from dpo.runtime.engine import is_sharded
 from dpo.runtime.files import read_records, write_records
 from dpo.types import PackedBatch, TokenizedPair

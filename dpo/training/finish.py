@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dpo.config import to_dict
 from dpo.data import example
+from dpo.model.blocks import uncompiled
 from dpo.model.forward import whole_rows
-from dpo.model.load import uncompiled
 from dpo.report.card import closing_rows, model_card
 from dpo.report.content import is_logistic
 from dpo.report.figures import plot

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dpo.data.planner import Layout
 from dpo.errors import UserError
-from dpo.model import adapters, load, router
+from dpo.model import adapters, blocks, router
 from dpo.model.check import settle
 from dpo.model.forward import Scorer, pair_logps
 from dpo.model.sequence import sequence_notes
@@ -90,7 +90,7 @@ def start_policy(setup: Setup, path: str, model: Any = None, *, for_sft: bool = 
         add_adapter(setup, path, model)
     notes: list[str] = []
     if config.model.gradient_checkpointing is True:
-        load.checkpoint_activations(model)
+        blocks.checkpoint_activations(model)
         notes.append("activations: recomputed in backward (model.gradient_checkpointing)")
     scorer = Scorer(model)
     engine = deepspeed_engine.start_training(scorer, setup.engine_config, config.optim)

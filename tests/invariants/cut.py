@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dpo.data.batch import collate
-from dpo.model import load
+from dpo.model import blocks
 from dpo.model.check import use_layout
 from dpo.model.forward import Scorer
 from dpo.runtime import distributed, sequence
@@ -29,7 +29,7 @@ def gaps() -> dict[str, float]:
         scorer.across = sequence.join(2, model.config)
         assert scorer.across is not None
         if family == "gpt2":
-            load.checkpoint_activations(model)
+            blocks.checkpoint_activations(model)
         for layout in ("shared", "packed"):
             use_layout(scorer, layout)  # type: ignore[arg-type]
             for chosen in batches:

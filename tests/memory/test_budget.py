@@ -30,7 +30,7 @@ from dpo.data.planner import Layout
 from dpo.errors import UserError
 from dpo.memory.budget import choose
 from dpo.memory.room import Room, wanted_tokens
-from dpo.model import load
+from dpo.model import blocks
 from dpo.model.shape import Shape
 from dpo.runtime.tracking import read_lines
 from tests.test_stages import arguments
@@ -68,8 +68,8 @@ def test_the_ladder_halves_down_to_the_longest_pair_then_recomputes_then_refuses
 
 SHAPE = Shape(
     parameters=10**6, body=10**6, layers=2, hidden=8, vocabulary=100, linear=10**6, attention_width=16,
-    activations=1000, block_input=100, shared_activations=1100, keys_and_values=100, has_fused_experts=False,
-    largest=800,
+    activations=1000, block_input=100, shared_activations=1100, last_mlp=0, keys_and_values=100,
+    has_fused_experts=False, largest=800,
 )  # fmt: skip
 RESERVED = 2 * 10 * 100 * 4 + 100 * 8 * 4  # a tile of 10 rows twice, the head's gradient
 
@@ -317,7 +317,7 @@ def test_a_run_that_ends_up_recomputing_says_that_its_blocks_are_no_longer_compi
     tiny_policy, tmp_path, monkeypatch, capsys
 ):
     lacking_above(monkeypatch, 10, 10**9)
-    monkeypatch.setattr(load, "compile_blocks", lambda model: 2)
+    monkeypatch.setattr(blocks, "compile_blocks", lambda model: 2)
     flags = [*SEVERAL, "--model.compile", "true", "--train.max_steps", "1"]
     assert train_dpo.main(arguments(tmp_path, tiny_policy, *flags)) == 0
     assert re.search(r"blocks: 2 compiled[\s\S]*blocks: not compiled", capsys.readouterr().err)
@@ -337,7 +337,7 @@ def test_a_run_that_goes_on_recomputes_activations_again(tiny_policy, tmp_path, 
     seen, step = [], dpo.preference.take_step
 
     def looked(setup, policy, *rest):
-        seen.append(load.recomputes_activations(policy.scorer.model))
+        seen.append(blocks.recomputes_activations(policy.scorer.model))
         return step(setup, policy, *rest)
 
     monkeypatch.setattr(dpo.preference, "take_step", looked)

@@ -21,9 +21,9 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from dpo.data.batch import collate, index_segments
 from dpo.model import attention, attention_flex, attention_varlen
+from dpo.model.blocks import compile_blocks
 from dpo.model.check import settle, use_layout
 from dpo.model.forward import Scorer, own_logits_logps
-from dpo.model.load import compile_blocks
 from dpo.types import Segment, TokenizedPair
 from tests import tiny
 

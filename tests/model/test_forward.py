@@ -16,7 +16,6 @@ from dpo.model import logits, products
 from dpo.model.check import TOLERANCE, _difference, settle, use_layout
 from dpo.model.forward import Scorer, own_logits_logps, pair_logps, sums_by_sequence
 from dpo.model.head import token_logps
-from dpo.model.load import checkpoint_activations, fuse_gelu
 from dpo.types import LogitMap, TokenizedPair
 from tests import tiny
 
@@ -161,15 +160,6 @@ def test_a_frozen_head_gets_no_gradient_and_hidden_states_do():
     assert hidden.grad is not None and weight.grad is None
 
 
-def test_fused_gelu_is_gpt2s_own_activation():
-    model = tiny.model("gpt2", dtype=torch.float32)
-    ids = torch.arange(1, 40)[None]
-    before = model(ids).logits
-    fuse_gelu(model)
-    assert isinstance(model.transformer.h[0].mlp.act, torch.nn.GELU)
-    torch.testing.assert_close(model(ids).logits, before, rtol=1e-5, atol=1e-5)
-
-
 def test_no_tensor_of_all_logits_exists(monkeypatch):
     """The widest vocabulary-sized tensor has one row per completion token, and at most a chunk of them."""
     pairs = tiny.pairs(6, longest=20)
@@ -187,21 +177,6 @@ def test_no_tensor_of_all_logits_exists(monkeypatch):
     scorer(collate(pairs, "shared"))
     assert sum(seen) == sum(sum(p.targets) for p in pairs) < sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
     assert max(seen) <= 16
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_checkpointing_changes_no_gradient_and_recomputes(family):
-    pairs = tiny.pairs(4)
-    _, truth = gradients(scorer_for(family, "shared", dropout=0.5), pairs, "shared")
-    scorer = scorer_for(family, "shared", dropout=0.5)
-    checkpoint_activations(scorer.model)
-    layers = scorer.model.transformer.h if family == "gpt2" else scorer.model.model.layers
-    calls = []
-    layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-    _, found = gradients(scorer, pairs, "shared")
-    assert len(calls) == 2
-    for name in truth:
-        torch.testing.assert_close(found[name], truth[name], rtol=1e-12, atol=1e-12)
 
 
 def test_an_empty_batch_scores_nothing_and_reaches_every_parameter():
@@ -342,20 +317,6 @@ def test_a_model_that_no_path_scores_faithfully_is_refused(monkeypatch):
 def test_a_window_wider_than_every_sequence_is_no_obstacle():
     scorer = Scorer(tiny.model("mistral", sliding_window=100))
     assert settle(scorer, "shared", tiny.pairs(3)[1:], 100, CPU)[0] == "shared"
-
-
-def test_recomputed_activations_leave_dropout_off_where_a_layer_has_its_own():
-    """OPT's layers ask whether they themselves are in training, and checkpointing needs them to be."""
-    config = transformers.OPTConfig(
-        vocab_size=tiny.VOCAB, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, word_embed_proj_dim=32, dropout=0.5,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    ids = torch.arange(1, 13)[None]
-    before = model(input_ids=ids).logits
-    checkpoint_activations(model)
-    torch.testing.assert_close(model(input_ids=ids).logits, before)
 
 
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.bfloat16, True), (torch.float32, False)])

@@ -26,7 +26,7 @@ from dpo.config import LoraConfig, LossConfig
 from dpo.data.batch import collate
 from dpo.data.planner import Layout
 from dpo.estimate import GIB
-from dpo.model import adapters, load
+from dpo.model import adapters, blocks
 from dpo.model.check import use_layout
 from dpo.model.forward import Scorer
 from dpo.model.reference import nothing, online, online_with_tokens
@@ -154,7 +154,7 @@ def scorer_of(case: Case, recompute: bool = False) -> Scorer:
     config.num_hidden_layers = case.layers or config.num_hidden_layers
     with GPU:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=case.dtype).eval()
-    load.fuse_gelu(model)
+    blocks.fuse_gelu(model)
     if case.lora:
         torch.set_default_dtype(case.dtype)  # peft would change the dtype of modules, and these cannot be changed
         torch.nn.Module._apply, change = lambda module, *_, **__: module, torch.nn.Module._apply
@@ -163,7 +163,7 @@ def scorer_of(case: Case, recompute: bool = False) -> Scorer:
         torch.nn.Module._apply = change
         torch.set_default_dtype(torch.float32)
     if recompute:
-        load.checkpoint_activations(model)
+        blocks.checkpoint_activations(model)
     scorer = Scorer(model)
     scorer.head.multiple = case.multiple
     if case.softcap is not None:

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import dpo.model.attention
+import dpo.model.blocks
 import dpo.model.forward
-import dpo.model.load
 import dpo.preference
 import dpo.train
 import dpo.training.meter
@@ -316,8 +316,8 @@ def test_a_compiled_run_compiles_nothing_after_its_first_step(tiny_policy, tmp_p
     counters.clear()
     # Not that of DeepSpeed, which replaces it for the whole process once ZeRO-3 has run in it.
     monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
-    compile_blocks, step, made = dpo.model.load.compile_blocks, dpo.preference.take_step, []
-    monkeypatch.setattr(dpo.model.load, "compile_blocks", lambda model: compile_blocks(model, "eager"))
+    compile_blocks, step, made = dpo.model.blocks.compile_blocks, dpo.preference.take_step, []
+    monkeypatch.setattr(dpo.model.blocks, "compile_blocks", lambda model: compile_blocks(model, "eager"))
 
     def counted(*args):
         result = step(*args)
