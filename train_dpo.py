@@ -11,6 +11,7 @@ on when it is started again. torchrun makes both 1: status.json in the run direc
 
 import gc
 import os
+import signal
 import sys
 
 from dpo.commandline import parse
@@ -62,5 +63,18 @@ def _import_all() -> None:
         gc.enable()
 
 
+def _interruptible(argv: list[str]) -> int:
+    """Until a run listens, and once it writes its result, a signal ends it at once, as nothing would be saved."""
+    first = os.environ.get("RANK", "0") == "0"
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # Ranks that wait in a collective hear no handler.
+        signal.signal(number, signal.default_int_handler if first else signal.SIG_DFL)
+    try:
+        return main(argv)
+    except KeyboardInterrupt:
+        print("train_dpo.py: interrupted; start again to continue", file=sys.stderr, flush=True)
+        return 75
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(_interruptible(sys.argv[1:]))

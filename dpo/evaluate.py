@@ -8,7 +8,7 @@ of one set does not depend on the others.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -32,10 +32,30 @@ class ValidationShare:
     Attributes:
         batches: As many micro-batches as on every rank.
         chosen_length: Mean scored tokens of chosen completions, over all ranks.
+        answers: What the reference said of them, in order; they never change.
     """
 
     batches: Sequence[PackedBatch]
     chosen_length: float
+    answers: list[PairLogps] = field(default_factory=list)
+
+    def asking_once(self, reference: Reference) -> Reference:
+        """A reference for one evaluation, which asks the given one for what is not known from the evaluation before.
+
+        Dummy batches are no exception: under ZeRO-3 ranks that have pairs wait for those that have none. What a
+        reference knows of every token is not kept, since it would fill the memory.
+        """
+        known = iter(tuple(self.answers))
+
+        def answer(batch: PackedBatch) -> PairLogps:
+            found = next(known, None)
+            if found is None:
+                found = reference(batch)
+                if found.tokens is None:
+                    self.answers.append(found)
+            return found
+
+        return answer
 
 
 @torch.no_grad()
@@ -46,7 +66,7 @@ def evaluate(
 
     Args:
         policy: What is evaluated.
-        reference: Scores each batch, or remembers what it said.
+        reference: The frozen reference.
         sets: Name of every validation set ("" for one without) -> this rank's share.
         loss: The objective.
         world: This rank.
@@ -58,7 +78,7 @@ def evaluate(
     parts = [torch.zeros(0, len(COLUMNS), dtype=torch.float64, device=world.device)]
     ranks_a_row = 1 if policy.scorer.across is None else policy.scorer.across.size
     for place, share in enumerate(sets.values()):
-        scored = look_ahead(policy, reference, share.batches, world.device)
+        scored = look_ahead(policy, share.asking_once(reference), share.batches, world.device)
         contexts = contexts_of(loss, share.batches, scored, share.chosen_length, world, ranks_a_row, is_step=False)
         for batch, (policy_logps, reference_logps), context in zip(share.batches, scored, contexts, strict=True):
             output = loss(policy_logps, reference_logps, context)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dpo.data.loader import StepBatches, whole_pass
 from dpo.evaluate import ValidationShare, evaluate
-from dpo.model.reference import Reference, remembered
+from dpo.memory.out_of_memory import explained
 from dpo.objective.objective import Objective
 from dpo.report.page import Refresher
 from dpo.run.setup import Setup
@@ -51,7 +51,7 @@ def run_dpo(
     stage = Stage(
         setup, policy, reference, tracker, Objective(setup.config.loss, state.running), meter_for(setup, policy),
         Nonfinite(setup, "step", tracker.say, state.skipped), Refresher(setup.run, tracker.say),
-        _validation(setup, policy), remembered(reference.of_validation),
+        _validation(setup, policy),
     )  # fmt: skip
     stage.meter.take_up(state.unlogged, world.is_main)
     if state.step == 0:
@@ -59,6 +59,8 @@ def run_dpo(
         stage.evaluate(0)
     else:
         seen = distributed.only_main(world, lambda: _names_at(setup.run, state.step))
+        if state.step == setup.total_steps and state.unlogged:  # there is no step left whose line would say it
+            stage.record(state)
         stage.after(state, {*seen, "step"})
     try:
         for work in loader.steps(state.step, setup.total_steps):
@@ -79,7 +81,6 @@ class Stage:
 
     Attributes:
         validation: Name of every validation set -> this rank's share; empty where there is none.
-        validation_reference: Remembers what the reference said of it.
     """
 
     setup: Setup
@@ -91,7 +92,6 @@ class Stage:
     nonfinite: Nonfinite
     report: Refresher
     validation: dict[str, ValidationShare]
-    validation_reference: Reference
 
     def step(self, work: StepBatches, state: TrainState) -> tuple[TrainState, bool]:
         """One optimizer step, and its line of metrics.jsonl where that is due.
@@ -99,10 +99,7 @@ class Stage:
         Returns:
             The state after it; whether any rank was asked to stop.
         """
-        setup, optim, step = self.setup, self.setup.config.optim, work.step + 1
-        lr = learning_rate(
-            work.step, total=setup.total_steps, peak=optim.lr, schedule=optim.schedule, warmup_steps=optim.warmup_steps
-        )
+        setup, step, lr = self.setup, work.step + 1, self.learning_rate(work.step)
         stop = take_step(setup, self.policy, self.reference, self.loss, work, lr, self.meter, self.nonfinite)
         moves = setup.config.reference
         if moves.sync_steps is not None and step % moves.sync_steps == 0:
@@ -110,13 +107,22 @@ class Stage:
         tokens = state.num_tokens + work.num_tokens
         state = TrainState(step, tokens, running=self.loss.running, skipped=self.nonfinite.count)
         if step % setup.config.log.every == 0 or step == setup.total_steps:
-            self.record(state, lr)
+            self.record(state)
         return state, stop
 
-    def record(self, state: TrainState, lr: float) -> None:
+    def learning_rate(self, steps_done: int) -> float:
+        """Of the step after `steps_done`."""
+        optim = self.setup.config.optim
+        return learning_rate(
+            steps_done, total=self.setup.total_steps, peak=optim.lr, schedule=optim.schedule,
+            warmup_steps=optim.warmup_steps,
+        )  # fmt: skip
+
+    def record(self, state: TrainState) -> None:
         """A line of metrics.jsonl and the progress bar."""
         step, epoch = state.step, state.step / self.setup.epochs.steps_per_epoch
-        values = self.meter.line(self.setup.world.device) | {"learning_rate": lr} | self.nonfinite.metrics
+        values = self.meter.line(self.setup.world.device) | {"learning_rate": self.learning_rate(step - 1)}
+        values |= self.nonfinite.metrics
         self.tracker.record({"step": step, "epoch": epoch} | values | {"num_tokens": state.num_tokens})
         note = (
             f"loss {values['loss']:.4f}  accuracy {values['rewards/accuracies']:.3f}"
@@ -131,7 +137,8 @@ class Stage:
         if "eval_loss" not in seen and (is_last or due(step, train.eval_every, per_epoch)):
             self.evaluate(step)
         if "samples/kl" not in seen and log.samples and (is_last or due(step, log.sample_every, per_epoch)):
-            take_samples(self.setup, self.policy, self.reference, step, self.tracker)
+            with explained(self.setup.world, "lower log.samples or log.sample_tokens"):
+                take_samples(self.setup, self.policy, self.reference, step, self.tracker)
         if not seen and (is_last or due(step, train.save_every, per_epoch)):
             self.save(state)
 
@@ -141,13 +148,16 @@ class Stage:
             return
         heartbeat.at(f"in the evaluation after step {step}")
         metrics, pairs = evaluate(
-            self.policy, self.validation_reference, self.validation, self.loss, self.setup.world
+            self.policy, self.reference.of_validation, self.validation, self.loss, self.setup.world
         )
-        self.tracker.record({"step": step, "epoch": step / self.setup.epochs.steps_per_epoch} | metrics)
         self.nonfinite.look_at(step, metrics["eval_loss"])
+        keep_evaluation(self.setup, step, pairs)
+        # Last: a start that finds this line does not evaluate again.
+        self.tracker.record({"step": step, "epoch": step / self.setup.epochs.steps_per_epoch} | metrics)
         shown = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if "logps" not in k)
         self.tracker.say(f"step {step}: {shown}")
-        keep_evaluation(self.setup, step, pairs, self.report)
+        if step > 0 and self.setup.world.is_main:
+            self.report.refresh()
 
     def save(self, state: TrainState) -> None:
         """A checkpoint, the reference in it where it moves; status.json says so."""

@@ -63,12 +63,12 @@ def run_sft(setup: Setup, tracker: Tracker) -> None:
         _train(fitted_setup, policy, state, total, tracker, layout)
     # In the dtype it was trained in: the policy and the reference of DPO are read back from here.
     write_weights(setup, policy, setup.run / "reference", setup.dtype, card=None)
-    only_main(setup.world, lambda: _drop_checkpoints(setup.run))
+    only_main(setup.world, lambda: drop_checkpoints(setup.run))
     deepspeed_engine.stop(policy.engine)
 
 
-def _drop_checkpoints(run: Path) -> None:
-    """The stage is done: `reference/` stands for it."""
+def drop_checkpoints(run: Path) -> None:
+    """Remove the checkpoints of the stage, which is done: `reference/` stands for it."""
     for folder in checkpoints(run, "sft"):
         drop(folder)
 
@@ -178,8 +178,8 @@ class _Stage:
         except preemption.Preempted:
             return True
         epoch = step / self.setup.epochs.steps_per_epoch
-        self.tracker.record({"sft_step": step, "sft_epoch": epoch, "eval_sft_loss": loss})
         self.nonfinite.look_at(step, loss)
+        self.tracker.record({"sft_step": step, "sft_epoch": epoch, "eval_sft_loss": loss})
         self.tracker.say(f"SFT step {step}: eval_sft_loss {loss:.4f}")
         return False
 

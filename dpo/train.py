@@ -29,7 +29,7 @@ from dpo.runtime.distributed import World
 from dpo.runtime.folders import drop_leftovers
 from dpo.runtime.status import State, write_status
 from dpo.runtime.tracking import Recorder, Silent, Tracker, keep_lines
-from dpo.sft import run_sft
+from dpo.sft import drop_checkpoints, run_sft
 from dpo.training.export import final_dtype, write_weights
 from dpo.training.finish import card_of, closing
 from dpo.training.frozen import FrozenReference, start_models
@@ -65,7 +65,6 @@ def _run(command: Command, world: World) -> None:
         _fetch(setup)
         show_plan(setup, command)
         return
-    sft_is_done = distributed.only_main(world, lambda: (setup.run / "reference").is_dir())
     start = str(setup.run / "reference") if config.train.sft_epochs else config.model.policy
     assert start is not None
     if command.dry_run:
@@ -76,34 +75,49 @@ def _run(command: Command, world: World) -> None:
         if world.is_main:
             print(done, file=sys.stderr)
         return
+    with run_directory.opened(config, world):
+        folder, sft_is_done, notes = _found(setup)
+        with _told(setup), distributed.together(lambda: _tracker(setup)) as tracker:
+            check_inputs(setup)
+            for note in _greeting(command) + list(setup.notes) + notes + audit_run(setup):
+                tracker.say(note)
+            with preemption.listening(), heartbeat.explaining():
+                if config.train.sft_epochs and not sft_is_done:
+                    run_sft(setup, tracker)
+                heartbeat.at("loading the models")
+                policy, reference = start_models(setup, start, tracker.say)
+                state = _resume(setup, policy, reference, folder, tracker)
+                with fitted(setup, policy, reference.of_training, tracker.say, policy.layout) as fitted_setup:
+                    run_dpo(fitted_setup, policy, reference, state, tracker)
+            heartbeat.at("writing final/")
+            write_weights(setup, policy, setup.run / "final", final_dtype(setup), card_of(setup))
+            closing(setup, tracker, time.perf_counter() - began)
+
+
+def _found(setup: Setup) -> tuple[Path | None, bool, list[str]]:
+    """What there is to go on from, once no other process writes the run; what is left over is removed; collective.
+
+    Returns:
+        The checkpoint of DPO; whether SFT is done; lines for the log.
+    Raises:
+        UserError: If train.resume names no checkpoint, none fits, or those that there were are gone.
+    """
+    run, world = setup.run, setup.world
+    sft_is_done = distributed.only_main(world, lambda: (run / "reference").is_dir())
     folder, damaged = checkpoint.newest(
-        setup.run,
-        config.train.resume,
-        world,
-        stage=setup.zero_stage,
-        precision=setup.precision,
+        run, setup.config.train.resume, world, stage=setup.zero_stage, precision=setup.precision,
         total_steps=setup.total_steps,
-    )
-    if folder is None:
-        distributed.only_main(world, lambda: run_directory.check_kept(setup.run))
-    with run_directory.opened(config, world), _told(setup):
-        check_inputs(setup)
-        distributed.only_main(world, lambda: drop_leftovers(setup.run / "checkpoints"))
-        tracker = _tracker(setup)
-        for note in _greeting(command) + list(setup.notes) + damaged + audit_run(setup):
-            tracker.say(note)
-        with preemption.listening(), heartbeat.explaining():
-            if config.train.sft_epochs and not sft_is_done:
-                run_sft(setup, tracker)
-            heartbeat.at("loading the models")
-            policy, reference = start_models(setup, start, tracker.say)
-            state = _resume(setup, policy, reference, folder, tracker)
-            with fitted(setup, policy, reference.of_training, tracker.say, policy.layout) as fitted_setup:
-                run_dpo(fitted_setup, policy, reference, state, tracker)
-        heartbeat.at("writing final/")
-        write_weights(setup, policy, setup.run / "final", final_dtype(setup), card_of(setup))
-        closing(setup, tracker, time.perf_counter() - began)
-        tracker.close()
+    )  # fmt: skip
+
+    def tidy() -> None:
+        if folder is None:
+            run_directory.check_kept(run)
+        drop_leftovers(run / "checkpoints")
+        if sft_is_done:
+            drop_checkpoints(run)
+
+    distributed.only_main(world, tidy)
+    return folder, sft_is_done, damaged
 
 
 def _show_dry_run(setup: Setup, command: Command) -> None:
@@ -139,6 +153,9 @@ def _told(setup: Setup) -> Iterator[None]:
         yield
     except preemption.Preempted as stop:
         tell("preempted", str(stop))
+        raise
+    except KeyboardInterrupt:
+        tell("preempted", "interrupted")
         raise
     except UserError as error:
         tell("failed", str(error))

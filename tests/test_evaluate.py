@@ -12,6 +12,7 @@ import torch
 from dpo.config import LossConfig
 from dpo.data.batch import collate
 from dpo.evaluate import ValidationShare, evaluate
+from dpo.model.check import use_layout
 from dpo.model.forward import Scorer, own_logits_logps, pair_logps
 from dpo.objective.objective import Objective
 from dpo.report.pairs import COLUMNS
@@ -41,3 +42,23 @@ def test_every_pair_gets_the_log_probs_of_plain_logits_and_its_own_reward():
     margins = of["chosen_reward"] - of["rejected_reward"]
     assert metrics["eval_rewards/margins"] == pytest.approx(margins.mean())
     assert metrics["eval_one_rewards/margins"] == pytest.approx(margins[[1, 4]].mean())
+
+
+def test_the_reference_is_asked_of_every_batch_in_the_first_evaluation_and_of_none_in_the_next():
+    """Of dummies too, whichever rank has them: under ZeRO-3 the others wait for its pass, and must not later."""
+    pairs = tiny.pairs(5)
+    shares = {
+        name: ValidationShare([collate([pairs[i] for i in part], "shared") for part in parts], 5.0)
+        for name, parts in {"one": [[0, 1], [], [2]], "two": [[], []]}.items()
+    }
+    model = Scorer(tiny.model("llama"))
+    use_layout(model, "shared")
+    scored: Any = SimpleNamespace(scorer=model, logps=lambda batch, _: pair_logps(model, batch))
+    asked: list[tuple[int, ...]] = []
+
+    def reference(batch):
+        asked.append(batch.pair_ids)
+        return pair_logps(model, batch)
+
+    found = [evaluate(scored, reference, shares, Objective(LossConfig()), distributed.start())[0] for _ in range(2)]
+    assert asked == [(0, 1), (), (2,), (), ()] and found[0]["eval_loss"] == found[1]["eval_loss"]

@@ -18,10 +18,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import dpo.preference
 import dpo.run.prepare
 import dpo.sample
 import dpo.sft
 import dpo.train
+import dpo.training.finish
 import dpo.training.frozen
 import dpo.training.load_models
 import train_dpo
@@ -459,3 +461,149 @@ def test_two_ranks_plan_together_say_it_once_and_write_nothing(flag, tiny_policy
 def test_a_run_remarks_upon_a_beta_that_is_far_from_usual(tiny_policy, tmp_path, capsys):
     assert train_dpo.main(arguments(tmp_path, tiny_policy, "--loss.name", "simpo", "--prepare_only")) == 0
     assert "loss.beta is 0.1 with loss.name simpo" in capsys.readouterr().out
+
+
+# --- what a killed or failed start leaves for the next one -----------------------------------------------------------
+
+
+def test_an_evaluation_without_its_files_has_no_line_and_is_made_again(builtin, tmp_path, monkeypatch):
+    flags = ["--log.samples", "2", "--log.sample_every", "1"]
+    for module, name, key in ((dpo.preference, "keep_evaluation", "eval_loss"),
+                              (dpo.training.finish, "write_samples", "samples/kl")):  # fmt: skip
+        write = getattr(module, name)
+
+        def dies(*args: object, write=write) -> None:
+            if args[1] == 1:
+                raise KeyboardInterrupt
+            write(*args)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, name, dies)
+            train_dpo.main(arguments(tmp_path, builtin, *flags, "--train.eval_every", "1"))
+        assert [line["step"] for line in read_lines(tmp_path / "run") if key in line] == [0] * (key == "eval_loss")
+        assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "preempted"
+    assert train_dpo.main(arguments(tmp_path, builtin, *flags, "--train.eval_every", "1")) == 0
+    assert [line["step"] for line in read_lines(tmp_path / "run") if "samples/kl" in line] == [1, 2]
+
+
+def test_destroyed_weights_are_no_result_however_often_the_run_is_started(builtin, tmp_path, capsys):
+    """The checkpoint of step 1 has them already, and a start that finds it takes no step before final/."""
+    flags = ["--optim.lr", "1e18", "--optim.warmup_steps", "0", "--log.samples", "0", "--train.save_every", "1"]
+    assert train_dpo.main(arguments(tmp_path, builtin, *flags, "--train.eval_every", "9")) == 2
+    assert (tmp_path / "run/checkpoints/step-000001").is_dir()
+    for _ in range(2):
+        assert train_dpo.main([*arguments(tmp_path, builtin, *flags), "--train.max_steps", "1"]) == 2
+        assert "the validation loss after step 1 is nan" in capsys.readouterr().err
+    assert not (tmp_path / "run/final").exists()
+
+
+def test_steps_since_the_last_line_are_told_where_no_further_step_follows(builtin, tmp_path, monkeypatch):
+    flags = ["--train.epochs=2", "--train.max_steps=3", "--train.save_every=2", "--log.every=10", "--log.samples=0"]
+    take = dpo.preference.take_step
+
+    def killed(*args):
+        if args[4].step == 2:
+            raise KeyboardInterrupt
+        return take(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(dpo.preference, "take_step", killed)
+        train_dpo.main(arguments(tmp_path, builtin, *flags))
+    assert train_dpo.main([*arguments(tmp_path, builtin, *flags), "--train.max_steps", "2"]) == 0
+    (line,) = [line for line in read_lines(tmp_path / "run") if "loss" in line]
+    whole = tmp_path / "whole"
+    assert train_dpo.main([*arguments(whole, builtin, *flags), "--train.max_steps", "2"]) == 0
+    (truth,) = [line for line in read_lines(whole / "run") if "loss" in line]
+    assert [line[key] for key in ("step", "num_tokens")] == [truth[key] for key in ("step", "num_tokens")]
+    assert line["loss"] == pytest.approx(truth["loss"], abs=1e-3)  # of 3 steps the second has another learning rate
+    assert f"`{truth['num_tokens']:,}`" in (tmp_path / "run/final/README.md").read_text()
+
+
+def test_what_there_is_to_go_on_from_is_looked_for_once_no_other_process_writes_the_run(builtin, tmp_path, monkeypatch):
+    """Another process finishes SFT and the first step while this one reads its data."""
+    flags = ["--train.sft_epochs", "1", "--train.save_every", "1", "--log.samples", "0", "--train.keep_checkpoints=1"]
+    opened, was_done = dpo.train.run_directory.opened, []
+
+    def later(config, world):
+        if not was_done:
+            was_done.append(True)
+            assert train_dpo.main([*arguments(tmp_path, builtin, *flags), "--train.max_steps", "1"]) == 0
+        return opened(config, world)
+
+    monkeypatch.setattr(dpo.train.run_directory, "opened", later)
+    assert train_dpo.main(arguments(tmp_path, builtin, *flags)) == 0
+    lines = read_lines(tmp_path / "run")
+    assert [line["sft_step"] for line in lines if "sft_loss" in line] == [1, 2]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+
+
+def test_checkpoints_of_an_sft_that_is_done_do_not_outlive_the_next_start(builtin, tmp_path, monkeypatch):
+    flags = ["--train.sft_epochs", "1", "--train.save_every", "1", "--log.samples", "0"]
+
+    def dies(run):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(dpo.sft, "drop_checkpoints", dies)
+        train_dpo.main(arguments(tmp_path, builtin, *flags))
+    kept = tmp_path / "run/checkpoints"
+    assert list(kept.glob("sft-*")) and (tmp_path / "run/reference").is_dir()
+    assert train_dpo.main(arguments(tmp_path, builtin, *flags)) == 0
+    assert sorted(folder.name for folder in kept.iterdir()) == ["step-000001", "step-000002"]
+
+
+def test_memory_that_samples_lack_makes_no_micro_batch_smaller(builtin, tmp_path, monkeypatch, capsys):
+    flags = ["--log.sample_every", "1"]
+
+    def lacks(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(dpo.training.finish, "answers_to", lacks)
+    assert train_dpo.main(arguments(tmp_path, builtin, *flags)) == 2
+    said = capsys.readouterr().err
+    assert "out of memory in the samples after step 1; lower log.samples or log.sample_tokens" in said
+
+
+def test_lines_that_trackers_cannot_take_up_end_all_ranks_alike(builtin, tmp_path):
+    flags = ["--log.backends", "[tensorboard]", "--log.samples", "0"]
+    argv = arguments(tmp_path, builtin, *flags)
+    assert train_dpo.main([*argv, "--train.max_steps", "1"]) == 0
+    metrics = tmp_path / "run/metrics.jsonl"
+    metrics.write_text('{"step": 0, "lo\n' + metrics.read_text())
+    done = ranks.run(["train_dpo.py", *argv], ranks=2)
+    assert done.codes == [2, 2] and "Traceback" not in done.output, done.output[-2000:]
+
+
+@pytest.mark.parametrize(("rank", "left"), [("0", signal.default_int_handler), ("1", signal.SIG_DFL)])
+def test_a_signal_before_a_run_listens_is_one_line_on_the_first_rank(rank, left, monkeypatch, capsys):
+    """A rank that waits in a collective hears no handler: there the signal ends the process."""
+    monkeypatch.setenv("RANK", rank)
+    before, seen = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}, []
+
+    def main(argv):
+        seen.extend(signal.getsignal(number) for number in before)
+        if rank == "0":
+            signal.raise_signal(signal.SIGTERM)
+        return 0
+
+    monkeypatch.setattr(train_dpo, "main", main)
+    try:
+        code = train_dpo._interruptible([])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert seen == [left, left] and code == (75 if rank == "0" else 0)
+    assert capsys.readouterr().err == "train_dpo.py: interrupted; start again to continue\n" * (rank == "0")
+
+
+def test_evaluations_of_sets_smaller_than_the_ranks_end_under_zero_3(builtin, sharded, tmp_path):
+    """A rank has nothing but dummies there, and others wait for its share of the weights."""
+    for name in ("a", "b"):
+        row = {"prompt": f"Say {name}:", "chosen": " yes", "rejected": " no"}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+    sets = [{"name": name, "path": str(tmp_path / f"{name}.jsonl")} for name in ("a", "b")]
+    flags = ["--data.validation", json.dumps(sets), "--data.validation_limit", "null", "--log.samples", "0"]
+    flags += ["--train.eval_every", "1", "--config", sharded]
+    done = ranks.run(["train_dpo.py", *arguments(tmp_path, builtin, *flags)], ranks=2, timeout=120)
+    assert done.codes == [0, 0], done.output[-3000:]
+    assert [line["step"] for line in read_lines(tmp_path / "run") if "eval_b_loss" in line] == [0, 1, 2]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -117,6 +118,8 @@ _job: Job | None = None  # set in the worker processes alone
 def _start_worker(job: Job) -> None:
     global _job
     _job = job
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal; the process that waits ends us
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _work(task: Task) -> Part:

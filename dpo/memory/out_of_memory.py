@@ -26,7 +26,7 @@ from dpo.memory.room import largest
 from dpo.model import blocks
 from dpo.run.setup import Setup
 from dpo.runtime import heartbeat
-from dpo.runtime.distributed import give_up
+from dpo.runtime.distributed import World, give_up
 from dpo.runtime.files import write_whole
 from dpo.training.policy import Policy
 
@@ -73,6 +73,21 @@ def may_recompute(setup: Setup, model: Any) -> bool:
     """Whether activations are kept and need not be."""
     allowed = setup.config.model.gradient_checkpointing == "auto" and model.supports_gradient_checkpointing
     return allowed and not blocks.recomputes_activations(model)
+
+
+@contextmanager
+def explained(world: World, advice: str) -> Iterator[None]:
+    """Where memory runs out within the block, which no micro-batch of training is in, say what to do and end.
+
+    Raises:
+        UserError: See `give_up`.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lack_of_memory(error):
+            raise
+        give_up(world, f"out of memory {heartbeat.place()}; {advice}")
 
 
 @contextmanager

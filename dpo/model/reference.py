@@ -73,26 +73,3 @@ def from_scores(scores: Tensor, device: torch.device) -> Reference:
         return PairLogps(chosen, rejected, chosen_lengths, rejected_lengths)
 
     return reference
-
-
-def remembered(reference: Reference) -> Reference:
-    """Score each batch of a fixed list once and remember the answer: validation pairs never change.
-
-    What the reference knows of every token is not kept, since it would fill the memory: such batches are scored anew.
-
-    Args:
-        reference: What scores a batch the first time.
-    Returns:
-        reference(batch) -> PairLogps; batches are told apart by their pairs.
-    """
-    known: dict[tuple[int, ...], PairLogps] = {}
-
-    def lookup(batch: PackedBatch) -> PairLogps:
-        if batch.pair_ids in known:
-            return known[batch.pair_ids]
-        answer = reference(batch)
-        if answer.tokens is None:
-            known[batch.pair_ids] = answer
-        return answer
-
-    return lookup

@@ -161,6 +161,8 @@ def save(
     try:
         _write(engine, unfinished, world, more, weights, json.dumps(asdict(state) | fits))
     except (OSError, RuntimeError) as error:
+        if not _is_of_disk(error):  # a rank that is gone, or memory: others know what to say of it
+            raise
         trouble = one_line(error, 300)
     if trouble is not None:  # only now is every file closed, and its room free once it is deleted
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -179,6 +181,11 @@ def save(
 
     only_main(world, finish)
     return parent / name
+
+
+def _is_of_disk(error: Exception) -> bool:
+    """Whether a file could not be written; torch says so by an error of its own."""
+    return isinstance(error, OSError) or bool(re.search("PytorchStreamWriter|inline_container", str(error)))
 
 
 def _holds_frozen(engine: Any) -> bool:

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dpo.runtime import console
 from dpo.runtime.files import read_records, write_records
+from dpo.runtime.preemption import Preempted
 from dpo.runtime.trackers import BACKENDS, Backend
 
 
@@ -34,7 +35,10 @@ class Silent:
     def progress(self, stage: str, done: int, total: int, note: str = "") -> None:
         """Do nothing."""
 
-    def close(self) -> None:
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Do nothing."""
 
 
@@ -103,11 +107,15 @@ class Recorder:
             self._bar.stop()
             self._bar = None
 
-    def close(self) -> None:
-        """Flush and leave."""
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Give the terminal back; trackers are told the end, but of a failure: theirs would look like success."""
         self._stop_bar()
-        for _, finish in self._backends:
-            finish()
+        if kind is None or issubclass(kind, Preempted):
+            for _, finish in self._backends:
+                finish()
 
 
 Tracker = Recorder | Silent

@@ -114,7 +114,7 @@ def fingerprint(model: nn.Module) -> str:
     for name, tensor in model.named_parameters():
         with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-            digest.update(tensor.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
+            digest.update(tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -19,7 +19,7 @@ from dpo.model.forward import whole_rows
 from dpo.report.card import closing_rows, model_card
 from dpo.report.content import is_logistic
 from dpo.report.figures import plot
-from dpo.report.page import Refresher, write_or_say
+from dpo.report.page import write_or_say
 from dpo.report.pairs import PairTable, read_pairs, write_pairs
 from dpo.report.panels import calibration, displacement
 from dpo.run.setup import Setup
@@ -64,7 +64,6 @@ def take_samples(setup: Setup, policy: Policy, reference: FrozenReference, step:
         f"samples/{name}_tokens": float(np.mean([len(answer.ids) for answer in answers]))
         for name, answers in (("policy", after), ("reference", before))
     }
-    tracker.record({"step": step, "epoch": step / setup.epochs.steps_per_epoch, "samples/kl": kl} | lengths)
     decode = setup.tokenizer.decode
     rows = [
         {
@@ -76,6 +75,8 @@ def take_samples(setup: Setup, policy: Policy, reference: FrozenReference, step:
         for pair, old, new in zip(setup.sample_pairs(), before, after, strict=True)
     ]
     only_main(setup.world, lambda: write_samples(setup.run, step, rows))
+    # Last: a start that finds this line asks for no answers again.
+    tracker.record({"step": step, "epoch": step / setup.epochs.steps_per_epoch, "samples/kl": kl} | lengths)
 
 
 def _scores(reference: FrozenReference, batch: PackedBatch) -> Tensor:
@@ -84,14 +85,13 @@ def _scores(reference: FrozenReference, batch: PackedBatch) -> Tensor:
     return torch.cat((logps.chosen, logps.rejected))
 
 
-def keep_evaluation(setup: Setup, step: int, pairs: np.ndarray, report: Refresher) -> None:
-    """Write down what an evaluation said of every pair, and refresh the report, on rank 0.
+def keep_evaluation(setup: Setup, step: int, pairs: np.ndarray) -> None:
+    """Write down what an evaluation said of every pair, on rank 0.
 
     Args:
         setup: The run.
         step: Optimizer steps done.
         pairs: As `evaluate` gives them.
-        report: Knows when it is time for a new page.
     """
     data = setup.validation_pairs
     if not setup.world.is_main or data is None:
@@ -102,8 +102,6 @@ def keep_evaluation(setup: Setup, step: int, pairs: np.ndarray, report: Refreshe
         return {"origin": data.origin(pair_id), "prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
 
     write_pairs(setup.run, PairTable(step, pairs), text)
-    if step > 0:
-        report.refresh()
 
 
 def card_of(setup: Setup) -> str | None:

@@ -553,6 +553,18 @@ def test_a_disk_that_is_full_during_the_write_leaves_the_last_checkpoint(run: Pa
     assert newest(run, "auto") == last
 
 
+@pytest.mark.parametrize("error", [RuntimeError("Connection reset by peer"), torch.OutOfMemoryError("out of memory")])
+def test_a_rank_that_is_gone_and_a_lack_of_memory_are_no_full_disk(run: Path, error: RuntimeError) -> None:
+    last = save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=1)
+
+    def fails(folder: Path) -> None:
+        raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        save(FakeEngine(), run, TrainState(4, 1), ALONE, 1, fails)
+    assert newest(run, "auto") == last
+
+
 # --- whole or not at all ---------------------------------------------------------------------------------------------
 
 

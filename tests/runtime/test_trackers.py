@@ -39,7 +39,7 @@ def attempt(run: Path, backend: str, lines: Sequence[dict[str, Any]], checkpoint
     for line in lines:
         recorder.record(line)
     if backend == "wandb":
-        recorder.close()  # its own process would outlive the test
+        recorder.__exit__(None)  # its own process would outlive the test
         time.sleep(1.1)  # it names its folders by the second
 
 

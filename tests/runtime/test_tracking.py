@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -9,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from dpo.runtime import tracking
 from dpo.runtime.console import console_on, show_table
 from dpo.runtime.files import read_records, write_records
+from dpo.runtime.preemption import Preempted
 from dpo.runtime.tracking import Recorder, Silent, keep_lines, read_lines
 
 
@@ -28,7 +31,7 @@ def test_every_record_is_a_line_on_disk_at_once_and_another_recorder_continues(t
     first = Recorder(tmp_path, {})
     first.record({"sft_step": 1, "sft_loss": 2.0})
     assert len(read_lines(tmp_path)) == 1
-    first.close()
+    first.__exit__(None)
     Recorder(tmp_path, {}).record({"step": 1, "loss": 0.5})
     assert read_lines(tmp_path) == [{"sft_step": 1, "sft_loss": 2.0}, {"step": 1, "loss": 0.5}]
 
@@ -62,7 +65,7 @@ def test_trackers_start_with_the_first_line_and_are_closed(tmp_path: Path, monke
     keep_lines(tmp_path, lambda line: False)
     assert seen == []
     recorder.record({"step": 1, "loss": math.nan})
-    recorder.close()
+    recorder.__exit__(None)
     assert seen == [(tmp_path, {"a": 1}, [{"step": 7}]), {"step": 1, "loss": None}, "closed"]
 
 
@@ -91,7 +94,7 @@ def test_other_ranks_write_and_say_nothing(tmp_path: Path, capfd: pytest.Capture
     silent.table("x", [["a"]])
     silent.record({"step": 1})
     silent.progress("DPO", 1, 2)
-    silent.close()
+    silent.__exit__(None, None, None)
     assert capfd.readouterr() == ("", "")
 
 
@@ -122,3 +125,21 @@ def test_records_are_written_in_their_own_script_and_a_line_each(tmp_path: Path)
     write_records(tmp_path / "rows.jsonl", rows)
     assert "Grüße, 世界" in (tmp_path / "rows.jsonl").read_text(encoding="utf-8")
     assert read_records(tmp_path / "rows.jsonl") == (rows, False)
+
+
+@pytest.mark.parametrize(("ends", "told"), [(None, True), (Preempted, True), (KeyboardInterrupt, False)])
+def test_whatever_ends_a_run_gives_the_terminal_back_and_trackers_hear_of_no_failure(
+    ends: type[BaseException] | None, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Theirs would look like success; they notice by themselves that a process ends early."""
+    seen: list[Any] = []
+    monkeypatch.setitem(tracking.BACKENDS, "wandb", lambda *_: (lambda line: None, lambda: seen.append("finished")))
+    screen = io.StringIO()
+    monkeypatch.setattr(tracking.console, "console_on", lambda _: Console(file=screen, force_terminal=True))
+    with contextlib.suppress(*filter(None, [ends])), Recorder(tmp_path, {}, ["wandb"]) as recorder:
+        recorder.record({"step": 1, "loss": 0.5})
+        recorder.progress("DPO", 1, 3)
+        assert "\x1b[?25l" in screen.getvalue() and "\x1b[?25h" not in screen.getvalue()
+        if ends is not None:
+            raise ends
+    assert "\x1b[?25h" in screen.getvalue() and seen == ["finished"] * told
