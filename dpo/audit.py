@@ -192,12 +192,11 @@ def _conclusions(found: Audit) -> list[str]:
         for finding in one["findings"]:
             if finding["kind"] in (REPEATS, CONTRADICTS) and finding["count"]:
                 rows = ", ".join(map(str, finding["rows"]))
-                lines.append(f"{one['name']}: {finding['count']:,} rows: {finding['kind']} (row {rows})")
+                lines.append(f"{one['name']}: {finding['kind']}: {finding['count']:,} (row {rows})")
     for leak in found["leaks"]:
-        what = "pair is" if leak["kind"] == "pair" else "prompt is"
         lines.append(
-            f"leak: {leak['count']:,} rows of {_called('validation', leak['validation'])} whose {what} in the training"
-            f" data ({_example(leak['examples'][0])})"
+            f"leak: rows of {_called('validation', leak['validation'])} whose {leak['kind']} is in the training data:"
+            f" {leak['count']:,} ({_example(leak['examples'][0])})"
         )
     if not found["leaks"] and len({one["role"] for one in found["sets"]}) > 1:
         lines.append("no leak: no validation row has a prompt of the training data")

@@ -401,6 +401,11 @@ class LossConfig:
     def _check_combination(self) -> None:
         weights = self.weights_of_names
         _require(
+            self.weights is None or not isinstance(self.name, str),
+            f"loss.weights is {list(weights)} and loss.name is {self.name} alone; leave the weights out, or name a"
+            f" list of losses, such as [sigmoid, sft]",
+        )
+        _require(
             len(weights) == len(self.names) and all(w > 0 and math.isfinite(w) for w in weights),
             f"loss.weights is {list(weights)}; use a positive number for each of {', '.join(self.names)}",
         )

@@ -20,8 +20,39 @@ ELSEWHERE = {
     "gradient_accumulation_steps": "train.global_batch_size", "loss_type": "loss.name", "lora_r": "model.lora.r",
     "model_name_or_path": "model.policy", "ref_model": "reference.path", "dataset_name": "data.train",
     "eval_dataset": "data.validation", "bf16": "train.precision", "fp16": "train.precision",
+    "torch_dtype": "train.precision", "dtype": "train.precision", "adam_epsilon": "optim.eps",
+    "adam_beta1": "optim.betas", "adam_beta2": "optim.betas", "optim": "optim.name", "logging_steps": "log.every",
+    "report_to": "log.backends", "eval_steps": "train.eval_every", "eval_strategy": "train.eval_every",
+    "save_steps": "train.save_every", "save_strategy": "train.save_every", "save_total_limit": "train.keep_checkpoints",
+    "save_only_model": "train.save_weights_only", "resume_from_checkpoint": "train.resume",
+    "full_determinism": "train.deterministic", "data_seed": "train.seed", "ddp_timeout": "train.hang_timeout",
+    "torch_compile": "model.compile", "padding_free": "train.layout", "group_by_length": "train.layout",
+    "per_device_eval_batch_size": "train.tokens_per_micro_batch", "dataset_num_proc": "data.workers",
+    "precompute_ref_log_probs": "reference.mode", "ref_model_sync_steps": "reference.sync_steps",
+    "ref_model_mixup_alpha": "reference.sync_alpha", "sync_ref_model": "reference.sync_steps",
+    "f_divergence_type": "loss.f_divergence", "loss_weights": "loss.weights", "use_weighting": "loss.wpo",
+    "processing_class": "model.tokenizer", "lora_alpha": "model.lora.alpha", "target_modules": "model.lora.targets",
+    "attn_implementation": "model.attention", "dataset_config": "data.subset", "batch_size": "train.global_batch_size",
+    "rpo_alpha": "loss.name '[sigmoid, sft]' --loss.weights '[1, ALPHA]'",
+    "truncation_mode": "data.max_prompt_length",
 }  # fmt: skip
 """What other trainers call a setting, where its own name is not like it."""
+NOWHERE = {
+    "load_best_model_at_end": "the best checkpoint is kept, and python -m dpo export RUN --checkpoint best writes it",
+    "metric_for_best_model": "the best checkpoint is that of the highest validation accuracy",
+    "greater_is_better": "the best checkpoint is that of the highest validation accuracy",
+    "early_stopping_patience": "the best checkpoint is kept, and python -m dpo export RUN --checkpoint best writes it",
+    "push_to_hub": "final/ is a folder as the hub has them: hf upload NAME RUN/final",
+    "hub_model_id": "final/ is a folder as the hub has them: hf upload NAME RUN/final",
+    "use_liger_kernel": "the fast path is the default (docs/performance.md)",
+    "dataloader_drop_last": "every pair is trained on, the last batch of an epoch by its own size",
+    "dataloader_num_workers": "batches are made ahead in a thread of their own",
+    "remove_unused_columns": "columns that no format reads are ignored",
+    "disable_dropout": "there is no dropout: a step is defined by its pairs",
+    "neftune_noise_alpha": "there is no noise: a step is defined by its pairs",
+    "modules_to_save": "adapters alone are trained and saved (docs/adapters.md)",
+}
+"""What other trainers have and this one has not, and what there is in its place."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -99,10 +130,27 @@ def keys_of(section: Any = Config, prefix: str = "") -> list[str]:
     ]
 
 
+def _closest(name: str, last: str, keys: list[str]) -> str | None:
+    """The key whose last part is most like that of a name, within its section unless it is the same.
+
+    Whole names would not do: that of a section makes all of its keys alike.
+    """
+    section = name.rpartition(".")[0]
+    ends = {key: key.rpartition(".")[2] for key in keys}
+    near = [key for key in keys if ends[key] == last or not section or key.startswith(f"{section}.")]
+    like = difflib.get_close_matches(last, [ends[key] for key in near], n=1, cutoff=0.7)
+    same = [key for key in near if ends[key] in like]
+    return next(iter(difflib.get_close_matches(name, same, n=1, cutoff=0)), None)
+
+
 def unknown_key(name: str, keys: list[str], program: str = "train_dpo.py") -> str:
     """Say that a key is none, and which may be meant."""
-    known = ELSEWHERE.get(name.rpartition(".")[2])
-    close = [known] if known in keys else difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
+    last, of_run = name.rpartition(".")[2].replace("-", "_"), "train.epochs" in keys
+    if of_run and last in NOWHERE:
+        return f"unknown key {name[:200]}; {NOWHERE[last]}"
+    close = ELSEWHERE.get(last) if of_run else None
+    close = close or _closest(name, last, keys) or (_closest(last, last, list(ELSEWHERE)) if of_run else None)
+    close = ELSEWHERE.get(close, close) if of_run and close else close
     program = program if program.startswith("python") else f"python {program}"
-    hint = f"did you mean {close[0]}?" if close else f"{program} --help lists all keys"
+    hint = f"did you mean {close}?" if close else f"{program} --help lists all keys"
     return f"unknown key {name[:200]}; {hint}"

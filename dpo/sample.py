@@ -117,7 +117,7 @@ def sample(options: Options) -> None:
     _write(output, rows)
     if options.validation is not None and len(setup.validation_pairs or ()) < options.validation:
         say(out, f"\n{run} has no more than {len(setup.validation_pairs or ())} validation pairs")
-    say(out, f"\n{_kl(options, own - base)}\n{len(rows)} answers of each: {output}")
+    say(out, f"\n{_kl(options, own - base)}\nanswers of each: {len(rows)}, in {output}")
     if judge:
         verdicts = judge(cases)
         _write(output, [row | {"verdict": verdict} for row, verdict in zip(rows, verdicts, strict=True)])

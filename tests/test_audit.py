@@ -291,7 +291,7 @@ def test_a_run_leaves_its_audit_and_says_the_most_important(tmp_path, capsys, mo
     ]  # fmt: skip
     assert train_dpo.main([*arguments, str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().err
-    assert "audit: leak: 6 rows of validation same whose pair is in the training data (row 1 is row 1 of " in printed
+    assert "audit: leak: rows of validation same whose pair is in the training data: 6 (row 1 is row 1 of " in printed
     assert "audit: validation same: the rule " in printed
     found = json.loads((tmp_path / "run" / "audit.json").read_text())
     assert [(one["name"], one["role"], one["pairs"]) for one in found["sets"]] == [

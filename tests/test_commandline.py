@@ -143,6 +143,19 @@ FLAG_MISTAKES: dict[str, tuple[list[str], str]] = {
     "unknown key with =": (["--loss.betta=3"], "unknown key loss.betta; did you mean loss.beta?"),
     "others' name": (["--optim.learning_rate", "1"], "unknown key optim.learning_rate; did you mean optim.lr?"),
     "others' name alone": (["--num_train_epochs=1"], "unknown key num_train_epochs; did you mean train.epochs?"),
+    "others' name, misspelt": (["--optim.learningrate=1"], "unknown key optim.learningrate; did you mean optim.lr?"),
+    "others' name elsewhere": (["--model.dtype", "bf16"], "unknown key model.dtype; did you mean train.precision?"),
+    "others' key that has no like": (
+        ["--train.load_best_model_at_end", "true"],
+        "unknown key train.load_best_model_at_end; the best checkpoint is kept, and python -m dpo export RUN"
+        " --checkpoint best writes it",
+    ),
+    "a key like none but in its section": (
+        ["--train.greedy", "1"],
+        "unknown key train.greedy; python train_dpo.py --help lists all keys",
+    ),
+    "weights of one loss": (["--loss.weights", "[2]"], "loss.weights is [2.0] and loss.name is sigmoid alone;"
+                            " leave the weights out, or name a list of losses, such as [sigmoid, sft]"),
     "section left out": (["--epochs", "3"], "unknown key epochs; did you mean train.epochs?"),
     "abbreviated key": (["--train.epoch", "3"], "unknown key train.epoch; did you mean train.epochs?"),
     "dash for underscore": (["--train.max-steps", "3"], "unknown key train.max-steps; did you mean train.max_steps?"),
@@ -237,7 +250,7 @@ def test_a_number_that_is_none_is_refused(tmp_path: Path, number: str) -> None:
 RECIPE_MISTAKES = {
     "trian:\n  epochs: 3\n": "unknown key trian.epochs; did you mean train.epochs?",
     "train:\n  epochss: 3\n": "unknown key train.epochss; did you mean train.epochs?",
-    "train:\n  3: 4\n": "unknown key train.3; did you mean",
+    "train:\n  3: 4\n": "unknown key train.3; python train_dpo.py --help lists all keys",
     "recipe: other.yaml\n": "unknown key recipe; python train_dpo.py --help lists all keys",
     "dry_run: true\n": "unknown key dry_run;",
     "train: 3\n": "section train must hold keys, got 3",

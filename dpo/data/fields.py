@@ -5,6 +5,7 @@ Serves `formats.py` and `labels.py`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -26,7 +27,8 @@ def field_of(row: Mapping[str, Any], column: str) -> Any:
     """Return what stands in a column that must be there; raises Unusable."""
     value = row.get(column)
     if value is None:
-        found = "is null" if column in row else f"is missing; the row has {', '.join(map(str, row)) or 'no field'}"
+        missing = f"is missing; the row has {', '.join(map(str, row)) or 'no field'}"
+        found = "is null, or no column of its file" if column in row else missing
         raise Unusable(MISSING, f"'{column}' {found}")
     return value
 
@@ -51,6 +53,19 @@ def messages_of(row: Mapping[str, Any], column: str, role: str = "assistant") ->
     return [_message(item, column) for item in messages]
 
 
+def with_messages(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same with the messages of columns that hold them as JSON text, as tables and CSV files do."""
+    read: dict[str, Any] = {}
+    for column in ("prompt", "chosen", "rejected", "conversations"):
+        text = row.get(column)
+        if isinstance(text, str) and text.lstrip().startswith("[{"):
+            with contextlib.suppress(ValueError, RecursionError):
+                value = json.loads(text)
+                if all(isinstance(item, Mapping) and {"role", "from"} & {*item} for item in value):
+                    read[column] = value
+    return {**row, **read} if read else row
+
+
 def _message(item: Mapping[str, Any], column: str) -> Message:
     role_key, content_key = ("from", "value") if "from" in item and "value" in item else ("role", "content")
     if role_key not in item or content_key not in item:
@@ -59,11 +74,13 @@ def _message(item: Mapping[str, Any], column: str) -> Message:
     more = {key: item[key] for key in _MORE if item.get(key) is not None}
     if content is None and more.get("tool_calls"):
         content = ""
+    if isinstance(content, list) and all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in content):
+        content = "".join(part["text"] for part in content)  # parts of text alone
     if not isinstance(role, str) or not isinstance(content, str):
         raise Unusable(NOT_TEXT, f"a message of '{column}' has role {shown(role)} and content {shown(content)}")
-    if role_key == "from" and role not in _SHAREGPT_ROLES:
+    if role_key == "from" and role.lower() not in _SHAREGPT_ROLES:
         raise Unusable(NOT_MESSAGES, f"a message of '{column}' is from {shown(role)}")
-    return {"role": _SHAREGPT_ROLES.get(role, role), "content": content, **_without_nulls(more)}
+    return {"role": _SHAREGPT_ROLES.get(role.lower(), role), "content": content, **_without_nulls(more)}
 
 
 def _without_nulls(value: Any) -> Any:

@@ -187,6 +187,9 @@ def _parse_lines(file: Path, lines: Iterable[bytes]) -> Iterator[Any]:
         except UnicodeDecodeError as error:
             raise UserError(f"{file} row {number}: not UTF-8 text: {error}; save it as UTF-8") from error
         except (ValueError, RecursionError) as error:
+            if number == 1 and line.strip() == b"{":
+                what = "one JSON object over several lines; a list of rows, or one object a line, is needed"
+                raise UserError(f"{file}: holds {what}") from error
             raise UserError(f"{file} row {number}: not valid JSON: {first_line(error)}; fix it") from error
         yield _checked(file, number, row)
 

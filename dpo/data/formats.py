@@ -13,7 +13,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from dpo.data.fields import QUESTIONS, messages_of, number_of, parsed, questions_of, string_of, system_of
+from dpo.data.fields import (
+    QUESTIONS,
+    messages_of,
+    number_of,
+    parsed,
+    questions_of,
+    string_of,
+    system_of,
+    with_messages,
+)
 from dpo.data.kinds import (
     ASSISTANT,
     CHOSEN_IS_REJECTED,
@@ -38,7 +47,8 @@ _RATINGS = (
     ("chosen_rating", "rejected_rating"),
 )
 _ACCEPTED = (
-    "accepted: hh (chosen and rejected: transcripts with '\\n\\nHuman:' and '\\n\\nAssistant:'), "
+    "accepted, columns renamed where need be: "
+    "hh (chosen and rejected: transcripts with '\\n\\nHuman:' and '\\n\\nAssistant:'), "
     "prompt (prompt, chosen, rejected: strings), "
     "conversation (chosen and rejected: lists of {role, content}, with or without a prompt; or strings and question), "
     "ranked (prompt, completions, scores), "
@@ -59,7 +69,7 @@ def detect_format(rows: Iterable[Mapping[str, Any]], path: str = "the data") -> 
     Raises:
         UserError: None of the rows is in a known format; names the columns found and the forms accepted.
     """
-    rows = list(rows)
+    rows = [with_messages(row) for row in rows]
     votes = Counter(form for row in rows if (form := _form_of(row)))
     if not votes:
         columns = sorted({str(key) for row in rows for key in row})
@@ -80,6 +90,8 @@ def convert(row: Mapping[str, Any], form: str, number: int) -> tuple[PreferenceR
         The preference and what is odd about it. It is None where the row lacks what makes one, or where it is rated a
         tie; where the prompts of the two sides differ it has that of `chosen`.
     """
+    if form == "conversation":
+        row = with_messages(row)
     try:
         margin = _margin(row)
         if margin == 0:

@@ -111,8 +111,8 @@ class DataReport:
             lines.append(f"  {kind}: {found.count:,}, {self.fate(found)} (row {examples})")
         if self.prompts_cut or self.completions_cut:
             lines.append(
-                f"  truncated: {self.prompts_cut:,} prompts lost their start, "
-                f"{self.completions_cut:,} completions their end and end token"
+                f"  truncated: prompts at their start: {self.prompts_cut:,}; completions at their end, with the end"
+                f" token: {self.completions_cut:,}"
             )
         return lines
 

@@ -40,7 +40,7 @@ from dpo.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CODE_VERSION = 5  # raise it with every change that gives other ids or other counts
+CODE_VERSION = 6  # raise it with every change that gives other ids or other counts
 DETECTION_ROWS = 100
 
 

@@ -76,8 +76,8 @@ def _last_value(run: Content, name: str) -> float | None:
 
 
 def _best(run: Content, name: str) -> str | None:
-    """The highest value of a metric and its step, the later of equals."""
-    found = [(line[name], line["step"]) for line in run.lines if line.get(name) is not None]
+    """The highest value of a metric after training has begun and its step, the later of equals."""
+    found = [(line[name], line["step"]) for line in run.lines if line.get(name) is not None and line["step"] > 0]
     return "{:.4g} at step {}".format(*max(found)) if found else None
 
 
@@ -92,6 +92,12 @@ OF_SFT = re.compile(
 def _warnings(runs: Sequence[Content], changed: Sequence[tuple[str, list[Any]]]) -> list[str]:
     """What cannot be compared between the runs."""
     names, found = [name for name, _ in changed], []
+    known = [run.validated_on for run in runs if run.validated_on is not None]
+    if any(pairs != known[0] for pairs in known):
+        found.append(
+            "The validation pairs differ, or are cut or tokenised otherwise: what is measured on them, losses, margins"
+            " and accuracies, cannot be compared."
+        )
     if any(name.startswith("loss.") for name in names):
         found.append(
             "The objectives differ: their losses cannot be compared, margins scale with beta, and accuracies can be"

@@ -41,6 +41,7 @@ class Content:
         samples: Of the latest step: prompt, reference, policy.
         samples_step: That step.
         audit: Content of audit.json; None where there is none.
+        validated_on: Hashes of the validation sets' token ids; None where they are not known.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Content:
     samples: list[dict[str, Any]]
     samples_step: int
     audit: Any
+    validated_on: list[str] | None = None
 
     @property
     def last_step(self) -> int:
@@ -100,7 +102,7 @@ def read_run(run: Path, *, running: bool = False) -> Content:
     return Content(
         name=run.resolve().name, state=state, notes=tuple(notes), config=config, lines=lines, pairs=read_pairs(run),
         worst=read_worst(run), samples=[row for row in samples if row.get("step", 0) == step], samples_step=step,
-        audit=_audit(run / "audit.json", notes),
+        audit=_audit(run / "audit.json", notes), validated_on=_validated_on(run / "inputs.json"),
     )  # fmt: skip
 
 
@@ -124,6 +126,13 @@ def _config(path: Path, notes: list[str]) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         notes.append("config.yaml is missing or cannot be read.")
         return {}
+
+
+def _validated_on(path: Path) -> list[str] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["validation pairs"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _audit(path: Path, notes: list[str]) -> Any:

@@ -44,6 +44,13 @@ def _precision_notes(precision: str, device: torch.device) -> list[str]:
     return ["train.precision is bf16 and this CPU has no instructions for it: many times slower than fp32"]
 
 
+def _batch_notes(batch_size: int, num_pairs: int) -> list[str]:
+    """Say that an epoch is one step of fewer pairs than were asked for; its learning rate is that of the warm-up."""
+    if batch_size <= num_pairs:
+        return []
+    return [f"train.global_batch_size is {batch_size:,} and there are {num_pairs:,} training pairs: one step an epoch"]
+
+
 def _costs(config: Config, model_config: Any, world_size: int) -> Costs:
     """What a pair costs under the model; tokens alone where nothing is spread or the model cannot be counted."""
     if world_size == 1:
@@ -126,6 +133,7 @@ def prepare(config: Config, world: World, deepspeed_json: str | None, *, for_els
             start_dtype=load.starting_dtype(model_config),
             notes=(
                 *data.notes, *_precision_notes(precision, world.device),
+                *_batch_notes(config.train.global_batch_size, len(data.train_pairs())),
                 *filter(None, [beta_note(config.loss.names, config.loss.beta)]),
             ),
             costs=_costs(config, model_config, world.world_size),

@@ -244,6 +244,7 @@ def _candidates(run: Path, resume: str, kind: str) -> list[Path]:
         raise UserError(
             f"train.resume {resume} is no checkpoint of {run}; "
             + (f"it has {there} in {run}/checkpoints" if there else "it has none")
+            + "; auto takes the newest"
         )
     return [run / "checkpoints" / folder.name]
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dpo.data.formats import convert, detect_format
-from dpo.data.kinds import Problem, content_of
+from dpo.data.kinds import NOT_TEXT, Problem, content_of
 from dpo.errors import UserError
 from dpo.types import PreferenceRow
 
@@ -26,6 +26,15 @@ CONVERSATIONS: dict[str, dict[str, Any]] = {
     "UltraFeedback-binarized": {"prompt": "Hi", "chosen": [USER, YES], "rejected": [USER, NO], "score_chosen": 1.0},
     "prompt string": {"prompt": "Hi", "chosen": [YES], "rejected": [NO]},
     "answer strings": {"prompt": [USER], "chosen": "Yes", "rejected": "No"},
+    "JSON text": {"prompt": json.dumps([USER]), "chosen": json.dumps([YES]), "rejected": json.dumps([NO])},
+    "JSON text beside lists": {"prompt": [USER], "chosen": json.dumps([YES]), "rejected": [NO]},
+    "roles in capitals": {
+        "prompt": [USER | {"role": "User"}], "chosen": [YES | {"role": "ASSISTANT"}], "rejected": [NO],
+    },
+    "parts of text": {
+        "prompt": [USER], "rejected": [NO],
+        "chosen": [YES | {"content": [{"type": "text", "text": "Y"}, {"type": "text", "text": "es"}]}],
+    },
     "single messages": {"prompt": [USER], "chosen": YES, "rejected": NO},
     "Intel/orca_dpo_pairs": {"system": "", "question": "Hi", "chosen": "Yes", "rejected": "No"},
     "Alpaca": {"instruction": "Hi", "input": "", "chosen": "Yes", "rejected": "No"},
@@ -365,3 +374,15 @@ def test_columns_with_long_names_leave_room_for_what_to_do():
     with pytest.raises(UserError) as raised:
         detect_format([{"x" * 5000: 1}], "rows.jsonl")
     assert len(str(raised.value)) < 900 and "x..." in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ['[{"a": 1}]', "[{not JSON", "[{}]", '["role"]'])
+def test_text_that_only_looks_like_messages_is_text(text):
+    row = {"prompt": "p", "chosen": text, "rejected": "[1]"}
+    assert detect_format([row]) == "prompt" and convert(row, "prompt", 1)[0] == PreferenceRow("p", text, "[1]", 1)
+
+
+def test_parts_of_a_message_that_are_no_text_are_refused():
+    parts = [{"type": "text", "text": "Yes"}, {"type": "image", "image": "x.png"}]
+    row = {"prompt": [USER], "chosen": [YES | {"content": parts}], "rejected": [NO]}
+    assert kinds(row, "conversation") == {NOT_TEXT}

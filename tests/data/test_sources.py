@@ -115,6 +115,8 @@ def test_a_broken_line_is_named_by_its_row(tmp_path: Path) -> None:
     assert len(load_source(file, limit=16)) == 16
     file.write_text(json.dumps(ROWS[0]) + "\n[1, 2]\n")
     assert "train.jsonl row 2: must be a JSON object with a key per column, got list" in refused(file)
+    file.write_text(json.dumps({"data": ROWS}, indent=1))
+    assert "train.jsonl: holds one JSON object over several lines; a list of rows, or one object" in refused(file)
     file.write_bytes(json.dumps(ROWS[0]).encode() + b'\n{"a": "\xff"}\n')
     assert "train.jsonl row 2: not UTF-8 text" in refused(file)
 

@@ -90,7 +90,7 @@ def test_skipped_rows_are_counted_under_every_kind_they_have(tmp_path: Path) -> 
     assert "8 rows (prompt), 5 pairs kept, tokenised in" in lines[0]
     assert "  longer than max_length: 2, cut to 20 tokens where kept (row 5, 8)" in lines
     assert "  missing field: 1, refused or dropped (row 6)" in lines
-    assert lines[-1] == "  truncated: 0 prompts lost their start, 1 completions their end and end token"
+    assert lines[-1] == "  truncated: prompts at their start: 0; completions at their end, with the end token: 1"
 
 
 def test_at_most_three_rows_are_named(tmp_path: Path) -> None:

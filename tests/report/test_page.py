@@ -197,6 +197,21 @@ def test_several_runs_are_compared_in_one_page(tmp_path: Path, monkeypatch: Any,
     assert page.evaluate("() => document.documentElement.scrollWidth") <= 390
 
 
+def test_runs_validated_on_other_pairs_are_told_apart_and_the_untrained_model_is_nobodys_best(tmp_path):
+    runs = [make_run(tmp_path / name, steps=4, pairs=2, samples=1) for name in "abc"]
+    for run, digest in zip(runs, ("1", "2", None), strict=True):
+        if digest is not None:
+            (run / "inputs.json").write_text(json.dumps({"training pairs": ["0"], "validation pairs": [digest]}))
+    start = {"step": 0, "eval_loss": 0.6931, "eval_rewards/accuracies": 1.0}
+    metrics = runs[0] / "metrics.jsonl"
+    metrics.write_text(json.dumps(start) + "\n" + metrics.read_text())
+    for others, warned in ((runs, True), (runs[1:], False), (runs[::2], False)):
+        write_report(others, tmp_path / "some.html")
+        assert ("The validation pairs differ" in (tmp_path / "some.html").read_text()) is warned
+    row = re.search(r"<th>accuracy, validation, best</th>(.*)</tr>", (tmp_path / "some.html").read_text())
+    assert row and "at step 0" not in row[1] and "at step 4" in row[1]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "warned"),
     [

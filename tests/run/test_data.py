@@ -15,7 +15,7 @@ from dpo.commandline import parse
 from dpo.data import example
 from dpo.errors import UserError
 from dpo.run.data import prepare_data
-from dpo.run.prepare import model_and_tokenizer
+from dpo.run.prepare import _batch_notes, model_and_tokenizer
 from dpo.runtime.tracking import read_lines
 from tests.invariants.jobs import train_all, without_drawings
 from tests.test_commandline import message_of
@@ -242,3 +242,9 @@ def test_a_fraction_that_leaves_nothing_is_refused_by_name(tmp_path):
 )
 def test_a_fraction_that_makes_no_sense_is_one_line(flags, named):
     assert named in message_of(flags if "--data.train" in flags else [*flags, "--data.train", "t"])
+
+
+def test_a_batch_of_more_pairs_than_there_are_is_said_to_be_one_step():
+    assert _batch_notes(16, 16) == []
+    (note,) = _batch_notes(17, 16)
+    assert note == "train.global_batch_size is 17 and there are 16 training pairs: one step an epoch"
