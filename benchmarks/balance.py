@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.report import write_block
+from dpo.config import Source
 from dpo.data.planner import Costs, num_tokens, pair_costs, plan_batch
 from dpo.data.tokenize import prepare_pairs
 from dpo.errors import UserError
@@ -112,8 +113,8 @@ def report(data: str, tokenizer: str, max_lengths: list[int], draws: int, cache_
     lines = []
     for max_length in max_lengths:
         pairs, _ = prepare_pairs(
-            data, load_tokenizer(tokenizer), max_length=max_length, max_prompt_length=max_length // 2,
-            on_bad_row="skip", cache_dir=cache_dir,
+            Source(path=data, split="train"), load_tokenizer(tokenizer), max_length=max_length,
+            max_prompt_length=max_length // 2, on_bad_row="skip", cache_dir=cache_dir,
         )  # fmt: skip
         cost = num_tokens(pairs.lengths, "shared")
         lines += [

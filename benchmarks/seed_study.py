@@ -29,6 +29,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 from benchmarks import report, workload  # noqa: E402  (a script's own folder is on the path, the root is not)
+from dpo.config import Source  # noqa: E402
 from dpo.data.sources import load_source  # noqa: E402
 from dpo.model.load import load_tokenizer  # noqa: E402
 
@@ -62,7 +63,7 @@ class Stages:
 
 def write_rows(path: Path, data: str, split: str, count: int) -> int:
     """Write a number of rows as JSON Lines, from the start again where there are fewer; how many there are."""
-    rows = load_source(data, split=split)
+    rows = load_source(Source(path=data, split=split))
     with open(path, "w", encoding="utf-8") as stream:
         for i in range(count):
             stream.write(json.dumps(rows[i % len(rows)], ensure_ascii=False, default=str) + "\n")

@@ -18,6 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.clock import Job
+from dpo.config import Source
 from dpo.data.sources import load_source
 from dpo.data.tokenize import prepare_pairs
 from dpo.model.load import load_tokenizer
@@ -129,8 +130,9 @@ def build(folder: Path, size: Size, *, data: str, split: str, tokenizer: str, se
     needed = (size.warmup + size.steps) * size.pairs
     kept = _draw_rows(folder / "rows.jsonl", loaded, size, data, split, seed, needed, folder / "cache")
     pairs, _ = prepare_pairs(
-        kept, loaded, max_length=size.max_length, max_prompt_length=size.max_length // 2, cache_dir=folder / "cache"
-    )
+        Source(path=str(kept)), loaded, max_length=size.max_length, max_prompt_length=size.max_length // 2,
+        cache_dir=folder / "cache",
+    )  # fmt: skip
     assert len(pairs) == needed, f"{len(pairs)} pairs of {needed} rows"
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     ids = [{name: getattr(pairs[i], name).tolist() for name in names} for i in range(needed)]
@@ -152,13 +154,13 @@ def _draw_rows(
     path: Path, tokenizer: Any, size: Size, data: str, split: str, seed: int, needed: int, cache: Path
 ) -> Path:
     """Rows of a random order of the data, as many as there are pairs to train on, all of them usable."""
-    rows = load_source(data, split=split)
+    rows = load_source(Source(path=data, split=split))
     order = np.random.default_rng(seed).permutation(len(rows))[: needed + needed // 4 + 8]
     drawn = [json.dumps(rows[int(i)], ensure_ascii=False, default=str) + "\n" for i in order]
     candidates = path.with_name("candidates.jsonl")
     candidates.write_text("".join(drawn), encoding="utf-8")
     usable, _ = prepare_pairs(
-        candidates, tokenizer, max_length=size.max_length, max_prompt_length=size.max_length // 2,
+        Source(path=str(candidates)), tokenizer, max_length=size.max_length, max_prompt_length=size.max_length // 2,
         on_bad_row="skip", cache_dir=cache,
     )
     if len(usable) < needed:

@@ -18,8 +18,8 @@ from dpo.__main__ import main
 from dpo.data.audit import audit, cached_audit
 from dpo.data.heuristics import accuracy, first_token, first_token_rates, longer, overlap
 from dpo.data.store import DataSet
-from dpo.data.tokenize import prepare_pairs
 from dpo.errors import printable
+from tests.by_path import prepare_pairs
 from tests.data.tiny_tokenizers import CHATML, chat, tokenizer_of, with_template
 
 

@@ -97,8 +97,8 @@ def test_ranks_that_wait_after_every_micro_batch_wait_little() -> None:
 
 
 def test_the_targets_on_real_lengths(shared_data: Path, tmp_path: Path) -> None:
-    from dpo.data.tokenize import prepare_pairs
     from dpo.model.load import load_tokenizer
+    from tests.by_path import prepare_pairs
 
     tokenizer = load_tokenizer(str(shared_data / "gpt2-tokenizer"))
     pairs, _ = prepare_pairs(

@@ -17,10 +17,10 @@ import torch
 import transformers
 
 import train_dpo
-from dpo.data.tokenize import prepare_pairs
 from dpo.objective.objective import Objective
 from dpo.runtime.tracking import read_lines
 from tests import ranks
+from tests.by_path import prepare_pairs
 
 
 @pytest.fixture(scope="module")

@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 import train_dpo
 from dpo.commandline import parse
 from dpo.config import OptimConfig
-from dpo.data.sources import load_source, stream_source
 from dpo.errors import UserError
 from dpo.model import load
 from dpo.runtime import engine
+from tests.by_path import load_source, stream_source
 from tests.data.tiny_tokenizers import plain_rows, written
 
 

@@ -89,6 +89,7 @@ def test_cuts_of_a_row_hold_every_token_and_every_scored_token_once(size):
     for rank, cut in enumerate(cuts):
         starts = cut.score_index + rank * len(cut.input_ids)
         assert torch.isin(starts, batch.score_index).all() and (cut.score_index < len(cut.input_ids)).all()
+        assert torch.equal(cut.predicting, cut.score_index.unique())
 
 
 @pytest.mark.parametrize(

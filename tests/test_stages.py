@@ -522,7 +522,8 @@ def test_steps_since_the_last_line_are_told_where_no_further_step_follows(builti
 def test_what_there_is_to_go_on_from_is_looked_for_once_no_other_process_writes_the_run(builtin, tmp_path, monkeypatch):
     """Another process finishes SFT and the first step while this one reads its data."""
     flags = ["--train.sft_epochs", "1", "--train.save_every", "1", "--log.samples", "0", "--train.keep_checkpoints=1"]
-    opened, was_done = dpo.train.run_directory.opened, []
+    opened, was_done, run_sft, stages = dpo.train.run_directory.opened, [], dpo.train.run_sft, []
+    monkeypatch.setattr(dpo.train, "run_sft", lambda *args: (stages.append("sft"), run_sft(*args)))
 
     def later(config, world):
         if not was_done:
@@ -533,7 +534,7 @@ def test_what_there_is_to_go_on_from_is_looked_for_once_no_other_process_writes_
     monkeypatch.setattr(dpo.train.run_directory, "opened", later)
     assert train_dpo.main(arguments(tmp_path, builtin, *flags)) == 0
     lines = read_lines(tmp_path / "run")
-    assert [line["sft_step"] for line in lines if "sft_loss" in line] == [1, 2]
+    assert stages == ["sft"] and [line["sft_step"] for line in lines if "sft_loss" in line] == [1, 2]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2]
 
 

@@ -18,6 +18,7 @@ import datasets
 import pyarrow
 from datasets.features.features import require_decoding
 
+from dpo.config import Source
 from dpo.data import example
 from dpo.data.files import FILE_SUFFIXES, first_line, read_files, split_files, stream_files
 from dpo.errors import UserError
@@ -41,23 +42,12 @@ class Rows(Protocol):
     def __getitem__(self, index: Any, /) -> Any: ...
 
 
-def load_source(
-    path: str | Path,
-    *,
-    subset: str | None = None,
-    data_dir: str | None = None,
-    revision: str | None = None,
-    split: str | None = "train",
-    limit: int | None = None,
-) -> Rows:
+def load_source(source: Source, limit: int | None = None) -> Rows:
     """Read one split of a data source.
 
     Args:
-        path: Hub id, folder (saved by `datasets`, or holding data files), data file, or "builtin:world".
-        subset: Configuration of a hub data set.
-        data_dir: Folder inside a hub data set or a local folder.
-        revision: Branch, tag or commit of a hub data set.
-        split: Name of the split; None takes the only one. A single file is its own split, whatever the name.
+        source: Its `path` is a hub id, a folder (saved by `datasets`, or holding data files), a data file, or
+            "builtin:world"; its `split` None takes the only one. A single file is its own split, whatever the name.
         limit: Take the first `limit` rows of the split; None takes all.
     Returns:
         The rows in file order, none of them checked; at least one.
@@ -65,88 +55,61 @@ def load_source(
         UserError: Nothing there, not readable, empty, or no such split.
     """
     if limit is not None and limit < 1:
-        raise UserError(f"limit of {path}: got {limit}, must be 1 or more")
-    rows = _load(str(path), subset, data_dir, revision, split, limit)
+        raise UserError(f"limit of {source.path}: got {limit}, must be 1 or more")
+    rows = _load(source, limit)
     if len(rows) == 0:
-        which = f"split '{split}' has no rows" if split else "has no rows"
-        raise UserError(f"{path}: {which}; name another source or split")
+        which = f"split '{source.split}' has no rows" if source.split else "has no rows"
+        raise UserError(f"{source.path}: {which}; name another source or split")
     return rows
 
 
-def stream_source(
-    path: str | Path,
-    *,
-    subset: str | None = None,
-    data_dir: str | None = None,
-    revision: str | None = None,
-    split: str | None = "train",
-    limit: int | None = None,
-) -> Iterator[Any]:
+def stream_source(source: Source, limit: int | None = None) -> Iterator[Any]:
     """Yield the rows of one split of a data source, one by one, holding and keeping none.
 
     The order is that of the source: files by name, or the hub's shards as listed, and the rows of each in turn.
 
     Args:
-        path, subset, data_dir, revision, split, limit: As for `load_source`.
+        source, limit: As for `load_source`.
     Raises:
         UserError: As `load_source`, when the first row or the broken one is reached.
     """
-    name = str(path)
-    if name.startswith("builtin:"):
-        yield from load_source(name, split=split, limit=limit)
-    elif not _is_local(name):
-        opened = _from_hub(name, lambda: _stream_hub(name, subset, data_dir, revision, split))
-        rows = islice(opened, limit)
-        while (row := _from_hub(name, lambda: next(rows, None))) is not None:
+    if not _is_builtin(source) and not _is_local(source.path):
+        rows = islice(_from_hub(source, lambda: _stream_hub(source)), limit)
+        while (row := _from_hub(source, lambda: next(rows, None))) is not None:
             yield row
+    elif _is_builtin(source) or _is_saved(_local_path(source)):
+        yield from load_source(source, limit)  # in memory, or mapped
     else:
-        source = _local_path(name, subset, data_dir)
-        if source.is_dir() and _is_saved(source):
-            yield from load_source(name, data_dir=data_dir, split=split, limit=limit)  # memory-mapped
-        else:
-            yield from stream_files(_files_of(source, name, split), limit)
+        yield from stream_files(_files_of(source), limit)
 
 
-def source_identity(
-    path: str | Path,
-    *,
-    subset: str | None = None,
-    data_dir: str | None = None,
-    revision: str | None = None,
-    split: str | None = "train",
-    limit: int | None = None,
-) -> dict[str, Any]:
+def source_identity(source: Source, limit: int | None = None) -> dict[str, Any]:
     """Say which rows a stream will give, without reading them: names, and size and time of local files.
 
     What changes on the hub under the same name and revision is not seen; a commit as `revision` cannot change.
     """
-    name = str(path)
-    known: dict[str, Any] = dict(
-        path=name, subset=subset, data_dir=data_dir, revision=revision, split=split, limit=limit
-    )
-    if not name.startswith("builtin:") and _is_local(name):
-        source = _local_path(name, subset, data_dir)
-        files = sorted(source.rglob("*")) if source.is_dir() else [source]
+    place = "path", "subset", "data_dir", "revision", "split"
+    known: dict[str, Any] = {name: getattr(source, name) for name in place} | {"limit": limit}
+    if not _is_builtin(source) and _is_local(source.path):
+        local = _local_path(source)
+        files = sorted(local.rglob("*")) if local.is_dir() else [local]
         known["files"] = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
     return known
 
 
-def splits_of(
-    path: str | Path, *, subset: str | None = None, data_dir: str | None = None, revision: str | None = None
-) -> list[str]:
+def splits_of(source: Source) -> list[str]:
     """Name the splits of a source; empty for a source that is one nameless split, such as a file.
 
     Args:
-        path, subset, data_dir, revision: As for `load_source`.
+        source: As for `load_source`; its own split does not matter.
     Raises:
         UserError: Nothing there or not readable.
     """
-    name = str(path)
-    if name.startswith("builtin:"):
-        return _builtin_splits(name)
-    if not _is_local(name):
-        return _hub_splits(name, subset, data_dir, revision)
-    folder = _local_path(name, subset, data_dir)
+    if _is_builtin(source):
+        return _builtin_splits(source)
+    if not _is_local(source.path):
+        return _hub_splits(source)
+    folder = _local_path(source)
     if not folder.is_dir():
         return []
     if _is_saved(folder):
@@ -155,50 +118,52 @@ def splits_of(
     return list(split_files(folder))
 
 
-def validation_split_of(
-    path: str | Path, *, subset: str | None = None, data_dir: str | None = None, revision: str | None = None
-) -> str | None:
+def validation_split_of(source: Source) -> str | None:
     """Name the split of a source that serves for validation: "validation", else "test", else None."""
-    names = splits_of(path, subset=subset, data_dir=data_dir, revision=revision)
+    names = splits_of(source)
     return next((name for name in VALIDATION_SPLITS if name in names), None)
 
 
-def _load(
-    path: str, subset: str | None, data_dir: str | None, revision: str | None, split: str | None, limit: int | None
-) -> Rows:
-    if path.startswith("builtin:"):
-        return example.rows(_pick_split(path, split, _builtin_splits(path)), limit=limit)
-    if not _is_local(path):
-        return _take(_without_files(_load_hub(path, subset, data_dir, revision, split)), limit)
-    source = _local_path(path, subset, data_dir)
-    if source.is_dir() and _is_saved(source):
-        saved = _load_saved(source)
+def _load(source: Source, limit: int | None) -> Rows:
+    if _is_builtin(source):
+        return example.rows(_pick_split(source, _builtin_splits(source)), limit=limit)
+    if not _is_local(source.path):
+        return _take(_without_files(_load_hub(source)), limit)
+    local = _local_path(source)
+    if _is_saved(local):
+        saved = _load_saved(local)
         if isinstance(saved, datasets.DatasetDict):
-            saved = saved[_pick_split(path, split, [str(key) for key in saved])]
+            saved = saved[_pick_split(source, [str(key) for key in saved])]
         return _take(_without_files(saved), limit)
-    return _from_files(_files_of(source, path, split), limit)
+    return _from_files(_files_of(source), limit)
 
 
-def _files_of(source: Path, path: str, split: str | None) -> list[Path]:
+def _files_of(source: Source) -> list[Path]:
     """Data files of a split, in order; a single file is its own split."""
-    if source.is_file():
-        return [source]
-    files = split_files(source)
-    return files[_pick_split(path, split, list(files))]
+    local = _local_path(source)
+    if local.is_file():
+        return [local]
+    files = split_files(local)
+    return files[_pick_split(source, list(files))]
 
 
-def _builtin_splits(path: str) -> list[str]:
-    if path != BUILTIN_WORLD:
-        raise UserError(f"data '{path}': there is one built-in data set, '{BUILTIN_WORLD}'; use that")
+def _is_builtin(source: Source) -> bool:
+    return source.path.startswith("builtin:")
+
+
+def _builtin_splits(source: Source) -> list[str]:
+    if source.path != BUILTIN_WORLD:
+        raise UserError(f"data '{source.path}': there is one built-in data set, '{BUILTIN_WORLD}'; use that")
     return list(example.SPLIT_SIZES)
 
 
-def _pick_split(path: str, split: str | None, names: list[str]) -> str:
+def _pick_split(source: Source, names: list[str]) -> str:
+    split = source.split
     if split is None and len(names) == 1:
         return names[0]
     if split not in names:
         wanted = "no split was named" if split is None else f"there is no split '{split}'"
-        raise UserError(f"{path}: {wanted}; it has {', '.join(names)}")
+        raise UserError(f"{source.path}: {wanted}; it has {', '.join(names)}")
     return split
 
 
@@ -214,8 +179,9 @@ def _is_local(path: str) -> bool:
     return Path(path).exists() or path.endswith(FILE_SUFFIXES) or not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", path)
 
 
-def _from_hub(path: str, open_it: Callable[[], Any]) -> Any:
+def _from_hub(source: Source, open_it: Callable[[], Any]) -> Any:
     """Run a call of `datasets` and turn the ways in which it fails into one line each."""
+    path = source.path
     try:
         return open_it()
     except datasets.exceptions.DatasetNotFoundError as error:
@@ -234,25 +200,21 @@ def _from_hub(path: str, open_it: Callable[[], Any]) -> Any:
         raise UserError(f"data '{path}': {what}") from error
 
 
-def _load_hub(
-    path: str, subset: str | None, data_dir: str | None, revision: str | None, split: str | None
-) -> datasets.Dataset:
-    def load(name: str | None) -> Any:
-        return datasets.load_dataset(path, name=subset, data_dir=data_dir, revision=revision, split=name)
-
-    if split is not None:
-        return _from_hub(path, lambda: load(split))
-    found = _from_hub(path, lambda: load(None))
-    return found[_pick_split(path, None, [str(name) for name in found])]
-
-
-def _stream_hub(
-    path: str, subset: str | None, data_dir: str | None, revision: str | None, split: str | None
-) -> Iterator[Any]:
-    opened = datasets.load_dataset(
-        path, name=subset, data_dir=data_dir, revision=revision, split=split or "train", streaming=True
+def _open_hub(source: Source, split: str | None, **how: Any) -> Any:
+    return datasets.load_dataset(
+        source.path, name=source.subset, data_dir=source.data_dir, revision=source.revision, split=split, **how
     )
-    return iter(_without_files(opened))
+
+
+def _load_hub(source: Source) -> datasets.Dataset:
+    found = _from_hub(source, lambda: _open_hub(source, source.split))
+    if source.split is not None:
+        return found
+    return found[_pick_split(source, [str(name) for name in found])]
+
+
+def _stream_hub(source: Source) -> Iterator[Any]:
+    return iter(_without_files(_open_hub(source, source.split or "train", streaming=True)))
 
 
 def _without_files(rows: Any) -> Any:
@@ -261,29 +223,31 @@ def _without_files(rows: Any) -> Any:
     return rows.remove_columns(names) if names else rows
 
 
-def _hub_splits(path: str, subset: str | None, data_dir: str | None, revision: str | None) -> list[str]:
+def _hub_splits(source: Source) -> list[str]:
     with contextlib.suppress(Exception):  # without network, or for older kinds of data sets: load from the cache
-        return list(datasets.get_dataset_split_names(path, subset, revision=revision, data_dir=data_dir))
-    found = _from_hub(
-        path, lambda: datasets.load_dataset(path, name=subset, data_dir=data_dir, revision=revision)
-    )
-    return [str(name) for name in found]
+        names = datasets.get_dataset_split_names(
+            source.path, source.subset, revision=source.revision, data_dir=source.data_dir
+        )
+        return list(names)
+    return [str(name) for name in _from_hub(source, lambda: _open_hub(source, None))]
 
 
 # --- folders and files -----------------------------------------------------------------------------------------------
 
 
-def _local_path(path: str, subset: str | None, data_dir: str | None) -> Path:
-    source = Path(os.path.expanduser(path))
-    if subset is not None:
-        raise UserError(f"data.subset '{subset}': {path} is a local path; subsets are of hub data sets, leave it out")
-    if data_dir is not None:
-        source = source / data_dir
-    if not source.exists():
-        raise UserError(f"data '{source}': no such file or folder; name one that is there")
-    if source.is_file() and not source.name.endswith(FILE_SUFFIXES):
-        raise UserError(f"data '{source}': unknown kind of file; use one of {', '.join(FILE_SUFFIXES)}")
-    return source
+def _local_path(source: Source) -> Path:
+    path = Path(os.path.expanduser(source.path))
+    if source.subset is not None:
+        raise UserError(
+            f"data.subset '{source.subset}': {source.path} is a local path; subsets are of hub data sets, leave it out"
+        )
+    if source.data_dir is not None:
+        path = path / source.data_dir
+    if not path.exists():
+        raise UserError(f"data '{path}': no such file or folder; name one that is there")
+    if path.is_file() and not path.name.endswith(FILE_SUFFIXES):
+        raise UserError(f"data '{path}': unknown kind of file; use one of {', '.join(FILE_SUFFIXES)}")
+    return path
 
 
 def _is_saved(folder: Path) -> bool:

@@ -19,6 +19,7 @@ import numpy as np
 import xxhash
 from filelock import FileLock
 
+from dpo.config import Source
 from dpo.data.encode import PairEncoder
 from dpo.data.formats import FORMATS, detect_format
 from dpo.data.sources import load_source, source_identity, stream_source
@@ -45,15 +46,10 @@ DETECTION_ROWS = 100
 
 
 def prepare_pairs(
-    path: str | Path,
+    source: Source,
     tokenizer: PreTrainedTokenizerBase,
     *,
     cache_dir: str | Path,
-    subset: str | None = None,
-    data_dir: str | None = None,
-    revision: str | None = None,
-    split: str | None = "train",
-    format: str = "auto",
     limit: int | None = None,
     of_prompts: tuple[float, float] = WHOLE,
     max_length: int = 1024,
@@ -69,10 +65,9 @@ def prepare_pairs(
     Lengths count the end tokens: "longer than max_length" is prompt + longer completion + end token > max_length.
 
     Args:
-        path, subset, data_dir, revision, split, limit: As for `sources.load_source`.
+        source, limit: As for `sources.load_source`; without a format it is told from the first rows.
         tokenizer: The policy's tokenizer; not changed.
         cache_dir: Folder for tokenised data.
-        format: "auto" (told from the first rows), "hh", "prompt", "conversation", "ranked" or "votes".
         of_prompts: Part of [0, 1): pairs are kept whose prompt has its hash there. Parts that do not overlap share no
             prompt, and a prompt is in the same part whatever other rows there are; under one tokenizer.
         max_length: Most tokens of a prompt and one completion together, end token included, >= 2.
@@ -90,11 +85,12 @@ def prepare_pairs(
     Raises:
         UserError: Anything wrong with the data or the settings; one line.
     """
-    _check_settings(format, on_bad_row, workers)
-    place = dict[str, Any](path=path, subset=subset, data_dir=data_dir, revision=revision, split=split, limit=limit)
-    source = f"{path} [{split}]" if split and not Path(path).is_file() else str(path)
-    rows: Any = [source_identity(**place)] if streaming else load_source(**place)
-    form = detect_format(islice(rows, DETECTION_ROWS), str(path)) if format == "auto" and not streaming else format
+    form = source.format or "auto"
+    _check_settings(form, on_bad_row, workers)
+    called = f"{source.path} [{source.split}]" if source.split and not Path(source.path).is_file() else source.path
+    rows: Any = [source_identity(source, limit)] if streaming else load_source(source, limit)
+    if form == "auto" and not streaming:
+        form = detect_format(islice(rows, DETECTION_ROWS), source.path)
     # Before the key: probing the tokenizer also clears what earlier calls left in it (truncation, padding).
     encoder = PairEncoder(
         tokenizer, max_length=max_length, max_prompt_length=max_prompt_length,
@@ -107,12 +103,12 @@ def prepare_pairs(
     )  # fmt: skip
 
     def job() -> Job:
-        found, its_form = _opened(place, form) if streaming else (rows, form)
+        found, its_form = _opened(source, limit, form) if streaming else (rows, form)
         processes = num_workers(workers, limit if streaming else len(rows))
         return Job(found, its_form, ranked_pairs, encoder, streaming, processes, of_prompts)
 
     folder = cache_folder(cache_dir) / content_key(rows, tokenizer, settings)
-    return _open_or_make(job, folder, source, on_bad_row == "error", of_prompts)
+    return _open_or_make(job, folder, called, on_bad_row == "error", of_prompts)
 
 
 class EmptyShare(UserError):
@@ -130,13 +126,13 @@ def _share(of_prompts: tuple[float, float]) -> str:
 # --- the work ------------------------------------------------------------------------------------------------------
 
 
-def _opened(place: dict[str, Any], form: str) -> tuple[Iterator[Any], str]:
+def _opened(source: Source, limit: int | None, form: str) -> tuple[Iterator[Any], str]:
     """Open a stream of rows and tell their format."""
-    rows = stream_source(**place)
+    rows = stream_source(source, limit)
     first = list(islice(rows, DETECTION_ROWS))
     if not first:
-        raise UserError(f"{place['path']}: has no rows; name another source or split")
-    return chain(first, rows), detect_format(first, str(place["path"])) if form == "auto" else form
+        raise UserError(f"{source.path}: has no rows; name another source or split")
+    return chain(first, rows), detect_format(first, source.path) if form == "auto" else form
 
 
 def _open_or_make(

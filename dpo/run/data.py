@@ -66,32 +66,25 @@ def _validation_sources(config: Config) -> list[Source]:
     data = config.data
     if data.validation_sources:
         return [
-            replace(one, split=one.split or validation_split_of(**_place(one)) or data.train_split)
+            replace(one, split=one.split or validation_split_of(one) or data.train_split)
             for one in data.validation_sources
         ]
     if not isinstance(data.train, str):
         return []
     (source,), split = data.train_sources, data.validation_split
-    if split and split not in splits_of(**_place(source)):
+    if split and split not in splits_of(source):
         raise UserError(
             f"data.validation_split is {split} but data.train {data.train} has no such split;"
             f" name the validation data by data.validation"
         )
-    split = split or validation_split_of(**_place(source))
+    split = split or validation_split_of(source)
     return [] if split in (None, data.train_split) else [replace(source, split=split)]
-
-
-def _place(source: Source) -> dict[str, Any]:
-    """Where a source is, its splits aside."""
-    return {
-        "path": source.path, "subset": source.subset, "data_dir": source.data_dir, "revision": source.revision,
-    }  # fmt: skip
 
 
 def _why_no_validation(config: Config) -> str:
     if not isinstance(config.data.train, str):
         return f"no validation: data.train is a list of sources; name validation data by data.validation, {OR_HOLD_OUT}"
-    names = splits_of(**_place(config.data.train_sources[0]))
+    names = splits_of(config.data.train_sources[0])
     others = [name for name in names if name != config.data.train_split]
     hint = f"; it has {', '.join(others)}: name one by data.validation_split," if others else "; name it,"
     none = "no validation: data.validation is not set and data.train has no split validation or test"
@@ -122,14 +115,10 @@ def prepare_data(config: Config, tokenizer: Any, longest: int) -> RunData:
     def prepared(
         source: Source, name: str, role: str, limit: int | None, of_prompts: tuple[float, float] = WHOLE
     ) -> DataSet:
+        whole = replace(source, split=source.split or data.train_split, format=source.format or data.format)
         pairs, report = prepare_pairs(
-            source.path,
+            whole,
             tokenizer,
-            subset=source.subset,
-            data_dir=source.data_dir,
-            revision=source.revision,
-            split=source.split or data.train_split,
-            format=source.format or data.format,
             limit=limit,
             of_prompts=of_prompts,
             max_length=longest,

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from dpo.data.epochs import Epochs
 from dpo.data.mixture import Mixture, quotas, share_lines
-from dpo.data.tokenize import TokenizedPairs, prepare_pairs
+from dpo.data.tokenize import TokenizedPairs
+from tests.by_path import prepare_pairs
 from tests.data.tiny_tokenizers import plain_rows, tokenizer_of
 
 

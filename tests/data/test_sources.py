@@ -13,8 +13,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from dpo.data.sources import load_source, source_identity, splits_of, stream_source, validation_split_of
 from dpo.errors import UserError
+from tests.by_path import load_source, source_identity, splits_of, stream_source, validation_split_of
 
 ROWS = [{"prompt": f"p{i}", "chosen": f"c{i}\u2028\u00e9", "rejected": f"r{i}"} for i in range(5)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()

@@ -12,8 +12,8 @@ import pytest
 
 from dpo.data import tokenize
 from dpo.data.encode import PairEncoder
-from dpo.data.tokenize import prepare_pairs
 from dpo.errors import UserError
+from tests.by_path import prepare_pairs
 from tests.data.tiny_tokenizers import CHATML, plain_rows, tokenizer_of, with_template, written
 
 

@@ -13,10 +13,10 @@ import transformers
 
 from dpo.data.encode import PairEncoder
 from dpo.data.store import COLUMNS
-from dpo.data.tokenize import prepare_pairs
 from dpo.data.workers import num_workers
 from dpo.errors import UserError
 from dpo.types import PreferenceRow
+from tests.by_path import prepare_pairs
 from tests.data.tiny_tokenizers import CHATML, chat, plain_rows, text_of, tokenizer_of, with_template, written
 
 

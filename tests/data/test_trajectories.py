@@ -14,10 +14,10 @@ import train_dpo
 from dpo.data.boundary import encode_prompt
 from dpo.data.encode import PairEncoder
 from dpo.data.mixture import Mixture
-from dpo.data.tokenize import prepare_pairs
 from dpo.objective.tokens import weigher
 from dpo.runtime.tracking import read_lines
 from dpo.types import PreferenceRow, TokenizedPair
+from tests.by_path import prepare_pairs
 from tests.data.tiny_tokenizers import CHATML, WITH_BOS_AND_EOS, chat, tokenizer_of, written
 from tests.test_stages import arguments
 

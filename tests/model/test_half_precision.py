@@ -8,12 +8,12 @@ import transformers
 from torch.nn.functional import logsigmoid
 
 from dpo.data.batch import collate
-from dpo.data.tokenize import prepare_pairs
 from dpo.model import products
 from dpo.model.check import use_layout
 from dpo.model.forward import Scorer
 from dpo.model.head import logps_of_logits
 from dpo.model.load import load_model
+from tests.by_path import prepare_pairs
 
 COUNT = 64
 

@@ -9,9 +9,9 @@ import pytest
 from transformers import AutoTokenizer
 
 import train_dpo
-from dpo.data.tokenize import prepare_pairs
 from dpo.runtime.tracking import read_lines
 from tests import ranks
+from tests.by_path import prepare_pairs
 
 LOSSES = ("sigmoid", "hinge", "ipo")
 STEPS, BATCH, LENGTH, ROWS, BETA, LR = 10, 6, 256, 70, 0.1, 3e-4

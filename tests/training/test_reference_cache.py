@@ -19,7 +19,6 @@ import train_dpo
 from dpo.data.epochs import Epochs
 from dpo.data.loader import Loader
 from dpo.data.mixture import Mixture
-from dpo.data.tokenize import prepare_pairs
 from dpo.errors import UserError
 from dpo.model import products
 from dpo.model.check import use_layout
@@ -30,6 +29,7 @@ from dpo.runtime.weights import fingerprint
 from dpo.training import reference_cache
 from dpo.training.reference_cache import cached_scores, folder_of, manifest_of
 from tests import tiny
+from tests.by_path import prepare_pairs
 from tests.data.tiny_tokenizers import CHATML, tokenizer_of, with_template
 from tests.test_stages import arguments
 
