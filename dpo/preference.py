@@ -167,7 +167,6 @@ class Stage:
         state = replace(state, unlogged=self.meter.carried())
         more = partial(save_reference, self.reference, world) if moves else None
         save_checkpoint(setup, self.policy, state, more=more)
-        heartbeat.at(f"after the checkpoint of step {state.step}")
         if world.is_main:
             write_status(setup.run, "running", state.step, place=heartbeat.place())
 

@@ -187,7 +187,6 @@ class _Stage:
         """A checkpoint; status.json says so."""
         unlogged = tuple(sum_over_ranks(self.sums.clone()).tolist())
         save_checkpoint(self.setup, self.policy, replace(state, unlogged=unlogged), kind="sft")
-        heartbeat.at(f"after the checkpoint of SFT step {state.step}")
         if self.setup.world.is_main:
             write_status(self.setup.run, "running", place=heartbeat.place())
 
