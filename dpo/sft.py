@@ -54,7 +54,7 @@ def run_sft(setup: Setup, tracker: Tracker) -> None:
     for note in policy.notes:
         tracker.say(note)
     derived = "" if config.optim.sft_lr is not None else ", 20 x optim.lr (optim.sft_lr)"
-    tracker.say(f"SFT: {config.train.sft_epochs} epochs, learning rate {config.optim.peak_sft_lr:g}{derived}")
+    tracker.say(f"SFT: epochs {config.train.sft_epochs}, learning rate {config.optim.peak_sft_lr:g}{derived}")
     total = config.train.sft_epochs * setup.epochs.steps_per_epoch
     state = _resume(setup, policy, total, tracker)
     # One causal call per row serves a model that cannot attend in segments; else chosen sequences are packed.

@@ -608,3 +608,10 @@ def test_evaluations_of_sets_smaller_than_the_ranks_end_under_zero_3(builtin, sh
     done = ranks.run(["train_dpo.py", *arguments(tmp_path, builtin, *flags)], ranks=2, timeout=120)
     assert done.codes == [0, 0], done.output[-3000:]
     assert [line["step"] for line in read_lines(tmp_path / "run") if "eval_b_loss" in line] == [0, 1, 2]
+
+
+def test_whoever_may_read_a_folder_may_read_its_weights(builtin, tmp_path):
+    assert train_dpo.main(arguments(tmp_path, builtin, "--train.sft_epochs", "1", "--log.samples", "0")) == 0
+    for name in ("final", "reference"):
+        modes = {file.stat().st_mode for file in (tmp_path / "run" / name).iterdir()}
+        assert len(modes) == 1 and (tmp_path / "run" / name / "model.safetensors").is_file()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -239,6 +240,8 @@ def save_folder(model: Any, state: dict[str, torch.Tensor], dtype: torch.dtype, 
         shell = type(model)(config).to(dtype)
     shell.generation_config = model.generation_config
     shell.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
+    for weights in folder.glob("*.safetensors"):  # written so that only their owner may read them
+        shutil.copymode(folder / "config.json", weights)
     tokenizer.save_pretrained(folder)
     _end_answers(folder / "generation_config.json", tokenizer)
 

@@ -66,10 +66,11 @@ def model_card(
     if names != ["sigmoid"]:
         method = "under the objective"
     beta = "" if names == ["sft"] else f", beta {loss['beta']}"
-    gained = "gained more log-probability over the reference"
+    gained, compared = "gained more log-probability over the reference", "the change goes"
     if not needs_reference(names, loss.get("reference_free", False)):
         by = code(" + ".join(names))
         gained = "has the higher reward (beta times its log-probability, per token for simpo and orpo)"
+        compared = "the model itself goes"
     known = _table([["", ""], *([name, code(value)] for name, value in facts.items())]) if facts else ""
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
@@ -78,8 +79,7 @@ def model_card(
         "## Metrics",
         _table(closing_rows(lines)),
         f"Accuracy: share of pairs whose chosen completion {gained} than the rejected one; a tie counts one half."
-        " It says how often the change goes the right way, not how good answers are; nothing here was tested for"
-        " safety.",
+        f" It says how often {compared} the right way, not how good answers are; nothing here was tested for safety.",
         "## Data and training" if known else "",
         known,
         f"<details><summary>Settings</summary>\n\n{_block(yaml.safe_dump(config, sort_keys=False))}\n\n</details>",
