@@ -155,7 +155,7 @@ FLAG_MISTAKES: dict[str, tuple[list[str], str]] = {
         "unknown key train.greedy; python train_dpo.py --help lists all keys",
     ),
     "a key like one of another section": (
-        ["--loss.type", "bf16"], "unknown key loss.type; python train_dpo.py --help lists all keys"
+        ["--loss.shuffl", "on"], "unknown key loss.shuffl; python train_dpo.py --help lists all keys"
     ),
     "weights of one loss": (["--loss.weights", "[2]"], "loss.weights is [2.0] and loss.name is sigmoid alone;"
                             " leave the weights out, or name a list of losses, such as [sigmoid, sft]"),
