@@ -73,7 +73,7 @@ def _interruptible(argv: list[str]) -> int:
         return main(argv)
     except KeyboardInterrupt:
         print("train_dpo.py: interrupted; start again to continue", file=sys.stderr, flush=True)
-        return 75
+        return os.EX_TEMPFAIL  # 75, without the import that knows it as preemption.EXIT_CODE
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from dpo.commandline import Command, parse, parse_options
 from dpo.config import Config, check_world_size, to_dict
 from dpo.errors import UserError
 from dpo.objective.catalog import LOSSES
+from dpo.recipe import ELSEWHERE, NOWHERE, keys_of
 
 GIVEN = ["--model.policy", "p", "--data.train", "d"]
 ROOT = Path(__file__).resolve().parents[1]
@@ -420,3 +421,11 @@ def test_importing_without_a_garbage_collector_ends_with_one(breaks, monkeypatch
     with pytest.raises(ImportError) if breaks else nullcontext():
         train_dpo._import_all()
     assert seen == [False] and gc.isenabled()
+
+
+def test_what_others_call_a_setting_leads_to_one_that_exists_and_is_none_itself() -> None:
+    keys = keys_of()
+    assert {name.split()[0] for name in ELSEWHERE.values()} <= {*keys}
+    # Only the reference has a dtype of its own; the policy's is train.precision.
+    assert {*ELSEWHERE, *NOWHERE} & {key.rpartition(".")[2] for key in keys} == {"dtype"}
+    assert not ELSEWHERE.keys() & NOWHERE.keys()

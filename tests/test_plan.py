@@ -7,6 +7,7 @@ import re
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ from dpo.estimate import (
 from dpo.memory.room import Room
 from dpo.model import blocks
 from dpo.model.shape import _kept_bytes, shape_of
+from dpo.planning.forecast import batch_parts
 from dpo.run.setup import Setup
 from dpo.types import PackedBatch
 from tests import tiny
@@ -508,3 +510,13 @@ def test_help_names_the_verbs_and_their_flags(capsys: pytest.CaptureFixture[str]
     for flag in ("--ranks", "--gpu", "--config", "--recipe", "--train.global_batch_size"):
         assert flag in shown
     assert all(name in str(Hardware.__doc__) or name in plain(shown) for name in GPUS)
+
+
+def test_the_last_mlp_keeps_every_row_of_a_padded_layout_and_of_others_those_that_predict():
+    """tests/pretended/ compares the plan of a shared row with what is allocated."""
+    shape = shape_of(tiny.model("llama").config, torch.bfloat16)
+    sizes: Any = SimpleNamespace(largest=1000, largest_prompts=600, largest_completions=400)
+    assert shape.last_mlp > 0
+    layouts: tuple[Layout, ...] = ("packed", "padded")
+    packed, padded = (batch_parts(shape, sizes, of, 2, True, True)["activations, kept"] for of in layouts)
+    assert packed and padded and (padded - packed) * GIB == pytest.approx(600 * shape.last_mlp)

@@ -127,13 +127,14 @@ def prepare(config: Config, world: World, deepspeed_json: str | None, *, for_els
         longest = checks.max_length(config, model_config)
         checks.check_reference_path(config, tokenizer, longest)
         data = prepare_data(config, tokenizer, longest)
+        train_pairs = data.train_pairs()
         made = Setup(
             config=config, world=world, engine_config=engine_config, precision=precision, tokenizer=tokenizer,
-            data=data, train_pairs=data.train_pairs(), validation_pairs=data.validation_pairs(),
+            data=data, train_pairs=train_pairs, validation_pairs=data.validation_pairs(),
             start_dtype=load.starting_dtype(model_config),
             notes=(
                 *data.notes, *_precision_notes(precision, world.device),
-                *_batch_notes(config.train.global_batch_size, len(data.train_pairs())),
+                *_batch_notes(config.train.global_batch_size, len(train_pairs)),
                 *filter(None, [beta_note(config.loss.names, config.loss.beta)]),
             ),
             costs=_costs(config, model_config, world.world_size),
