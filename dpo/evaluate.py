@@ -83,7 +83,8 @@ def evaluate(
         for batch, (policy_logps, reference_logps), context in zip(share.batches, scored, contexts, strict=True):
             output = loss(policy_logps, reference_logps, context)
             totals[place] += sums(output, policy_logps)
-            parts.append(_by_pair(batch, output, policy_logps, reference_logps))
+            known = reference_logps if loss.needs_reference else None
+            parts.append(_by_pair(batch, output, policy_logps, known))
     totals = distributed.sum_over_ranks(totals)
     found = {f"eval_{key}": value for key, value in averages(totals.sum(dim=0)).items()}
     for name, own in zip(sets, totals, strict=True):
@@ -95,8 +96,9 @@ def evaluate(
     return found, pairs[np.argsort(pairs[:, 0])]
 
 
-def _by_pair(batch: PackedBatch, output: LossOutput, policy: PairLogps, reference: PairLogps) -> Tensor:
-    """(P, len(COLUMNS)) fp64 on the device, in the order of COLUMNS."""
+def _by_pair(batch: PackedBatch, output: LossOutput, policy: PairLogps, reference: PairLogps | None) -> Tensor:
+    """(P, len(COLUMNS)) fp64 on the device, in the order of COLUMNS; NaN for what no reference has said."""
+    unknown = torch.full_like(policy.chosen, torch.nan)
     columns = (
         torch.tensor(batch.pair_ids, dtype=torch.float64, device=policy.chosen.device),
         output.losses,
@@ -104,8 +106,8 @@ def _by_pair(batch: PackedBatch, output: LossOutput, policy: PairLogps, referenc
         output.rejected_rewards,
         policy.chosen,
         policy.rejected,
-        reference.chosen,
-        reference.rejected,
+        unknown if reference is None else reference.chosen,
+        unknown if reference is None else reference.rejected,
         policy.chosen_lengths,
         policy.rejected_lengths,
     )

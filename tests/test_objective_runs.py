@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -17,6 +18,7 @@ import dpo.training.frozen
 import train_dpo
 from dpo.commandline import parse
 from dpo.errors import UserError
+from dpo.report.pairs import read_pairs
 from dpo.runtime import distributed
 from dpo.runtime.tracking import read_lines
 from dpo.training.start import rounds_apart
@@ -51,6 +53,8 @@ def test_a_run_without_a_reference_answers_its_samples_by_the_policy_as_it_start
     card = (tmp_path / "simpo" / "final" / "README.md").read_text()
     assert "under the objective `simpo`" in card and "over the reference" not in card
     assert "Direct Preference Optimization" in (tmp_path / "dpo" / "final" / "README.md").read_text()
+    known = [read_pairs(tmp_path / name)[1]["reference_chosen_logps"] for name in ("simpo", "dpo")]
+    assert np.isnan(known[0]).all() and (known[1] < 0).all()
     losses = losses_of(tmp_path / "simpo")
     assert losses[-1] < losses[0] - 0.01
 

@@ -10,7 +10,7 @@ import yaml
 
 from dpo.errors import one_line
 from dpo.objective.catalog import needs_reference
-from dpo.report.content import MAIN
+from dpo.report.content import MAIN, objective
 
 
 def closing_rows(lines: list[dict[str, Any]]) -> list[list[str]]:
@@ -59,7 +59,8 @@ def model_card(
     if is_hub_id and not Path(policy).exists():
         front["base_model"] = policy
     what = ", as a LoRA adapter for the same weights," if adapter else ""
-    sft = f" after {config['train']['sft_epochs']} SFT epoch(s)" if config["train"]["sft_epochs"] else ""
+    epochs = config["train"]["sft_epochs"]
+    sft = f" after {epochs} {'epoch' if epochs == 1 else 'epochs'} of SFT" if epochs else ""
     loss = config["loss"]
     names: list[Any] = [loss["name"]] if isinstance(loss["name"], str) else loss["name"]
     method, by = "by Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290), loss", "DPO"
@@ -68,14 +69,14 @@ def model_card(
     beta = "" if names == ["sft"] else f", beta {loss['beta']}"
     gained, compared = "gained more log-probability over the reference", "the change goes"
     if not needs_reference(names, loss.get("reference_free", False)):
-        by = code(" + ".join(names))
+        by = code(objective(loss))
         gained = "has the higher reward (beta times its log-probability, per token for simpo and orpo)"
         compared = "the model itself goes"
     known = _table([["", ""], *([name, code(value)] for name, value in facts.items())]) if facts else ""
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {_escaped(Path(policy).name)} trained with {by}",
-        f"{code(policy)} trained{what}{sft} on the preferences of {data} {method} {code(' + '.join(names))}{beta}.",
+        f"{code(policy)} trained{what}{sft} on the preferences of {data} {method} {code(objective(loss))}{beta}.",
         "## Metrics",
         _table(closing_rows(lines)),
         f"Accuracy: share of pairs whose chosen completion {gained} than the rejected one; a tie counts one half."

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dpo.config import OptimConfig
 from dpo.errors import UserError
+from dpo.objective.catalog import needs_reference
 from dpo.report import panels
 from dpo.report.content import MAIN, Content
 
@@ -51,6 +55,7 @@ def side_by_side(runs: Sequence[Content]) -> dict[str, Any]:
             rows.append((f"{title}, {kind}, last", [_last_value(run, prefix + name) for run in runs]))
     rows.append(("accuracy, validation, best", [_best(run, "eval_rewards/accuracies") for run in runs]))
     of_pairs = [_facts(run) for run in runs]
+    rows.append(("accuracy beyond the first run's, paired", [_gain(run, runs[0]) for run in runs]))
     rows += [(title, [facts.get(title) for facts in of_pairs]) for title in FACTS]
     rows.append(("pairs a second, last", [_last_value(run, "perf/pairs_per_second") for run in runs]))
     changed = _changed_settings(runs)
@@ -69,6 +74,17 @@ def _facts(run: Content) -> dict[str, float | None]:
     if run.is_logistic:
         calibration = panels.calibration(latest.margins).error
     return dict(zip(FACTS, (moved.chosen_fell, lengths.correlation, calibration, kl), strict=True))
+
+
+def _gain(run: Content, first: Content) -> str | None:
+    """How much more often a run is right than the first one on the same pairs, with the standard error of that."""
+    known = run.validated_on is not None and run.validated_on == first.validated_on
+    if run is first or not known or run.pairs is None or first.pairs is None:
+        return None
+    own, others = run.pairs[1], first.pairs[1]
+    if len(own.values) == 0 or not np.array_equal(own["pair_id"], others["pair_id"]):
+        return None
+    return panels.with_error(panels.accuracies(own.margins) - panels.accuracies(others.margins), sign="+")
 
 
 def _last_value(run: Content, name: str) -> float | None:
@@ -103,21 +119,42 @@ def _warnings(runs: Sequence[Content], changed: Sequence[tuple[str, list[Any]]])
             "The objectives differ: their losses cannot be compared, margins scale with beta, and accuracies can be"
             " compared where all have a reference or none has."
         )
-    made_own = [run for run in runs if run.setting("train.sft_epochs")]
-    if len(made_own) > 1 and any(OF_SFT.fullmatch(name) for name in names):
+    if len(_references(runs)) > 1:
         found.append(
-            "Each run with train.sft_epochs has made the reference that its rewards are measured from, and under"
-            " settings that differ. To share one: --model.policy RUN/reference --train.sft_epochs 0."
+            "The references that rewards are measured from differ: a run with train.sft_epochs makes its own. To share"
+            " one: --model.policy RUN/reference --train.sft_epochs 0."
         )
     return found
 
 
+def _references(runs: Sequence[Content]) -> set[str]:
+    """The models that the runs measure rewards from; SFT under the same settings makes the same."""
+    made: dict[str, str] = {}
+    found = set()
+    for settings in map(_settings, runs):
+        loss, place = settings.get("loss.name", "sigmoid"), settings.get("reference.path")
+        names: list[Any] = [loss] if isinstance(loss, str) else loss
+        if not needs_reference(names, settings.get("loss.reference_free", False)):
+            continue
+        if place is None and settings.get("train.sft_epochs"):
+            how = json.dumps({name: value for name, value in settings.items() if OF_SFT.fullmatch(name)})
+            place = made.setdefault(how, f"{settings.get('train.output_dir')}/reference")
+        found.add(str(Path(place or settings.get("model.policy", "")).resolve()))
+    return found
+
+
+def _settings(run: Content) -> dict[str, Any]:
+    """Settings by their dotted names; the rate of SFT where there was such a stage, and nowhere else."""
+    flat = {f"{section}.{key}": value for section, keys in run.config.items() for key, value in (keys or {}).items()}
+    rate = flat.pop("optim.sft_lr", None)
+    if flat.get("train.sft_epochs") and "optim.lr" in flat:
+        flat["optim.sft_lr"] = rate or float(f"{OptimConfig(lr=flat['optim.lr']).peak_sft_lr:.9g}")
+    return flat
+
+
 def _changed_settings(runs: Sequence[Content]) -> list[tuple[str, list[Any]]]:
-    """Settings in which the runs differ, output_dir aside; where there was an SFT stage, with the rate that it took."""
-    flat = [{f"{s}.{k}": v for s, keys in run.config.items() for k, v in (keys or {}).items()} for run in runs]
-    for settings in flat:
-        if settings.get("train.sft_epochs") and settings.get("optim.sft_lr") is None and "optim.lr" in settings:
-            settings["optim.sft_lr"] = float(f"{OptimConfig(lr=settings['optim.lr']).peak_sft_lr:.9g}")
+    """Settings in which the runs differ, output_dir aside."""
+    flat = [_settings(run) for run in runs]
     names = [name for name in dict.fromkeys(n for f in flat for n in f) if name != "train.output_dir"]
     rows = [(name, [f.get(name) for f in flat]) for name in names]
     return [(name, values) for name, values in rows if any(value != values[0] for value in values)]

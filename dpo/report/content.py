@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,15 @@ from dpo.runtime.files import read_records
 
 MAIN = (("loss", "loss"), ("rewards/margins", "reward margin"), ("rewards/accuracies", "accuracy"))
 """The metrics that are shown first, and their titles."""
+
+
+def objective(loss: Mapping[str, Any]) -> str:
+    """The section loss in a few words: the names of its losses, with their weights where they are given."""
+    name, weights = loss.get("name", "sigmoid"), loss.get("weights")
+    names = [name] if isinstance(name, str) else list(name)
+    if weights is None:
+        return " + ".join(names)
+    return " + ".join(f"{weight:g} {name}" for name, weight in zip(names, weights, strict=False))
 
 
 def is_logistic(loss: Any) -> bool:
@@ -60,6 +70,11 @@ class Content:
     def last_step(self) -> int:
         """Of DPO, as far as there are lines."""
         return max((line["step"] for line in self.lines if "step" in line), default=0)
+
+    @property
+    def objective(self) -> str:
+        """The loss of this run, in a few words."""
+        return objective(self.config.get("loss") or {})
 
     @property
     def is_logistic(self) -> bool:

@@ -18,6 +18,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from dpo.report.content import MAIN
 
@@ -90,6 +91,7 @@ def line_chart(curves: Sequence[Curve], x_label: str = "step", *, log: bool = Fa
         if log and all(value > 0 for curve in curves for value in curve.y):
             axis.set_yscale("log")
         axis.set_xlabel(x_label)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         return _svg(figure)
 
 
@@ -191,8 +193,10 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
             axis.plot(steps, values, marker="o", label="validation")
             axis.legend()
         axis.set(title="SFT loss (nats per token)", xlabel="SFT step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
     for axis, (name, title) in zip(axes, MAIN, strict=True):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.plot(*series(lines, name), label="train", linewidth=1)
         steps, values = series(lines, f"eval_{name}")
         if steps:

@@ -137,8 +137,10 @@ def write_or_say(run: Path, say: Callable[[str], None], *, running: bool = False
 
 
 def cut(text: Any, limit: int = MAX_TEXT) -> str:
-    """A text as the page shows it: messages as role and content, the end of a long one left out."""
+    """A text as the page shows it: messages as role and content, the end of a long one left out, a blank one named."""
     text = plain(text)
+    if not text.strip():
+        return f"(blank: {len(text)} characters)" if text else "(empty)"
     return text if len(text) <= limit else f"{text[:limit]} ... ({len(text) - limit:,} more characters)"
 
 
@@ -188,7 +190,9 @@ def _panels(run: Content) -> dict[str, Any]:
     by_longest = _bars(lengths.longest, "longer completion, tokens")
     return {
         "pairs": latest,
-        "accuracy": float(panels.accuracies(latest.margins).mean()),
+        "right": float(panels.accuracies(latest.margins).mean()),
+        "accuracy": panels.with_error(panels.accuracies(latest.margins)),
+        "margin": panels.with_error(latest.margins),
         "displacement": panels.displacement(first, latest),
         "first_step": first.step,
         "moved": Chart("Change of the log-prob of a completion, nats", moved, Markup(histogram(moved, "nats"))),

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import io
+import math
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ COLUMNS = (
     "pair_id", "loss", "chosen_reward", "rejected_reward", "policy_chosen_logps", "policy_rejected_logps",
     "reference_chosen_logps", "reference_rejected_logps", "chosen_length", "rejected_length",
 )  # fmt: skip
-"""Of the array that an evaluation gives: rewards are beta * log-ratio, log-probs sums in nats, lengths tokens."""
+"""Of the array that an evaluation gives: rewards are beta * log-ratio, log-probs sums in nats (NaN, in JSON null, of a
+reference where the loss has none), lengths tokens."""
 
 NUM_WORST = 12
 
@@ -66,7 +68,8 @@ def write_pairs(run: Path, latest: PairTable, text: Callable[[int], dict[str, An
     worst = [int(i) for i in np.argsort(latest.margins, kind="stable")[:NUM_WORST] if latest.margins[i] < 0]
     rows = []
     for index in worst:
-        numbers = {name: float(latest[name][index]) for name in COLUMNS[1:]}
+        values = {name: float(latest[name][index]) for name in COLUMNS[1:]}
+        numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}
         about = {"step": latest.step, "margin": float(latest.margins[index])}
         rows.append(about | numbers | text(int(latest["pair_id"][index])))
     write_records(run / "worst_pairs.jsonl", rows)

@@ -19,6 +19,8 @@ from dpo.report.pairs import PairTable
 
 MANY_FELL = 0.5
 STRONG_CORRELATION = 0.3
+WORSE = 0.02
+"""Share by which a validation loss above its lowest is worth a word."""
 MIN_PAIRS = 20
 """Fewer pairs than this raise no warning: their shares say little."""
 
@@ -91,6 +93,17 @@ class Bucket:
 def accuracies(margins: np.ndarray) -> np.ndarray:
     """1 for a positive margin, 0.5 for a tie, 0 for a negative one. (n,)"""
     return (margins > 0) + 0.5 * (margins == 0)
+
+
+def with_error(values: np.ndarray, sign: str = "") -> str:
+    """The mean of (n,) values and its standard error, where there are two at least.
+
+    Args:
+        values: One a pair.
+        sign: "+" to show that of a positive mean too.
+    """
+    mean = f"{values.mean():{sign}.4f}"
+    return f"{mean} ± {values.std(ddof=1) / math.sqrt(len(values)):.4f}" if len(values) > 1 else mean
 
 
 def by_length(values: np.ndarray, margins: np.ndarray, buckets: int = 5) -> list[Bucket]:
@@ -207,7 +220,7 @@ def differences(old: str, new: str) -> tuple[list[tuple[str, bool]], list[tuple[
 
 
 def findings(lines: Sequence[dict[str, Any]]) -> list[str]:
-    """What the curves say at once: losses that are not finite, a run that does not move."""
+    """What the curves say at once: losses that are not finite, a run that does not move, or one past its best."""
     found = []
     training = [line for line in lines if "loss" in line]
     broken = [line["step"] for line in training if line["loss"] is None]
@@ -222,7 +235,22 @@ def findings(lines: Sequence[dict[str, Any]]) -> list[str]:
             "Margins have not left 0: the policy does not move. Look at the learning rate, at beta, and whether its"
             " weights are trained at all."
         )
-    return found
+    return found + _past_its_best(lines)
+
+
+def _past_its_best(lines: Sequence[dict[str, Any]]) -> list[str]:
+    evaluated = [line for line in lines if line.get("eval_loss") is not None and line["step"] > 0]
+    if not evaluated:
+        return []
+    best, last = min(evaluated, key=lambda line: line["eval_loss"]), evaluated[-1]
+    if last["eval_loss"] - best["eval_loss"] <= max(WORSE * abs(best["eval_loss"]), 1e-3):
+        return []
+    then, now = (f"{show(at['eval_loss'])}, accuracy {show(at.get('eval_rewards/accuracies'))}" for at in (best, last))
+    return [
+        f"Validation loss was lowest at step {best['step']} ({then}) and has risen since (step {last['step']}: {now})."
+        " Fewer epochs, a lower optim.lr or a larger loss.beta keep a policy nearer to its best;"
+        " `python -m dpo export RUN --checkpoint best` takes the saved one of highest accuracy."
+    ]
 
 
 def by_epoch(lines: Sequence[dict[str, Any]]) -> list[tuple[int, list[float | None]]]:

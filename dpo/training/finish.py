@@ -21,7 +21,7 @@ from dpo.report.content import is_logistic
 from dpo.report.figures import plot
 from dpo.report.page import write_or_say
 from dpo.report.pairs import PairTable, read_pairs, write_pairs
-from dpo.report.panels import calibration, displacement
+from dpo.report.panels import calibration, displacement, findings
 from dpo.run.setup import Setup
 from dpo.runtime import heartbeat, preemption
 from dpo.runtime.distributed import only_main
@@ -153,6 +153,8 @@ def _closing(setup: Setup, tracker: Tracker, seconds: float) -> None:
         tracker.say(f"greedy answers to {len(samples)} held-out prompts: {shares}")
     rows.append(["time of this start", "", f"{seconds / 60:.1f} min"])
     tracker.table("DPO: before and after", rows)
+    for note in findings(lines):
+        tracker.say(note)
     answers = f", answers {run}/samples.jsonl" if samples else ""
     total = setup.total_steps
     write_whole(run / "finished.json", json.dumps({"step": total, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}))

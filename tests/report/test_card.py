@@ -101,7 +101,7 @@ def test_a_folder_that_looks_like_a_hub_id_is_no_base_model(tmp_path: Path, monk
 
 def test_the_card_says_from_what_how_and_what_came_out() -> None:
     body = card_of("gpt2", sft_epochs=2)[1]
-    assert "`gpt2` trained after 2 SFT epoch(s) on the preferences of `owner/pairs`" in body
+    assert "`gpt2` trained after 2 epochs of SFT on the preferences of `owner/pairs`" in body
     assert "| validation | before | after |\n| --- | ---: | ---: |\n| accuracy | 0.5000 | 0.8750 |\n" in body
     assert "Made with python 3.11.2, torch 2.13.0." in body
     settings = yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])

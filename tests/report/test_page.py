@@ -12,13 +12,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import yaml
 
 from dpo.__main__ import main
 from dpo.errors import UserError
 from dpo.report.comparison import OF_SFT
 from dpo.report.page import Refresher, places, write_report
-from tests.report.runs import HOSTILE, make_run
+from dpo.report.pairs import write_pairs
+from tests.report.runs import HOSTILE, make_run, table
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +193,7 @@ def test_several_runs_are_compared_in_one_page(tmp_path: Path, monkeypatch: Any,
     shown = page.evaluate("() => document.body.innerText")
     assert "loss.beta\t0.1\t0.25" in shown and "train.output_dir" not in shown
     assert "optim.sft_lr\tnull\t2e-05" in shown
-    assert "The objectives differ: their losses" in shown and "To share one" not in shown  # only one has an SFT stage
+    assert "The objectives differ: their losses" in shown and "To share one" in shown  # only one made its reference
     assert re.search(r"accuracy, validation, best\t[\d.]+ at step 20\t[\d.]+ at step 30", shown)
     assert "state\tfinished\tunfinished" in shown and "steps\t20\t30" in shown
     assert "b: This run has not finished" in shown and "Answers to the same prompts" in shown
@@ -210,6 +213,41 @@ def test_runs_validated_on_other_pairs_are_told_apart_and_the_untrained_model_is
         assert ("The validation pairs differ" in (tmp_path / "some.html").read_text()) is warned
     row = re.search(r"<th>accuracy, validation, best</th>(.*)</tr>", (tmp_path / "some.html").read_text())
     assert row and "at step 0" not in row[1] and "at step 4" in row[1]
+
+
+def test_runs_on_the_same_pairs_are_compared_pair_by_pair(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, steps=4, pairs=2, samples=1) for name in "abc"]
+    for run, digest, margins in zip(runs, "112", ([1, -1, -1, -1], [1, 1, 1, -1], [1, 1, 1, 1]), strict=True):
+        (run / "inputs.json").write_text(json.dumps({"validation pairs": [digest]}))
+        write_pairs(run, table(4, margins, np.zeros(4)), lambda _: {})
+    write_report(runs, tmp_path / "x.html")
+    row = re.search(r"beyond the first run&#39;s, paired</th>(.*)</tr>", (tmp_path / "x.html").read_text())
+    # Of four pairs two are gained: mean 0.5, standard deviation 0.5774.
+    assert row and re.findall(r">([^<]+)</td>", row[1]) == ["-", "+0.5000 ± 0.2887", "-"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "warned"),
+    [
+        ({}, {"train.sft_epochs": 1}, True),
+        ({}, {"reference.path": "elsewhere"}, True),
+        ({"train.sft_epochs": 1}, {"model.policy": "{a}/reference"}, False),
+        ({"loss.name": "simpo"}, {"train.sft_epochs": 1}, False),
+        ({"optim.sft_lr": 1e-3}, {}, False),
+    ],
+)
+def test_references_that_differ_are_told_and_shared_ones_are_not(first, second, warned, tmp_path):
+    runs = [make_run(tmp_path / name, steps=2, pairs=2, samples=1) for name in "ab"]
+    for run, changes in zip(runs, (first, second), strict=True):
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        for name, value in changes.items():
+            section, key = name.split(".")
+            config[section][key] = value.format(a=runs[0]) if isinstance(value, str) else value
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+    write_report(runs, tmp_path / "x.html")
+    text = (tmp_path / "x.html").read_text()
+    assert ("The references that rewards are measured from differ" in text) is warned
+    assert ("optim.sft_lr" in text) is (second == {"train.sft_epochs": 1} or "train.sft_epochs" in first)
 
 
 @pytest.mark.parametrize(
@@ -313,6 +351,29 @@ def test_a_calibration_is_not_claimed_of_margins_that_are_no_log_odds(tmp_path: 
         write_report([run, tmp_path / "other"], tmp_path / "two.html")
         row = re.search(r"<th>calibration error</th>(.*)</tr>", (tmp_path / "two.html").read_text())
         assert row and (">-<" not in row[1]) is claims
+
+
+def test_a_mixed_loss_is_named_with_its_weights_and_blank_answers_are_seen(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=4, pairs=4, samples=2)
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["loss"] |= {"name": ["sigmoid", "sft"], "weights": [1.0, 0.2]}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    answers = [{"step": 4, "prompt": "p", "reference": "", "policy": " \n"}]
+    (run / "samples.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    write_report([run], tmp_path / "one.html")
+    text = (tmp_path / "one.html").read_text()
+    assert "; loss 1 sigmoid + 0.2 sft, beta 0.1;" in text
+    words = re.sub("<[^>]+>", "", text.partition("Answers of reference and policy")[2])
+    assert "(empty)" in words and "(blank: 2 characters)" in words
+
+
+def test_the_head_of_a_page_says_how_sure_its_accuracy_is(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=4, pairs=4, samples=1)
+    row = dict.fromkeys(("origin", "prompt", "chosen", "rejected"), "")
+    write_pairs(run, table(4, [1, 1, 1, -1], np.zeros(4)), lambda _: row)
+    write_report([run], tmp_path / "one.html")
+    told = "accuracy 0.7500 ± 0.2500, margin 0.5000 ± 0.5000 (± standard error over 4 pairs)"
+    assert told in (tmp_path / "one.html").read_text()
 
 
 def test_the_head_of_a_page_names_sources_by_their_paths(tmp_path: Path) -> None:

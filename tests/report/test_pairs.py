@@ -53,6 +53,14 @@ def test_the_worst_pairs_are_those_of_negative_margin_most_wrong_first(tmp_path:
     assert read_worst(tmp_path) == []
 
 
+def test_what_no_reference_has_said_is_null_and_not_zero(tmp_path: Path) -> None:
+    evaluated = table(3, [-1.0], [0.0])
+    evaluated.values[:, COLUMNS.index("reference_chosen_logps")] = np.nan
+    write_pairs(tmp_path, evaluated, text)
+    (row,) = read_worst(tmp_path)
+    assert row["reference_chosen_logps"] is None and row["reference_rejected_logps"] == -20
+
+
 def test_what_cannot_be_read_is_not_there(tmp_path: Path) -> None:
     assert read_pairs(tmp_path) is None and read_worst(tmp_path) == []
     write_pairs(tmp_path, table(0, [1.0], [0.0]), text)

@@ -80,6 +80,21 @@ def test_findings_name_losses_that_are_not_finite_and_runs_that_do_not_move() ->
 
 
 @pytest.mark.parametrize(
+    ("losses", "told"),
+    [
+        ((0.69, 0.50, 0.40), False), ((0.69, 0.40, 0.405), False), ((0.69, 0.40, 0.45), True), ((0.30, 0.40), False),
+        ((0.5, 1e-5, 5e-4), False),
+    ],
+)  # fmt: skip
+def test_a_validation_loss_that_rose_again_is_told_with_the_step_of_its_lowest(losses, told) -> None:
+    lines = [{"step": 10 * i, "eval_loss": v, "eval_rewards/accuracies": 0.5 + i / 10} for i, v in enumerate(losses)]
+    found = panels.findings([*lines, {"step": 30, "loss": 0.1}])
+    assert len(found) == told
+    if told:
+        assert "lowest at step 10 (0.4000, accuracy 0.6000) and has risen since (step 20: 0.4500, accuracy" in found[0]
+
+
+@pytest.mark.parametrize(
     ("value", "shown"),
     [(None, "-"), (math.nan, "-"), (0.0, "0.0000"), (0.69314718, "0.6931"), (1e-6, "1e-06"), (123456, "123,456")],
 )
