@@ -8,9 +8,9 @@ peft, vLLM and llama.cpp's converter read it. Everything happens on the CPU of o
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -44,6 +44,9 @@ class Options:
     checkpoint: int | str | None = None
     """Checkpoint to take: its optimizer step, its name such as step-000500, or best: by validation accuracy. Default:
     final/."""
+    dtype: Literal["fp16", "bf16", "fp32"] | None = None
+    """Of the weights; default: train.export_dtype of the run. Digits that final/ does not have come from a checkpoint
+    alone."""
 
 
 def export_run(options: Options) -> Path:
@@ -58,6 +61,8 @@ def export_run(options: Options) -> Path:
     """
     run = Path(options.run)
     config = config_of(run)
+    if options.dtype is not None:
+        config = replace(config, train=replace(config.train, export_dtype=options.dtype))
     adapted = roles.trains_adapters(config)
     if options.merge and not adapted:
         raise UserError(f"--merge true: {run} trained all weights and has no adapter to merge; leave it out")
@@ -68,10 +73,13 @@ def export_run(options: Options) -> Path:
         raise UserError(f"--to {target} exists already; name another folder, or remove it")
 
     def write(folder: Path) -> None:
-        if options.checkpoint is None and not options.merge:
+        if options.checkpoint is None and not options.merge and options.dtype is None:
             shutil.copytree(source, folder, dirs_exist_ok=True)
             return
         _write(config, source, folder, merge=options.merge, adapted=adapted)
+        if options.checkpoint is None and not options.merge:
+            shutil.copy(source / "README.md", folder)
+            return
         is_adapter = adapted and not options.merge
         lines = read_lines(run)
         facts = {"merged": "a LoRA adapter, into the weights beneath it"} if options.merge else {}
@@ -123,17 +131,17 @@ def _model(config: Config, source: Path, *, adapted: bool) -> Any:
     settings = config.model
     assert settings.policy is not None
     base, revision = adapters.base_of(settings.policy, settings.revision)
-    alone = source / checkpoint.WEIGHTS
-    if alone.is_dir():
-        base, revision = str(alone), None
+    whole = source if source.name == "final" and not adapted else source / checkpoint.WEIGHTS
+    if whole.is_dir():
+        base, revision = str(whole), None
     model = load.load_model(
         base, dtype=torch.float32, seed=config.train.seed, revision=revision,
         trust_remote_code=settings.trust_remote_code,
     )
+    if whole.is_dir():
+        return model
     if source.name == "final":
         adapters.take_up(model, str(source))
-        return model
-    if alone.is_dir():
         return model
     if adapters.is_adapter(settings.policy):
         adapters.take_up(model, settings.policy)

@@ -300,6 +300,19 @@ def test_a_checkpoint_of_a_full_run_exports_what_final_holds(family, tmp_path, c
         assert found.keys() == load_file(tmp_path / "start/model.safetensors").keys()
         assert all(torch.equal(found[name], final[name]) for name in final)
         transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert export(str(run), "--dtype", "bf16", "--to", str(tmp_path / "rounded")) == 0
+    rounded = load_file(tmp_path / "rounded/model.safetensors")
+    assert rounded.keys() == final.keys() and all(torch.equal(rounded[k], final[k].bfloat16()) for k in final)
+    assert json.loads((tmp_path / "rounded/config.json").read_text())["dtype"] == "bfloat16"
+    assert (tmp_path / "rounded/README.md").read_text() == (run / "final/README.md").read_text()
+
+
+def test_an_adapter_is_exported_in_another_dtype(lora, tmp_path):
+    run = lora[0] / "run"
+    assert export(str(run), "--dtype", "bf16", "--to", str(tmp_path / "rounded")) == 0
+    final, rounded = (load_file(at / "adapter_model.safetensors") for at in (run / "final", tmp_path / "rounded"))
+    assert rounded.keys() == final.keys() and all(torch.equal(rounded[k], final[k].bfloat16()) for k in final)
+    assert (tmp_path / "rounded/adapter_config.json").read_text() == (run / "final/adapter_config.json").read_text()
 
 
 def test_exports_that_cannot_be_are_refused(lora, tmp_path, capsys):

@@ -121,7 +121,10 @@ def finished(run: Path, total_steps: int) -> str | None:
     if done < total_steps or not done:
         return None
     asked = "" if done == total_steps else f", of {total_steps} that are asked for"
-    return f"{run} is finished: {done} steps are done{asked}; raise train.epochs or train.max_steps to go on"
+    return (
+        f"{run} is finished: {done} steps are done{asked}; raise train.epochs or train.max_steps to go on; other"
+        f" settings change nothing now (another dtype of final/: python -m dpo export {run} --dtype bf16)"
+    )
 
 
 def reopen(run: Path, step: int) -> None:

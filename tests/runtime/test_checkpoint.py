@@ -236,7 +236,8 @@ def test_a_finished_run_says_what_to_raise_until_there_are_more_steps(run: Path)
     assert run_directory.finished(run, 4) is None
     (run / "finished.json").write_text('{"step": 4}')
     said = run_directory.finished(run, 4)
-    assert said == f"{run} is finished: 4 steps are done; raise train.epochs or train.max_steps to go on"
+    told = f"{run} is finished: 4 steps are done; raise train.epochs or train.max_steps to go on; other settings change"
+    assert said is not None and said.startswith(told) and f"python -m dpo export {run} --dtype bf16" in said
     assert run_directory.finished(run, 3) is not None
     assert run_directory.finished(run, 5) is None
 
