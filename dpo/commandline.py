@@ -13,7 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from dpo.config import Config
 from dpo.errors import UserError, one_line
-from dpo.recipe import check_recipe, keys_of, unknown_key
+from dpo.recipe import check_recipe, keys_of, unknown_key, unknown_value
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "recipes" / "quickstart.yaml"
 DESCRIPTION = "Direct Preference Optimization of a Hugging Face causal language model."
@@ -148,7 +148,8 @@ def _explain(parser: ArgumentParser, error: Exception) -> str:
         if inner := re.match(r"NestedArg\(key='(.*?)'", got):
             return unknown_key(f"{key}.{inner.group(1)}", keys_of(), parser.prog)
         hint = next((getattr(a, "_typehint", None) for a in parser._actions if a.dest == key), None)
-        return f"{key} is {got}; use {_type_name(hint) if hint else f'its keys, as in --{key}.KEY VALUE'}"
+        use = _type_name(hint) if hint else f"its keys, as in --{key}.KEY VALUE"
+        return f"{key} is {got}; use {use}{unknown_value(got, _choices(hint))}"
     if extra := re.search(r"argument (?:-h/)?--(\w+): ignored explicit argument (.*)", text, re.DOTALL):
         return f"--{extra.group(1)} takes no value, got {extra.group(2)}; leave the value out"
     return one_line(text)
@@ -174,6 +175,13 @@ def _type_name(hint: Any) -> str:
         if part is not type(None)
     ]
     return f"[{', '.join(names)}]" if get_origin(hint) is tuple else " or ".join(names)
+
+
+def _choices(hint: Any) -> list[str]:
+    """The names that a setting of this type takes, if it takes names."""
+    if get_origin(hint) is Literal:
+        return [choice for choice in get_args(hint) if isinstance(choice, str)]
+    return [choice for part in get_args(hint) for choice in _choices(part)]
 
 
 def _refuse_odd(argv: list[str]) -> None:

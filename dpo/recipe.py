@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -37,6 +38,13 @@ ELSEWHERE = {
     "truncation_mode": "data.max_prompt_length",
 }  # fmt: skip
 """What other trainers call a setting, where its own name is not like it."""
+VALUES_ELSEWHERE = {
+    "dpo": "sigmoid", "kto": "bco_pair", "kto_pair": "bco_pair", "rpo": "[sigmoid, sft]", "dpo_norm": "sigmoid_norm",
+    "mpo": "[sigmoid, bco_pair, sft]", "slic": "hinge", "cdpo": "sigmoid with loss.label_smoothing", "bco": "bco_pair",
+    "wpo": "sigmoid with loss.wpo", "float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "fa2": "flash",
+    "flash_attention_2": "flash", "adamw_torch": "adamw", "constant_with_warmup": "constant with optim.warmup_steps",
+}  # fmt: skip
+"""What other trainers and papers call a value of a setting, where its own name is not like it."""
 NOWHERE = {
     "load_best_model_at_end": "the best checkpoint is kept, and python -m dpo export RUN --checkpoint best writes it",
     "metric_for_best_model": "the best checkpoint is that of the highest validation accuracy",
@@ -141,6 +149,22 @@ def _closest(name: str, last: str, keys: list[str]) -> str | None:
     like = difflib.get_close_matches(last, [ends[key] for key in near], n=1, cutoff=0.7)
     same = [key for key in near if ends[key] in like]
     return next(iter(difflib.get_close_matches(name, same, n=1, cutoff=0)), None)
+
+
+def unknown_value(value: str, choices: list[str]) -> str:
+    """Which of the values that a setting takes may be meant; empty where none is like it.
+
+    Args:
+        value: As it was given; of a list the first that is none of the choices is looked at.
+        choices: Names that the setting takes.
+    """
+    words = [word for word in re.findall(r"[\w-]+", value) if word not in choices]
+    if not words or not choices:
+        return ""
+    meant = VALUES_ELSEWHERE.get(words[0], "")
+    if meant.strip("[").partition(",")[0].partition(" ")[0] not in choices:
+        meant = next(iter(difflib.get_close_matches(words[0], choices, n=1, cutoff=0.6)), "")
+    return f"; did you mean {meant}?" if meant else ""
 
 
 def unknown_key(name: str, keys: list[str], program: str = "train_dpo.py") -> str:

@@ -22,7 +22,7 @@ from dpo.commandline import Command, parse, parse_options
 from dpo.config import Config, check_world_size, to_dict
 from dpo.errors import UserError
 from dpo.objective.catalog import LOSSES
-from dpo.recipe import ELSEWHERE, NOWHERE, keys_of
+from dpo.recipe import ELSEWHERE, NOWHERE, VALUES_ELSEWHERE, keys_of, unknown_value
 
 GIVEN = ["--model.policy", "p", "--data.train", "d"]
 ROOT = Path(__file__).resolve().parents[1]
@@ -179,7 +179,18 @@ FLAG_MISTAKES: dict[str, tuple[list[str], str]] = {
     "no bool": (["--data.shuffle", "maybe"], "data.shuffle is maybe; use true or false"),
     "no choice": (["--train.layout", "dense"], "train.layout is dense; use shared or packed or padded"),
     "neither a choice nor a list": (
-        ["--loss.name", "dpo"], f"loss.name is dpo; use {' or '.join(LOSSES)} or a list of them",
+        ["--loss.name", "dpo"], 
+        f"loss.name is dpo; use {' or '.join(LOSSES)} or a list of them; did you mean sigmoid?",
+    ),
+    "a choice, misspelt": (
+        ["--optim.schedule", "cosin"], "optim.schedule is cosin; use cosine or linear or constant; did you mean cosine?"
+    ),
+    "a choice as others call it": (
+        ["--train.precision", "float16"],
+        "train.precision is float16; use auto or fp16 or bf16 or fp32; did you mean fp16?",
+    ),
+    "another choice's name": (
+        ["--reference.mode", "float16"], "reference.mode is float16; use auto or online or cached or adapter or none",
     ),
     "no pair": (["--optim.betas", "0.9"], "optim.betas is 0.9; use [a number, a number]"),
     "no list": (["--log.backends", "x"], "log.backends is x; use [tensorboard or wandb or trackio, ...]"),
@@ -429,3 +440,8 @@ def test_what_others_call_a_setting_leads_to_one_that_exists_and_is_none_itself(
     # Only the reference has a dtype of its own; the policy's is train.precision.
     assert {*ELSEWHERE, *NOWHERE} & {key.rpartition(".")[2] for key in keys} == {"dtype"}
     assert not ELSEWHERE.keys() & NOWHERE.keys()
+    for name, meant in VALUES_ELSEWHERE.items():
+        assert name not in LOSSES and unknown_value(name, list(LOSSES)) in (f"; did you mean {meant}?", "")
+        assert all(word in keys for word in meant.split() if "." in word)
+    told = [name for name in VALUES_ELSEWHERE if unknown_value(name, list(LOSSES))]
+    assert {"kto", "rpo", "mpo", "cdpo", "wpo"} <= {*told} and "fa2" not in told

@@ -399,7 +399,7 @@ def test_a_thousand_ranks_are_planned_without_weights_gpu_or_process_group(
     assert "ranks x pairs a step 1024 x 2048" in shown and "precision fp16" in shown and "ZeRO stage 3" in shown
     assert "SFT steps before 4 optimizer steps 2 (2 an epoch)" in shown
     assert "looked at all 2 steps of the first epoch" in shown
-    assert "Memory of each GPU, 1,024 x t4" in shown and "GiB on a t4: fits" in shown
+    assert "Memory of each GPU, 1,024 x t4" in shown and "GiB of t4: fits" in shown
     for part in ("weights", "gradients", "optimizer (AdamW, fp32 master)", "reference", "activations, kept",
                  "gradient of the head"):  # fmt: skip
         assert re.search(rf"{re.escape(part)} (\(not in use\) )?[\d.]+ [KMG]iB", shown), part
@@ -470,8 +470,8 @@ def test_a_plan_keeps_activations_of_a_large_model_where_a_gpu_has_room_for_them
     argv += ["--data.train_limit", "64", "--data.validation_limit", "8", "--train.epochs", "9"]
     assert main(argv) == 0
     shown = plain(capsys.readouterr().out)
-    assert f"activations, {unused} (not in use)" in shown and "(2 kept)" in shown
-    sizes = re.search(r"one checkpoint ([\d.]+) GiB.*disk for checkpoints, one being written ([\d.]+) GiB", shown)
+    assert f"activations, {unused} (not in use)" in shown and ": 2 kept, the best, and one written" in shown
+    sizes = re.search(r"one checkpoint ([\d.]+) GiB.*disk for checkpoints ([\d.]+) GiB", shown)
     # The two newest, the best, and one that is being written.
     assert sizes and float(sizes[2]) == pytest.approx(4 * float(sizes[1]), rel=1e-3)
 

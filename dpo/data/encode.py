@@ -99,7 +99,7 @@ class PairEncoder:
         if max_prompt_length is not None and not 1 <= max_prompt_length < max_length:
             raise UserError(
                 f"data.max_prompt_length {max_prompt_length}: must be at least 1 and less than "
-                f"data.max_length {max_length}"
+                f"data.max_length {max_length}; null stands for half of it"
             )
         self.max_length, self._max_prompt_length = max_length, max_prompt_length
 

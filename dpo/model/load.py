@@ -34,6 +34,8 @@ from dpo.model import example
 from dpo.model.blocks import fuse_gelu
 
 BUILTIN = "builtin:tiny"
+TOKENIZERS = ("*token*", "vocab*", "*.model", "tekken*", "*.tiktoken")
+"""Files that a tokenizer is in."""
 
 
 def _explain(what: str, path: str, error: Exception, *, sharded: bool = False) -> UserError:
@@ -66,6 +68,9 @@ def load_tokenizer(
     """
     if path == BUILTIN:
         return example.build_tokenizer()
+    folder = Path(path)
+    if folder.is_dir() and not any(any(folder.glob(kind)) for kind in TOKENIZERS):  # else one without words may load
+        raise UserError(f"tokenizer {path}: the folder holds none; put its files there, or name one by model.tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
         tokenizer("a")  # a damaged one may load, and fail here

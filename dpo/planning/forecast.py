@@ -206,7 +206,7 @@ def memory_rows(setup: Setup, machine: Machine, schedule: Schedule, hardware: Ha
     total = sum(size or 0.0 for name, size in parts.items() if name != unused)
     room = GPUS[hardware.gpu].memory_gib
     verdict = "fits" if total < 0.9 * room else "close" if total < room else "does not fit"
-    return [*rows, ("sum", f"{_size(total * GIB)} of about {room:.0f} GiB on a {hardware.gpu}: {verdict}")]
+    return [*rows, ("sum", f"{_size(total * GIB)} of about {room:.0f} GiB of {hardware.gpu}: {verdict}")]
 
 
 def host_rows(setup: Setup, machine: Machine, hardware: Hardware) -> Rows:
@@ -222,10 +222,11 @@ def host_rows(setup: Setup, machine: Machine, hardware: Hardware) -> Rows:
     )  # fmt: skip
     best = setup.validation_pairs is not None  # it is kept beside the newest
     held = min(train.keep_checkpoints + best + 1, max(1, setup.total_steps))
+    kept = f"{train.keep_checkpoints} kept" + (", the best," if best else "")
     rows = [
         ("host memory of a node while loading, at most", f"{_size(host)} ({neighbours} ranks)"),
         ("one checkpoint", f"{_size(one)}, {one / machine.trained:.0f} bytes a parameter"),
-        ("disk for checkpoints, one being written", f"{_size(held * one)} ({train.keep_checkpoints} kept)"),
+        ("disk for checkpoints", f"{_size(held * one)}: {kept} and one written"),
         ("time to write one", f"{_number(one / hardware.disk_gb / 1e9)} s at {hardware.disk_gb:g} GB/s"),
     ]
     if setup.zero.get("offload_optimizer", {}).get("device") == "cpu":

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from dpo.errors import UserError
-from dpo.model.load import check_weights, load_config, load_model
+from dpo.model.load import check_weights, load_config, load_model, load_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,12 @@ def test_an_id_of_the_hub_that_cannot_be_reached_is_not_taken_for_a_folder(monke
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fail)
     with pytest.raises(UserError, match="reference.path owner/localmodel: neither a folder nor reachable on the hub"):
         load_config("owner/localmodel", name="reference.path")
+
+
+def test_a_folder_without_a_tokenizer_says_how_to_name_one(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(UserError, match=f"tokenizer {tmp_path}: the folder holds none; .* name one by model.tokenizer"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_a_folder_without_weights_is_named_by_the_setting_that_gave_it(tmp_path: Path) -> None:
