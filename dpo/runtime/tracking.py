@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,7 @@ class Recorder:
         self._bar: Progress | None = None
         self._task: Any = None
         self._stage = ""
+        self._first, self._since = 0, 0.0
 
     def say(self, text: str) -> None:
         """Show a line."""
@@ -85,11 +88,14 @@ class Recorder:
 
     def progress(self, stage: str, done: int, total: int, note: str = "") -> None:
         """Move the progress bar; on a terminal a bar, in a log file about twenty lines a stage."""
+        is_new, self._stage = stage != self._stage, stage
+        if is_new:
+            self._first, self._since = done, time.monotonic()
         if not self._console.is_terminal:
             if done == total or done % max(1, total // 20) == 0:
-                self.say(f"{stage} {done}/{total} {note}")
+                self.say(f"{stage} {done}/{total} {note}{self._left(done, total)}")
             return
-        if self._bar is None or stage != self._stage:
+        if self._bar is None or is_new:
             self._stop_bar()
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -97,10 +103,16 @@ class Recorder:
             )
             self._bar.start()
             self._task = self._bar.add_task(stage, total=total, note="", completed=done - 1)
-            self._stage = stage
         self._bar.update(self._task, completed=done, total=total, note=note)
         if done == total:
             self._stop_bar()
+
+    def _left(self, done: int, total: int) -> str:
+        """How long the rest of a stage takes at the pace so far, evaluations and checkpoints among it."""
+        if done == self._first or done == total:
+            return ""
+        seconds = (time.monotonic() - self._since) / (done - self._first) * (total - done)
+        return f"  {timedelta(seconds=round(seconds))} left"
 
     def _stop_bar(self) -> None:
         if self._bar is not None:

@@ -69,12 +69,17 @@ def test_trackers_start_with_the_first_line_and_are_closed(tmp_path: Path, monke
     assert seen == [(tmp_path, {"a": 1}, [{"step": 7}]), {"step": 1, "loss": None}, "closed"]
 
 
-def test_a_log_file_gets_about_twenty_progress_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_file_gets_about_twenty_progress_lines_with_the_time_left(tmp_path, capsys, monkeypatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: now[0])
     recorder = Recorder(tmp_path, {})
-    for step in range(1, 1001):
+    recorder.progress("SFT", 40, 40, "")
+    for step in range(201, 1001):  # a run that goes on after step 200, 4 s a step
+        now[0] += 4
         recorder.progress("DPO", step, 1000, f"loss {step}")
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 20 and lines[0] == "DPO 50/1000 loss 50" and lines[-1] == "DPO 1000/1000 loss 1000"
+    _, *lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 16 and lines[-1] == "DPO 1000/1000 loss 1000"
+    assert lines[0] == "DPO 250/1000 loss 250  0:50:00 left" and lines[-2] == "DPO 950/1000 loss 950  0:03:20 left"
 
 
 def test_lines_and_tables_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
