@@ -59,6 +59,15 @@ def test_a_run_without_a_reference_answers_its_samples_by_the_policy_as_it_start
     assert losses[-1] < losses[0] - 0.01
 
 
+def test_a_run_past_its_best_says_so_at_its_end(tiny_policy, tmp_path, capsys):
+    flags = ["--train.eval_every", "1", "--optim.lr", "0.05", "--optim.schedule", "constant", "--loss.beta", "5"]
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, "wild", *flags)) == 0
+    said = capsys.readouterr().err
+    assert "DPO: before and after" in said and "Validation loss was lowest at step" in said
+    losses = [line["eval_loss"] for line in read_lines(tmp_path / "wild") if "eval_loss" in line]
+    assert losses[-1] > 1.02 * min(losses[1:])
+
+
 @pytest.mark.parametrize("name", ["beta_dpo", "sampo"])
 def test_a_continued_run_takes_up_what_the_loss_carries_from_step_to_step(tiny_policy, tmp_path, name):
     assert train_dpo.main(arguments(tmp_path, tiny_policy, "whole", "--loss.name", name)) == 0
