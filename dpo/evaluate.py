@@ -74,7 +74,8 @@ def evaluate(
         Means over all pairs under TRL's names with the prefix `eval_`, and over those of named sets, `eval_NAME_`; and
         what each pair got: (n, len(COLUMNS)) fp64, by pair id, of all ranks on every rank.
     """
-    totals = torch.zeros(len(sets), 8, dtype=torch.float64, device=world.device)
+    names = loss.names_of_parts
+    totals = torch.zeros(len(sets), 8 + len(names), dtype=torch.float64, device=world.device)
     parts = [torch.zeros(0, len(COLUMNS), dtype=torch.float64, device=world.device)]
     ranks_a_row = 1 if policy.scorer.across is None else policy.scorer.across.size
     for place, share in enumerate(sets.values()):
@@ -86,10 +87,10 @@ def evaluate(
             known = reference_logps if loss.needs_reference else None
             parts.append(_by_pair(batch, output, policy_logps, known))
     totals = distributed.sum_over_ranks(totals)
-    found = {f"eval_{key}": value for key, value in averages(totals.sum(dim=0)).items()}
+    found = {f"eval_{key}": value for key, value in averages(totals.sum(dim=0), names).items()}
     for name, own in zip(sets, totals, strict=True):
         if name:
-            found |= {f"eval_{name}_{key}": value for key, value in averages(own).items()}
+            found |= {f"eval_{name}_{key}": value for key, value in averages(own, names).items()}
     # Ranks that compute a row together all know its pairs.
     of_groups = distributed.gather(torch.cat(parts).cpu().numpy())[::ranks_a_row]
     pairs = np.concatenate(of_groups)

@@ -285,11 +285,13 @@ class LossOutput:
         chosen_rewards: (P,) beta * (policy - reference) of the chosen completions, detached; without a reference
             beta * log-prob, per token where the loss is.
         rejected_rewards: (P,) likewise.
+        parts: (L, P) what each of a sum of L losses says before its weight, detached; None for a single loss.
     """
 
     losses: Tensor
     chosen_rewards: Tensor
     rejected_rewards: Tensor
+    parts: Tensor | None = None
 
 
 @dataclass(frozen=True)

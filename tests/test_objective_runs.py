@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -80,6 +81,24 @@ def test_a_continued_run_takes_up_what_the_loss_carries_from_step_to_step(tiny_p
     )
     assert broken == whole and len(whole) == 4
     assert abs(whole[4] - whole[1]) > 0.01
+
+
+def test_each_loss_of_a_sum_has_a_curve_of_its_own_which_a_stop_between_two_lines_leaves_whole(tiny_policy, tmp_path):
+    flags = ["--loss.name", "[sigmoid, sft]", "--loss.weights", "[1, 0.2]", "--log.every", "4"]
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, "whole", *flags)) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    shutil.rmtree(tmp_path / "broken/checkpoints/step-000004")
+    assert train_dpo.main(arguments(tmp_path, tiny_policy, "broken", *flags)) == 0
+    whole, broken = read_lines(tmp_path / "whole"), read_lines(tmp_path / "broken")
+    for prefix in ("", "eval_"):
+        found = [line for line in whole if f"{prefix}loss" in line]
+        assert found
+        for line in found:
+            parts = line[f"{prefix}loss/sigmoid"], line[f"{prefix}loss/sft"]
+            assert line[f"{prefix}loss"] == pytest.approx(parts[0] + 0.2 * parts[1], rel=1e-6) and parts[1] > 1
+    names = ("step", "loss", "loss/sigmoid", "loss/sft", "num_tokens")
+    first, again = ([line[name] for name in names] for run in (whole, broken) for line in run if "loss" in line)
+    assert again == pytest.approx(first, rel=1e-12) and again[0] == 4
 
 
 def test_cached_scores_of_weighted_tokens_equal_those_of_an_online_reference(tiny_policy, tmp_path):

@@ -6,6 +6,7 @@ A mean of means would weigh a rank's pairs by how many it happened to get; sums 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def sums(output: LossOutput, policy: PairLogps) -> Tensor:
         output: Of the objective. Fields (P,).
         policy: Log-probs of the policy. Fields (P,).
     Returns:
-        (8,) fp64 on the device: sums in the order of NAMES, then P.
+        (8 + L,) fp64 on the device: sums in the order of NAMES, then P, then of each of L losses that were added up.
     """
     margins = output.chosen_rewards - output.rejected_rewards
     accuracies = (margins > 0).double() + 0.5 * (margins == 0).double()
@@ -48,16 +49,20 @@ def sums(output: LossOutput, policy: PairLogps) -> Tensor:
         policy.rejected,
         torch.ones_like(margins),
     )
-    return torch.stack([column.double().sum() for column in columns])
+    parts = () if output.parts is None else output.parts
+    return torch.stack([column.double().sum() for column in (*columns, *parts)])
 
 
-def averages(totals: Tensor) -> dict[str, float]:
+def averages(totals: Tensor, losses: Sequence[str] = ()) -> dict[str, float]:
     """Means over pairs.
 
     Args:
-        totals: (8,) as `sums` gives, summed over micro-batches and ranks.
+        totals: (8 + L,) as `sums` gives, summed over micro-batches and ranks.
+        losses: Names of the L losses; none for a single one.
     Returns:
-        Name -> mean, NaN over no pairs; reads the device once.
+        Name -> mean, NaN over no pairs, that of a loss in a sum as `loss/NAME`; reads the device once.
     """
-    *values, count = totals.tolist()
-    return {name: value / count if count else math.nan for name, value in zip(NAMES, values, strict=True)}
+    values = totals.tolist()
+    count = values.pop(len(NAMES))
+    names = (*NAMES, *(f"loss/{name}" for name in losses))
+    return {name: value / count if count else math.nan for name, value in zip(names, values, strict=True)}

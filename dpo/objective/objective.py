@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from dpo.config import LossConfig
@@ -110,6 +111,11 @@ class Objective:
         """Whether the global batch must be scored before the first backward pass."""
         return couples_pairs(self.config.names)
 
+    @property
+    def names_of_parts(self) -> tuple[str, ...]:
+        """The losses of a sum; none where there is a single one."""
+        return self.config.names if len(self.config.names) > 1 else ()
+
     def __call__(self, policy: PairLogps, reference: PairLogps, context: Context) -> LossOutput:
         """The losses of some pairs.
 
@@ -130,14 +136,17 @@ class Objective:
         if o.length_normalize:
             scores = [scores[0] / policy.chosen_lengths, scores[1] / policy.rejected_lengths]
         inputs = Inputs(scores[0], scores[1], policy, reference, context)
-        total = sum(w * TERMS[name](inputs, o) for name, w in zip(o.names, o.weights_of_names, strict=True))
-        assert isinstance(total, Tensor)
+        terms = [TERMS[name](inputs, o) for name in o.names]
         if o.wpo:
             assert policy.certainties is not None
-            total = total * policy.certainties.sum(dim=0).exp()
+            certainty = policy.certainties.sum(dim=0).exp()
+            terms = [term * certainty for term in terms]
+        total = sum(weight * term for weight, term in zip(o.weights_of_names, terms, strict=True))
+        assert isinstance(total, Tensor)
+        parts = torch.stack(terms).detach() if len(terms) > 1 else None
         if not self.needs_reference and LOSSES[o.names[0]].averaged:
             ratios = ratios[0] / policy.chosen_lengths, ratios[1] / policy.rejected_lengths
-        return LossOutput(total, o.beta * ratios[0].detach(), o.beta * ratios[1].detach())
+        return LossOutput(total, o.beta * ratios[0].detach(), o.beta * ratios[1].detach(), parts)
 
     def couple(self, policy: PairLogps, reference: PairLogps, *, is_step: bool) -> dict[str, Tensor]:
         """What the pairs of a global batch give to one another.

@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,13 +14,14 @@ from dpo.data.loader import StepBatches
 from dpo.estimate import peak_tflops, useful_flops
 from dpo.model.shape import Shape, shape_of
 from dpo.objective.metrics import averages
+from dpo.objective.objective import Objective
 from dpo.run.setup import Setup
 from dpo.runtime import distributed
 from dpo.training.policy import Policy
 
-METRICS, TOKENS, PADDING, ROUTER = slice(0, 8), 8, 9, 10
-"""Places in a meter's totals: what `metrics.sums` gives, its last the pairs; tokens of the forward passes, padding
-among them; the load-balancing loss of a mixture of experts times pairs."""
+METRICS, TOKENS, PADDING, ROUTER, PARTS = slice(0, 8), 8, 9, 10, slice(11, None)
+"""Places in a meter's totals: what `metrics.sums` gives, of these the pairs last; tokens of the forward passes, padding
+among them; the load-balancing loss of a mixture of experts times pairs; what else `metrics.sums` gives."""
 NUM_TOTALS = 11
 
 
@@ -29,17 +30,19 @@ class Meter:
     """What has happened since the last line of metrics.jsonl.
 
     Attributes:
-        totals: (11,) fp64 on the device: METRICS, TOKENS, PADDING, ROUTER.
+        totals: (11 + L,) fp64 on the device: METRICS, TOKENS, PADDING, ROUTER, PARTS.
         pairs, tokens: Over all ranks.
         seconds: Of training alone, waiting for batches among it: evaluations and checkpoints are not counted.
         flops: Operations that the pairs need, over all ranks; see `estimate.useful_flops`.
         shape: Sizes of the policy, where the peak is known.
         peak_tflops: Of all ranks together, 1e12 operations a second; None where it is not known.
+        losses: Names of the L losses that are added up; none for a single one.
         with_router: Show the load-balancing loss.
         grad_norm: Of the last step, before clipping; None where it was left out.
     """
 
     totals: torch.Tensor
+    losses: tuple[str, ...] = ()
     pairs: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -48,6 +51,11 @@ class Meter:
     peak_tflops: float | None = None
     with_router: bool = False
     grad_norm: float | None = None
+
+    def add(self, sums: torch.Tensor) -> None:
+        """Take in the (8 + L,) sums of a micro-batch."""
+        self.totals[METRICS] += sums[METRICS]
+        self.totals[PARTS] += sums[METRICS.stop :]
 
     def count(self, setup: Setup, work: StepBatches, seconds: float) -> None:
         """Add a step of all ranks; `seconds` do not hold the waiting for its batches."""
@@ -71,15 +79,18 @@ class Meter:
             *totals, pairs, tokens, self.seconds, self.flops = carried
             self.pairs, self.tokens = int(pairs), int(tokens)
             if is_main:
-                self.totals += self.totals.new_tensor(totals)
+                # Checkpoints of earlier versions do not know the parts of a sum: null in one line.
+                self.totals += self.totals.new_tensor(totals + [math.nan] * (len(self.totals) - len(totals)))
 
     def line(self, device: torch.device) -> dict[str, float | None]:
         """Means over all ranks' pairs, and speed; one all-reduce; the meter is empty afterwards."""
         started = time.perf_counter()
         totals = distributed.sum_over_ranks(self.totals)
-        pairs, forward_tokens, padding, router = totals[METRICS.stop - 1 :].tolist()
+        pairs, forward_tokens, padding, router = totals[METRICS.stop - 1 : PARTS.start].tolist()
         self.seconds += time.perf_counter() - started  # the last update has run until now, where a GPU computes it
-        values: dict[str, float | None] = dict(averages(totals[METRICS]))
+        values: dict[str, float | None] = dict(
+            averages(torch.cat((totals[METRICS], totals[PARTS])), self.losses)
+        )
         values |= {
             "grad_norm": self.grad_norm,
             "perf/pairs_per_second": self.pairs / self.seconds,
@@ -103,14 +114,15 @@ def meter_for(setup: Setup, policy: Policy) -> Meter:
     """An empty meter, which knows the peak of the ranks' devices where it is known."""
     device, config = setup.world.device, policy.scorer.model.config
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak, totals = peak_tflops(name, setup.precision), torch.zeros(NUM_TOTALS, dtype=torch.float64, device=device)
-    with_router = bool(policy.router_coefficient)
+    peak, losses = peak_tflops(name, setup.precision), Objective(setup.config.loss).names_of_parts
+    totals = torch.zeros(NUM_TOTALS + len(losses), dtype=torch.float64, device=device)
+    meter = Meter(totals, losses, with_router=bool(policy.router_coefficient))
     if peak is None:
-        return Meter(totals, with_router=with_router)
+        return meter
     shape = shape_of(config, setup.dtype, trust_remote_code=setup.config.model.trust_remote_code)
     if shape.has_fused_experts:  # how many of them compute a token is not among the sizes
-        return Meter(totals, with_router=with_router)
-    return Meter(totals, shape=shape, peak_tflops=peak * setup.world.world_size, with_router=with_router)
+        return meter
+    return replace(meter, shape=shape, peak_tflops=peak * setup.world.world_size)
 
 
 def _peak_memory_gib(device: torch.device) -> float:

@@ -15,7 +15,7 @@ from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime import heartbeat
 from dpo.training.context import contexts_of, look_ahead
 from dpo.training.frozen import FrozenReference
-from dpo.training.meter import METRICS, PADDING, ROUTER, TOKENS, Meter
+from dpo.training.meter import PADDING, ROUTER, TOKENS, Meter
 from dpo.training.nonfinite import Nonfinite, spoil
 from dpo.training.policy import Policy
 from dpo.types import Context, LossOutput, PackedBatch, PairLogps
@@ -92,13 +92,14 @@ def take_step(
         scaled = total * scale + policy.router_loss(len(batch.pair_ids) * scale)
         losses.append(output.losses.detach())
         deepspeed_engine.backward(policy.engine, spoil(scaled, losses[-1]), index == len(work.batches) - 1)
-        meter.totals[METRICS] += sums(output, policy_logps)
+        meter.add(sums(output, policy_logps))
         if policy.router_coefficient:
             assert policy.scorer.router_loss is not None
             meter.totals[ROUTER] += len(batch.pair_ids) * policy.scorer.router_loss.detach()
     meter.grad_norm, counts, stop = nonfinite.step(policy.engine, lr, work, losses)
     if not counts:
-        meter.totals[METRICS], meter.totals[ROUTER], loss.running = before[METRICS], before[ROUTER], running
+        before[TOKENS], before[PADDING] = meter.totals[TOKENS], meter.totals[PADDING]  # these were computed
+        meter.totals, loss.running = before, running
     meter.count(setup, work, time.perf_counter() - started)
     heartbeat.at(f"after step {work.step + 1}")
     return stop

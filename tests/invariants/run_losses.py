@@ -30,7 +30,7 @@ from dpo.run.setup import Setup
 from dpo.runtime import distributed
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime.distributed import World
-from dpo.training.meter import Meter
+from dpo.training.meter import meter_for
 from dpo.training.nonfinite import Nonfinite
 from dpo.training.start import check_start
 from dpo.training.step import take_step
@@ -95,7 +95,7 @@ def run(case: dict[str, Any], world: World, pairs: tiny.Pairs) -> dict[str, Any]
     dpo.model.forward.total_loss = counted
     loss, loader = Objective(setup.config.loss), setup.loader(setup.train_pairs, policy.layout)
     check_start(setup, policy, reference, loss, loader[0], said)  # type: ignore[arg-type]
-    meter, lines = Meter(torch.zeros(11, dtype=torch.float64)), []
+    meter, lines = meter_for(setup, policy), []
     nonfinite = Nonfinite(setup, "step", said.say)
     for work in loader.steps(0, case.get("steps", STEPS)):
         assert len(work.batches) == case["micro_batches"]

@@ -308,6 +308,19 @@ def test_different_numbers_of_pairs_are_refused():
         Objective(LossConfig())(POLICY, PairLogps(*(torch.ones(1) for _ in range(4))), Context(1.0))
 
 
+@pytest.mark.parametrize("more", [{}, {"wpo": True}])
+def test_the_parts_of_a_sum_are_its_losses_before_their_weights(more):
+    names = ("sigmoid", "hinge") if more else ("sigmoid", "bco_pair", "sft")
+    weights = (2.0, 0.5, 0.25)[: len(names)]
+    mixed, alone = compute(name=names, weights=weights, **more), [compute(name=name, **more) for name in names]
+    assert torch.equal(mixed.parts, torch.stack([one.losses for one in alone]))
+    torch.testing.assert_close(torch.tensor(weights).double() @ mixed.parts, mixed.losses)
+    assert all(one.parts is None for one in alone)
+    found = averages(sums(mixed, POLICY), names)
+    assert tuple(found) == (*NAMES, *(f"loss/{name}" for name in names))
+    assert [found[f"loss/{name}"] for name in names] == [pytest.approx(one.losses.mean().item()) for one in alone]
+
+
 def test_metrics_are_sums_that_merge_and_a_tie_counts_one_half():
     def output(chosen: list[float], rejected: list[float]) -> LossOutput:
         return LossOutput(torch.ones(len(chosen)), torch.tensor(chosen), torch.tensor(rejected))

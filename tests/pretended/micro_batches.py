@@ -35,6 +35,7 @@ from dpo.objective.catalog import LOSSES
 from dpo.objective.metrics import sums
 from dpo.objective.objective import Objective
 from dpo.planning.forecast import batch_parts
+from dpo.training.meter import NUM_TOTALS, TOKENS, Meter
 from dpo.training.nonfinite import spoil
 from dpo.training.policy import Policy
 from dpo.training.step import losses_of
@@ -188,15 +189,15 @@ def compute(case: Case, tracker: MemTracker | None = None) -> Scorer:
         reference = online_with_tokens(frozen) if "tdpo" in loss.config.names else online(frozen)
     certain = bool(case.loss.get("wpo"))
     policy = Policy(scorer, scorer, case.layout, case.attention, [], in_forward=case.in_forward, certain=certain)
-    totals = torch.zeros(11, dtype=torch.float64, device=GPU)
+    meter = Meter(torch.zeros(NUM_TOTALS + len(loss.names_of_parts), dtype=torch.float64, device=GPU))
     on_device = batch.to(GPU)
     context = Context(30.0, {"odpo": on_device.margins[:, None]} if "odpo" in loss.config.names else {})
     with Strict() if tracker is None else tracker:
-        totals[8] += batch.input_ids.numel()
+        meter.totals[TOKENS] += batch.input_ids.numel()
         on_device = batch.to(GPU)
         total, output, logps = losses_of(policy, on_device, reference(on_device), loss, context)
         spoil(total * 0.5, output.losses.detach()).backward()
-        totals[:8] += sums(output, logps)
+        meter.add(sums(output, logps))
     return scorer
 
 
