@@ -225,7 +225,8 @@ def audit_run(setup: Setup) -> list[str]:
         cache = Path(setup.config.data.cache_folder)
         sets = [one._replace(name=one.name or one.role) for one in (*setup.data.train, *setup.data.validation)]
         found = cached_audit(sets, setup.tokenizer, cache)
-        write_whole(setup.run / "audit.json", json_format.dumps(found, indent=1))
-        return [f"audit: {line}" for line in _conclusions(found)]
+        conclusions = _conclusions(found)
+        write_whole(setup.run / "audit.json", json_format.dumps(found | {"conclusions": conclusions}, indent=1))
+        return [f"audit: {line}" for line in conclusions]
 
     return only_main(setup.world, work)

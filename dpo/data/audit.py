@@ -20,6 +20,7 @@ values, as they stand in `audit.json` of a run directory and in the file of `pyt
                   accuracies in [0, 1], see `heuristics.py`; first_token is null but for validation with training pairs;
                   best names the rule that is furthest from one half, baseline is its accuracy or that of its opposite
     seconds     that the audit took
+    conclusions  in a run directory alone: what matters before a run, in a line each
 
 Strings may hold anything that the data holds: JSON escapes control characters, whoever shows them elsewhere must.
 """

@@ -151,9 +151,13 @@ def test_the_audit_of_the_data_is_shown(tmp_path: Path, open_page: Open) -> None
     run = make_run(tmp_path / "run", steps=2, pairs=2, samples=1)
     findings = [{"kind": "ties", "count": 3, "rows": [1, 2]}, {"kind": "repeats", "count": 0, "rows": []}]
     audit = {"version": 1, "sets": [{"name": "train", "lengths": {"mean": 2.5}, "findings": findings}]}
+    audit["conclusions"] = ["leak: <b>x</b>"]
     (run / "audit.json").write_text(json.dumps(audit))
     write_report([run], run / "report.html")
     page = open_page(run / "report.html")
+    before = page.evaluate("() => document.body.innerText")
+    assert "leak: <b>x</b>" in before and "kind" not in before
+    page.evaluate("() => document.querySelectorAll('details').forEach(d => d.open = true)")
     shown = page.evaluate("() => document.body.innerText")
     assert "kind count rows ties 3 1, 2 repeats 0" in " ".join(shown.split()) and "2.5000" in shown
     wide = open_page(run / "report.html", viewport={"width": 390, "height": 844})
