@@ -55,12 +55,12 @@ def model_card(
     data = ", ".join(code(path) for path in paths)
     library = "peft" if adapter else "transformers"
     front: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": ["dpo"]}
-    is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", policy) and not policy.startswith(".")
-    if is_hub_id and not Path(policy).exists():
-        front["base_model"] = policy
+    base, history = _origin(policy)
+    is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) and not base.startswith(".")
+    if is_hub_id and not Path(base).exists():
+        front["base_model"] = base
     what = ", as a LoRA adapter for the same weights," if adapter else ""
-    epochs = config["train"]["sft_epochs"]
-    sft = f" after {epochs} {'epoch' if epochs == 1 else 'epochs'} of SFT" if epochs else ""
+    sft = _sft(config)
     loss = config["loss"]
     names: list[Any] = [loss["name"]] if isinstance(loss["name"], str) else loss["name"]
     method, by = "by Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290), loss", "DPO"
@@ -75,8 +75,9 @@ def model_card(
     known = _table([["", ""], *([name, code(value)] for name, value in facts.items())]) if facts else ""
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        f"# {_escaped(Path(policy).name)} trained with {by}",
-        f"{code(policy)} trained{what}{sft} on the preferences of {data} {method} {code(objective(loss))}{beta}.",
+        f"# {_escaped(Path(base).name)} trained with {by}",
+        f"{code(policy)}{history} trained{what}{sft} on the preferences of {data} {method} {code(objective(loss))}"
+        f"{beta}.",
         "## Metrics",
         _table(closing_rows(lines)),
         f"Accuracy: share of pairs whose chosen completion {gained} than the rejected one; a tie counts one half."
@@ -87,6 +88,25 @@ def model_card(
         f"Made with {', '.join(f'{k} {v}' for k, v in versions.items())}.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _sft(config: dict[str, Any]) -> str:
+    epochs = config["train"]["sft_epochs"]
+    return f" after {epochs} {'epoch' if epochs == 1 else 'epochs'} of SFT" if epochs else ""
+
+
+def _origin(policy: str) -> tuple[str, str]:
+    """What a policy was made from, if it is the result of a run beside its settings: the base; how, in brackets."""
+    folder = Path(policy)
+    settings = folder.parent / "config.yaml"
+    if folder.name not in ("reference", "final") or not settings.is_file():
+        return policy, ""
+    try:
+        run = yaml.safe_load(settings.read_text(encoding="utf-8"))
+        base, then = str(run["model"]["policy"]), f", then {code(objective(run['loss']))}"
+        return base, f" ({code(base)}{_sft(run)}{then if folder.name == 'final' else ''})"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        return policy, ""
 
 
 def _table(rows: list[list[str]]) -> str:

@@ -93,6 +93,23 @@ def test_only_a_hub_id_is_called_a_base_model(policy: str) -> None:
     assert "base_model" not in card_of(policy)[0]
 
 
+@pytest.mark.parametrize(
+    ("folder", "told"),
+    [("reference", "`gpt2` after 1 epoch of SFT"), ("final", "`gpt2` after 1 epoch of SFT, then `ipo`")],
+)
+def test_the_card_says_what_the_result_of_another_run_was_made_from(folder: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / folder).mkdir()
+    policy = str(tmp_path / folder)
+    assert "base_model" not in card_of(policy)[0]
+    settings = {"model": {"policy": "gpt2"}, "train": {"sft_epochs": 1}, "loss": {"name": "ipo"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    front, body = card_of(policy)
+    assert front["base_model"] == "gpt2" and body.startswith("\n# gpt2 trained with DPO\n")
+    assert f"`{policy}` ({told}) trained on the preferences" in body
+    (tmp_path / "config.yaml").write_text("[")
+    assert "base_model" not in card_of(policy)[0]
+
+
 def test_a_folder_that_looks_like_a_hub_id_is_no_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "owner" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
