@@ -22,7 +22,7 @@ from torch import nn
 
 from dpo.errors import UserError, one_line
 from dpo.runtime.distributed import World, give_up, only_main, together
-from dpo.runtime.files import read_records, write_whole
+from dpo.runtime.files import flush, read_records, write_whole
 from dpo.runtime.folders import drop, put_in_place
 from dpo.runtime.manifest import complaint, size_of, write_manifest
 from dpo.runtime.universal import check_convertible, conversion, differs, load_converted
@@ -158,7 +158,10 @@ def save(
         "world_size": world.world_size, "zero_stage": engine.zero_optimization_stage(), "precision": precision,
     }  # fmt: skip
     trouble: str | None = None
+    metrics = run / "metrics.jsonl"
     try:
+        if world.is_main and metrics.exists():  # a checkpoint knows of no step whose line a loss of power can take
+            flush(metrics)
         _write(engine, unfinished, world, more, weights, json.dumps(asdict(state) | fits))
     except (OSError, RuntimeError) as error:
         if not _is_of_disk(error):  # a rank that is gone, or memory: others know what to say of it

@@ -491,9 +491,12 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(run: Path, monkeypat
     sync, move = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (done.append(os.readlink(f"/proc/self/fd/{fd}")), sync(fd)))
     monkeypatch.setattr(os, "replace", lambda old, new: (done.append(f"{old} -> {new}"), move(old, new)))
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "metrics.jsonl").write_text('{"step": 2}\n')
     folder = save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=1)
     unfinished = folder.with_name(f"partial-{folder.name}")
     named = done.index(f"{unfinished} -> {folder}")
+    assert f"{run}/metrics.jsonl" in done[:named]  # the lines of its steps too
     assert {str(unfinished / file.name) for file in folder.iterdir() if file.name == "weights"} <= {*done[:named]}
     assert {f"{unfinished}/manifest.json.new", f"{unfinished}/state.json", str(unfinished)} <= {*done[:named]}
     assert str(folder.parent) in done[named:]
