@@ -54,6 +54,7 @@ def run_dpo(
         _validation(setup, policy),
     )  # fmt: skip
     stage.meter.take_up(state.unlogged, world.is_main)
+    heartbeat.at_first_step()
     if state.step == 0:
         check_start(setup, policy, reference, stage.loss, loader[0], tracker)
         stage.evaluate(0)

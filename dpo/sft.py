@@ -96,6 +96,7 @@ def _train(
         sums += sums.new_tensor(state.unlogged)
     nonfinite = Nonfinite(setup, "sft_step", tracker.say, state.skipped)
     stage = _Stage(setup, policy, tracker, nonfinite, total, _held_out(setup, layout), sums)
+    heartbeat.at_first_step()
     if not only_main(setup.world, lambda: _is_evaluated(setup.run, state.step)):
         preemption.stop_if(stage.evaluate(state.step))
     for work in setup.loader(setup.train_pairs, layout).steps(state.step, total):
@@ -185,6 +186,7 @@ class _Stage:
 
     def save(self, state: TrainState) -> None:
         """A checkpoint; status.json says so."""
+        heartbeat.at(f"writing the checkpoint of SFT step {state.step}")
         unlogged = tuple(sum_over_ranks(self.sums.clone()).tolist())
         save_checkpoint(self.setup, self.policy, replace(state, unlogged=unlogged), kind="sft")
         if self.setup.world.is_main:

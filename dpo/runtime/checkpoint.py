@@ -228,10 +228,12 @@ def newest(
                 notes.append(f"checkpoint {folder} {conversion(values, world, stage)}")
             return folder, notes
         notes.append(f"checkpoint {folder} is not used: {wrong}")
+    if notes and resume not in ("auto", "never"):
+        raise UserError(f"{'; '.join(notes)}; name another in train.resume, or let auto take the newest whole one")
     if notes:
         raise UserError(
-            f"{'; '.join(notes)}; there is no whole checkpoint left: delete {run / 'checkpoints'} to start from the"
-            f" beginning"
+            f"{'; '.join(notes)}; there is no whole checkpoint left: delete {run / 'checkpoints'} and"
+            f" {run / 'status.json'} to start from the beginning"
         )
     return None, []
 
@@ -299,10 +301,13 @@ def load(engine: Any, folder: Path, world: World, read: Callable[[Path], nn.Modu
     elif differs(values, world, engine.zero_optimization_stage()):
         is_there = load_converted(engine, folder, world, values["world_size"], values["zero_stage"])
     else:
-        with without_code(folder):
-            loaded, _ = engine.load_checkpoint(
-                str(folder.parent), tag=folder.name, load_module_strict=not _holds_frozen(engine)
-            )
+        try:
+            with without_code(folder):
+                loaded, _ = engine.load_checkpoint(
+                    str(folder.parent), tag=folder.name, load_module_strict=not _holds_frozen(engine)
+                )
+        except UserError as error:  # each rank reads a part of its own, and the others may wait in a collective
+            give_up(world, str(error))
         is_there = loaded is not None
     if not is_there:
         raise UserError(f"checkpoint {folder} holds no engine state; delete the folder to use the one before")

@@ -7,7 +7,8 @@ that of rank 0. Three things end the job, with one line that names the ranks:
     dead     a process of this host is gone; looked at every second
     silent   a note has not changed for train.hang_timeout: the rank is frozen or cut off, whatever its phase
     stuck    the notes change, but all ranks are within a step and none has got on for train.hang_timeout, or for ten
-             times the longest pause so far; the one furthest behind is named. Not in the first step, which may compile
+             times the longest pause so far; the one furthest behind is named. Not in a stage's first step, which may
+             compile
 
 Nothing interrupts a rank that waits for others in a collective, so the one that notices ends its own process, and kills
 the rank in question where that is a child of the same launcher: a stopped process hears no other signal.
@@ -103,6 +104,11 @@ def at(doing: str, *, in_step: bool = False) -> None:
     _pace.since, _pace.in_step = now, in_step
     _note.doing, _note.in_step = doing, in_step and _pace.steps > 0
     _note.count += 1
+
+
+def at_first_step() -> None:
+    """Say that a stage begins: its first step may compile, and take however long."""
+    _pace.steps, _pace.longest, _pace.in_step = 0, 0.0, False
 
 
 def place() -> str:

@@ -88,10 +88,10 @@ class Nonfinite:
             self._leave_out(work, losses)
         norm, outcome = deepspeed_engine.step(engine, lr, norm)
         assert not (is_bad and outcome == "applied")
-        if outcome == "exhausted":
+        if outcome == "exhausted" and not is_bad:  # else the gradient was spoilt on purpose, and the step is left out
             raise UserError(
                 f"{self._name(work)}: the gradient overflows in fp16 and the loss scale is at its minimum; no step was"
-                f" taken and the checkpoints are whole; use bf16 or fp32, or lower optim.lr"
+                f" taken and the checkpoints are whole; use bf16 or fp32, or lower {self._rate}"
             )
         if outcome == "overflow" and not is_bad:
             self.say(f"{self._name(work)}: the gradient overflows in fp16; no step was taken, the loss scale falls")
@@ -119,7 +119,7 @@ class Nonfinite:
         else:
             raise UserError(
                 f"{what}: the weights have left what {self.setup.precision} can express, and no final/ is written;"
-                f" begin anew with a lower {'optim.sft_lr' if of_sft else 'optim.lr'} in another train.output_dir"
+                f" begin anew with a lower {self._rate} in another train.output_dir"
             )
 
     def _leave_out(self, work: StepBatches, losses: list[Tensor] | None) -> None:
@@ -142,17 +142,23 @@ class Nonfinite:
             what = f"the gradient is not finite though every loss is, over {named}"
         self._end_or_go_on(f"{self._name(work)}: {what}")
 
+    @property
+    def _rate(self) -> str:
+        """The setting that this stage's learning rate comes from."""
+        return "optim.sft_lr" if self.stage == "sft_step" else "optim.lr"
+
     def _name(self, work: StepBatches) -> str:
         return f"{'SFT ' if self.stage == 'sft_step' else ''}step {work.step + 1}"
 
     def _end_or_go_on(self, what: str) -> None:
         train, rows = self.setup.config.train, f"{self.setup.run}/nonfinite.jsonl"
-        fix = f"look at these rows ({rows}), lower optim.lr, or use bf16 or fp32"
+        fix = f"look at these rows ({rows}), lower {self._rate}, or use bf16 or fp32"
         if not self.skips:
             raise UserError(f"{what}; no step was taken and the checkpoints are whole; {fix}")
-        if self.count == train.max_nonfinite:
+        if self.count >= train.max_nonfinite:
             raise UserError(
-                f"{what}; {self.count} steps have been left out before it, as many as train.max_nonfinite allows; {fix}"
+                f"{what}; {self.count} steps have been left out before it, and train.max_nonfinite allows"
+                f" {train.max_nonfinite}; {fix}"
             )
         self.count += 1
         self.say(f"{what}; the step is left out, {self.count} of at most {train.max_nonfinite} (rows in {rows})")

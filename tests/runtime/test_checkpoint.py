@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import os
+import pickle
 import subprocess
 import sys
 from functools import partial
@@ -425,8 +426,31 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_taken(run: Path,
     assert found == before and len(notes) == 1
     assert notes[0].startswith(f"checkpoint {last} is not used: {wrong}")
     damage(before)
-    with pytest.raises(UserError, match=r"no whole checkpoint left: delete .*/checkpoints to start from the beginning"):
+    with pytest.raises(UserError, match=r"no whole checkpoint left: delete .*/checkpoints and .*/status.json to start"):
         newest(run, "auto")
+
+
+def test_a_damaged_checkpoint_that_was_named_costs_no_other(run: Path) -> None:
+    named, last = (save(FakeEngine(), run, TrainState(step, 1), ALONE, keep=2) for step in (2, 4))
+    cut(named)
+    with pytest.raises(UserError, match="; name another in train.resume, or let auto take the newest") as told:
+        newest(run, str(named))
+    assert "delete" not in str(told.value) and newest(run, "auto") == last
+
+
+def test_code_in_the_shard_of_one_rank_ends_the_job_with_its_message(run: Path, monkeypatch: Any) -> None:
+    folder = save(FakeEngine(), run, TrainState(2, 1), ALONE, keep=1)
+    later = save(FakeEngine(), run, TrainState(4, 1), ALONE, keep=2)
+
+    def evil(*_: object, **__: object) -> None:
+        raise pickle.UnpicklingError("global os.system")
+
+    said: list[str] = []
+    monkeypatch.setattr(FakeEngine, "load_checkpoint", evil)
+    monkeypatch.setattr(checkpoint, "give_up", lambda world, line: said.append(line) or sys.exit(1))
+    with pytest.raises(SystemExit):
+        checkpoint.load(FakeEngine(), folder, ALONE)
+    assert "holds more than tensors" in said[0] and later.is_dir()
 
 
 def test_the_checkpoint_with_the_best_accuracy_outlives_newer_ones(run: Path) -> None:

@@ -87,6 +87,13 @@ def test_the_first_step_may_take_any_time(monkeypatch):
         seen.append(heartbeat._note.in_step)
     assert seen == [False, False, False, True, True, False]
     assert heartbeat._note.count == 6 and heartbeat._pace.longest > 0
+    heartbeat.at_first_step()  # of DPO, after SFT
+    heartbeat.at("in step 1, micro-batch 1", in_step=True)
+    assert not heartbeat._note.in_step and heartbeat._pace.longest == 0
+    heartbeat.at("in step 1, micro-batch 2", in_step=True)
+    heartbeat.at("after step 1")
+    heartbeat.at("in step 2, micro-batch 1", in_step=True)
+    assert heartbeat._note.in_step
 
 
 def test_a_watcher_that_was_stopped_itself_gives_the_others_their_time_anew(watch):

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,9 +19,11 @@ import dpo.training.nonfinite
 import dpo.training.step
 import train_dpo
 from benchmarks.soak import numbers, weights
+from dpo.errors import UserError
 from dpo.run.setup import Setup
 from dpo.runtime import engine
 from dpo.runtime.tracking import read_lines
+from dpo.training.nonfinite import Nonfinite
 from tests import ranks
 
 SKIP = ("--train.on_nonfinite", "skip")
@@ -129,10 +132,30 @@ def test_a_resumed_run_remembers_the_steps_that_were_left_out_and_the_bound_hold
     resumed = run(tmp_path / "resumed", argv, "--train.max_nonfinite", "1", code=2)
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("train_dpo.py: step 4: the loss is not finite for rows 14 of builtin:world; 1 steps have")
-    assert "as many as train.max_nonfinite allows" in line
+    assert "left out before it, and train.max_nonfinite allows 1; " in line and "lower optim.lr" in line
     run(resumed, argv)
     assert numbers(resumed) == numbers(whole) and weights(resumed) == weights(whole)
     assert (resumed / "nonfinite.jsonl").read_text() == (whole / "nonfinite.jsonl").read_text()
+
+
+def test_a_limit_that_is_lowered_below_what_was_left_out_is_one():
+    config = SimpleNamespace(train=SimpleNamespace(on_nonfinite="skip", max_nonfinite=3))
+    stage = Nonfinite(SimpleNamespace(config=config, run="x"), "sft_step", pytest.fail, count=5)
+    with pytest.raises(UserError, match=r"5 steps have been left out before it, .* allows 3; .* lower optim.sft_lr"):
+        stage._end_or_go_on("SFT step 9: bad")
+
+
+def test_an_end_of_the_loss_scale_is_not_told_of_a_gradient_that_was_spoilt_on_purpose(monkeypatch):
+    said: list[str] = []
+    stage = Nonfinite(SimpleNamespace(), "step", said.append)
+    monkeypatch.setattr(Nonfinite, "_leave_out", lambda self, work, losses: said.append("left out"))
+    monkeypatch.setattr(dpo.training.nonfinite.deepspeed_engine, "gradient_norm", lambda engine: torch.tensor(math.nan))
+    monkeypatch.setattr(dpo.training.nonfinite.deepspeed_engine, "step", lambda *_: (None, "exhausted"))
+    work = SimpleNamespace(step=4)
+    assert stage.step(None, 1.0, work, [torch.tensor([math.nan])]) == (None, False, False)
+    assert said == ["left out"]
+    with pytest.raises(UserError, match="step 5: the gradient overflows in fp16 and the loss scale is at its minimum"):
+        stage.step(None, 1.0, work, [torch.tensor([1.0])])
 
 
 def test_in_sft_too_the_step_is_left_out_or_ends_the_run(argv, tmp_path, monkeypatch, capsys):
