@@ -150,6 +150,9 @@ def _explain(parser: ArgumentParser, error: Exception) -> str:
         hint = next((getattr(a, "_typehint", None) for a in parser._actions if a.dest == key), None)
         use = _type_name(hint) if hint else f"its keys, as in --{key}.KEY VALUE"
         return f"{key} is {got}; use {use}{unknown_value(got, _choices(hint))}"
+    if bare := re.fullmatch(r"argument --([\w.]+): expected one argument", text.strip()):
+        hint = next((getattr(a, "_typehint", None) for a in parser._actions if a.dest == bare.group(1)), None)
+        return f"--{bare.group(1)} has no value; use {_type_name(hint) if hint else 'a path'}"
     if extra := re.search(r"argument (?:-h/)?--(\w+): ignored explicit argument (.*)", text, re.DOTALL):
         return f"--{extra.group(1)} takes no value, got {extra.group(2)}; leave the value out"
     return one_line(text)

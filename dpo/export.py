@@ -20,6 +20,7 @@ from dpo.errors import UserError
 from dpo.model import adapters, load
 from dpo.report.card import model_card
 from dpo.run import roles
+from dpo.run.inputs import changed_weights
 from dpo.run.prepare import model_and_tokenizer
 from dpo.runtime import checkpoint
 from dpo.runtime.distributed import World
@@ -76,7 +77,7 @@ def export_run(options: Options) -> Path:
         if options.checkpoint is None and not options.merge and options.dtype is None:
             shutil.copytree(source, folder, dirs_exist_ok=True)
             return
-        _write(config, source, folder, merge=options.merge, adapted=adapted)
+        _write(config, run, source, folder, merge=options.merge, adapted=adapted)
         if options.checkpoint is None and not options.merge:
             shutil.copy(source / "README.md", folder)
             return
@@ -87,7 +88,7 @@ def export_run(options: Options) -> Path:
             step = int(source.name.removeprefix("step-"))
             lines = [line for line in lines if line.get("step", 0) <= step]
             facts["checkpoint"] = f"after {step} optimizer steps of {config.train.global_batch_size} pairs"
-        card = model_card(to_dict(config), lines, versions(), facts, adapter=is_adapter)
+        card = model_card(to_dict(config), lines, versions(*["peft"] * adapted), facts, adapter=is_adapter)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     publish(target, write, World(0, 1, 0, torch.device("cpu")))
@@ -113,7 +114,9 @@ def _source(run: Path, wanted: int | str | None) -> Path:
     return run / "final"
 
 
-def _write(config: Config, source: Path, folder: Path, *, merge: bool, adapted: bool) -> None:
+def _write(config: Config, run: Path, source: Path, folder: Path, *, merge: bool, adapted: bool) -> None:
+    if adapted and (changed := changed_weights(config, run)):
+        raise UserError(f"{' and '.join(changed)} has changed since {run} was trained on it; put its weights back")
     model_config, tokenizer = model_and_tokenizer(config)
     dtype = dtype_of(config, load.starting_dtype(model_config))
     model = _model(config, source, adapted=adapted)

@@ -35,7 +35,8 @@ ELSEWHERE = {
     "processing_class": "model.tokenizer", "lora_alpha": "model.lora.alpha", "target_modules": "model.lora.targets",
     "attn_implementation": "model.attention", "dataset_config": "data.subset", "batch_size": "train.global_batch_size",
     "rpo_alpha": "loss.name '[sigmoid, sft]' --loss.weights '[1, ALPHA]'",
-    "truncation_mode": "data.max_prompt_length",
+    "truncation_mode": "data.max_prompt_length", "rank": "model.lora.r", "lora_rank": "model.lora.r",
+    "lora_target": "model.lora.targets", "lora_target_modules": "model.lora.targets",
 }  # fmt: skip
 """What other trainers call a setting, where its own name is not like it."""
 VALUES_ELSEWHERE = {
@@ -158,6 +159,8 @@ def unknown_value(value: str, choices: list[str]) -> str:
         value: As it was given; of a list the first that is none of the choices is looked at.
         choices: Names that the setting takes.
     """
+    if value == "all-linear":
+        return "; leave it out for all linear layers"
     words = [word for word in re.findall(r"[\w-]+", value) if word not in choices]
     if not words or not choices:
         return ""

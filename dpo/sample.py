@@ -26,7 +26,7 @@ from dpo.model import adapters
 from dpo.model.forward import Scorer
 from dpo.model.load import load_model
 from dpo.run.checks import check_same_tokens
-from dpo.run.inputs import changed_pairs
+from dpo.run.inputs import changed_pairs, changed_weights
 from dpo.run.prepare import prepare
 from dpo.run.setup import Setup
 from dpo.runtime.console import console_on, say
@@ -99,7 +99,7 @@ def sample(options: Options) -> None:
     setup = _setup(config, device)
     if options.policy is not None:
         check_same_tokens("--policy", options.policy, setup.tokenizer, config)
-    for name in changed_pairs(setup, run):
+    for name in changed_pairs(setup, run) + [f"weights of {name}" for name in changed_weights(config, run)]:
         say(out, f"{name} of {run} have changed since it was begun")
     prompts, ids = _prompts(options, setup)
     old, new, own, base = _answers(options, run, setup, ids)

@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import dpo.__main__
 import dpo.train
@@ -307,6 +307,23 @@ def test_a_checkpoint_of_a_full_run_exports_what_final_holds(family, tmp_path, c
     assert (tmp_path / "rounded/README.md").read_text() == (run / "final/README.md").read_text()
 
 
+def test_an_adapter_is_merged_into_no_other_weights_than_those_it_was_trained_on(tiny_policy, tmp_path, capsys):
+    base, run = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(tiny_policy, base)
+    assert train_dpo.main(arguments(tmp_path, base, *LORA)) == 0
+    assert export(str(run), "--merge", "true") == 0
+    weights = load_file(base / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    capsys.readouterr()
+    assert export(str(run), "--merge", "true", "--to", str(tmp_path / "other")) == 2
+    assert f"model.policy {base} has changed since {run} was trained on it" in capsys.readouterr().err
+    assert export(str(run), "--to", str(tmp_path / "adapter")) == 0  # needs no base
+    assert dpo.__main__.main(["sample", str(run), "--prompt", "x", "--max_tokens", "1"]) == 0
+    assert f"weights of model.policy {base} of {run} have changed since it was begun" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
 def test_an_adapter_is_exported_in_another_dtype(lora, tmp_path):
     run = lora[0] / "run"
     assert export(str(run), "--dtype", "bf16", "--to", str(tmp_path / "rounded")) == 0
@@ -340,6 +357,7 @@ def test_exports_that_cannot_be_are_refused(lora, tmp_path, capsys):
 def test_a_continued_adapter_is_its_own_frozen_reference(lora, tiny_policy, tmp_path, monkeypatch):
     start = lora[0] / "run" / "final"
     seen = seen_run(arguments(tmp_path, start), monkeypatch)
+    assert f"(a frozen copy of the adapter {start}, over the same weights)" in " ".join(seen["policy"].notes)
     first = next(line for line in seen["lines"] if "loss" in line)
     assert first["loss"] == pytest.approx(0.693147, abs=1e-6) and first["rewards/margins"] == 0
     stored = load_file(start / "adapter_model.safetensors")
@@ -470,7 +488,10 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(flags,
 
 @pytest.mark.parametrize(
     ("targets", "line"),
-    [("[nothing]", "model.lora.targets ['nothing']: Target modules"), ("[lm_head]", "an adapter on the head")],
+    [
+        ("[q_proj, v_prj]", "model.lora.targets has v_prj: no layer is called so; the linear ones are down_proj, gate"),
+        ("[lm_head]", "an adapter on the head"),
+    ],
 )
 def test_targets_that_are_no_layers_or_the_head_are_refused(targets, line, tiny_policy, tmp_path, capsys):
     assert train_dpo.main(arguments(tmp_path, tiny_policy, *LORA, "--model.lora.targets", targets)) == 2
@@ -493,6 +514,7 @@ def test_missing_packages_are_named(monkeypatch, tiny_policy, tmp_path, capsys):
     [
         ({"modules_to_save": ["lm_head"]}, "holds whole modules, biases or tokens beside LoRA"),
         ({"base_model_name_or_path": None}, "adapter_config.json names no base model"),
+        ({"base_model_name_or_path": "/no/such"}, "its base /no/such is no folder; put it there, or change"),
         ({"peft_type": "IA3"}, "adapter of type IA3; only LORA can be trained"),
         ({"r": 2}, "does not fit its base"),
     ],

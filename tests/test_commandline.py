@@ -165,8 +165,8 @@ FLAG_MISTAKES: dict[str, tuple[list[str], str]] = {
     "dash for underscore": (["--train.max-steps", "3"], "unknown key train.max-steps; did you mean train.max_steps?"),
     "nothing like it": (["--zzz", "3"], "unknown key zzz; python train_dpo.py --help lists all keys"),
     "no flag": (["extra"], "unknown argument extra; settings are given as --section.key VALUE"),
-    "no value": (["--train.epochs"], "argument --train.epochs: expected one argument"),
-    "no recipe": (["--recipe"], "argument --recipe: expected one argument"),
+    "no value": (["--train.epochs"], "--train.epochs has no value; use a whole number"),
+    "no recipe": (["--recipe"], "--recipe has no value; use a path"),
     "no whole number": (["--train.epochs", "x"], "train.epochs is x; use a whole number"),
     "a fraction": (["--train.epochs", "1.5"], "train.epochs is 1.5; use a whole number"),
     "no number": (["--optim.lr", "fast"], "optim.lr is fast; use a number"),
@@ -191,6 +191,10 @@ FLAG_MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "another choice's name": (
         ["--reference.mode", "float16"], "reference.mode is float16; use auto or online or cached or adapter or none",
+    ),
+    "what others call all": (
+        ["--model.lora.targets", "all-linear"],
+        "model.lora.targets is all-linear; use [text, ...]; leave it out for all linear layers",
     ),
     "no pair": (["--optim.betas", "0.9"], "optim.betas is 0.9; use [a number, a number]"),
     "no list": (["--log.backends", "x"], "log.backends is x; use [tensorboard or wandb or trackio, ...]"),

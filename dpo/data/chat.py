@@ -173,8 +173,9 @@ class ChatTemplate:
         token = "" if end_id is None else str(self._tokenizer.convert_ids_to_tokens(end_id))
         if end_id is None or token not in tail:
             raise UserError(
-                "the chat template writes no end-of-turn token after an answer, so the model would never learn to "
-                "stop: give one that does with model.chat_template"
+                f"the chat template writes no end-of-turn token after an answer but {tail.strip()!r}, in which this "
+                "tokenizer knows none, so the model would never learn to stop: give one that does, such as "
+                f"{self._tokenizer.eos_token}, with model.chat_template"
             )
         self._turn_ends[key] = tail, tail[: tail.index(token) + len(token)], end_id
         return self._turn_ends[key]

@@ -55,7 +55,10 @@ def base_of(path: str, revision: str | None = None) -> tuple[str, str | None]:
     values = settings_of(path)
     if not values.get("base_model_name_or_path"):
         raise UserError(f"{path}: {CONFIG} names no base model; set base_model_name_or_path in it")
-    return values["base_model_name_or_path"], values.get("revision") or revision
+    base = values["base_model_name_or_path"]
+    if base.startswith(("/", ".", "~")) and not Path(base).is_dir():
+        raise UserError(f"{path}: its base {base} is no folder; put it there, or change it in {CONFIG}")
+    return base, values.get("revision") or revision
 
 
 def settings_of(path: str) -> dict[str, Any]:
@@ -127,6 +130,13 @@ def add(
     """
     import peft
 
+    names = [name for name, _ in model.named_modules()]
+    unknown = [one for one in lora.targets if not any(name == one or name.endswith(f".{one}") for name in names)]
+    if unknown:
+        raise UserError(
+            f"model.lora.targets has {', '.join(unknown)}: no layer is called so; the linear ones are"
+            f" {', '.join(linear_names(model)[:12])}"
+        )
     config = peft.LoraConfig(
         r=lora.r,
         lora_alpha=2 * lora.r if lora.alpha is None else lora.alpha,  # type: ignore[arg-type]

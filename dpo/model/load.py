@@ -59,9 +59,9 @@ def _explain(what: str, path: str, error: Exception, *, sharded: bool = False) -
 
 
 def load_tokenizer(
-    path: str, *, revision: str | None = None, trust_remote_code: bool = False
+    path: str, *, revision: str | None = None, trust_remote_code: bool = False, name: str = "tokenizer"
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model.
+    """The tokenizer of a model; `name` is what names it in a message.
 
     Raises:
         UserError: If there is none.
@@ -70,13 +70,13 @@ def load_tokenizer(
         return example.build_tokenizer()
     folder = Path(path)
     if folder.is_dir() and not any(any(folder.glob(kind)) for kind in TOKENIZERS):  # else one without words may load
-        raise UserError(f"tokenizer {path}: the folder holds none; put its files there, or name one by model.tokenizer")
+        raise UserError(f"{name} {path}: the folder holds no tokenizer; put one there, or name it by model.tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
         tokenizer("a")  # a damaged one may load, and fail here
         return tokenizer
     except Exception as error:  # tokenizers raises no narrower class for a broken file
-        raise _explain("tokenizer", path, error) from None
+        raise _explain(name, path, error) from None
 
 
 def load_config(

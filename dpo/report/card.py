@@ -59,7 +59,7 @@ def model_card(
     is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) and not base.startswith(".")
     if is_hub_id and not Path(base).exists():
         front["base_model"] = base
-    what = ", as a LoRA adapter for the same weights," if adapter else ""
+    what = f", as a LoRA adapter for {code(base)}," if adapter else ""
     sft = _sft(config)
     loss = config["loss"]
     names: list[Any] = [loss["name"]] if isinstance(loss["name"], str) else loss["name"]

@@ -121,8 +121,9 @@ def _warnings(runs: Sequence[Content], changed: Sequence[tuple[str, list[Any]]])
         )
     if len(_references(runs)) > 1:
         found.append(
-            "The references that rewards are measured from differ: a run with train.sft_epochs makes its own. To share"
-            " one: --model.policy RUN/reference --train.sft_epochs 0."
+            "The references that rewards are measured from differ: they are the weights that model.policy names, and"
+            " a run with train.sft_epochs makes its own. To share these: --model.policy RUN/reference"
+            " --train.sft_epochs 0."
         )
     return found
 

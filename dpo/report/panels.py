@@ -239,12 +239,18 @@ def findings(lines: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _past_its_best(lines: Sequence[dict[str, Any]]) -> list[str]:
-    evaluated = [line for line in lines if line.get("eval_loss") is not None and line["step"] > 0]
+    evaluated = [line for line in lines if line.get("eval_loss") is not None]
     if not evaluated:
         return []
     best, last = min(evaluated, key=lambda line: line["eval_loss"]), evaluated[-1]
     if last["eval_loss"] - best["eval_loss"] <= max(WORSE * abs(best["eval_loss"]), 1e-3):
         return []
+    if best["step"] == 0:
+        return [
+            f"Validation loss never fell below that of the start: {show(best['eval_loss'])} there,"
+            f" {show(last['eval_loss'])} at step {last['step']}. Try a lower optim.lr or a larger loss.beta, and look"
+            " at the labels."
+        ]
     then, now = (f"{show(at['eval_loss'])}, accuracy {show(at.get('eval_rewards/accuracies'))}" for at in (best, last))
     return [
         f"Validation loss was lowest at step {best['step']} ({then}) and has risen since (step {last['step']}: {now})."

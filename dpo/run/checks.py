@@ -209,7 +209,7 @@ def check_same_tokens(what: str, path: str, tokenizer: Any, config: Config, revi
     """
     ours = tokenizer.get_vocab()
     theirs = load.load_tokenizer(
-        adapters.tokenizer_of(path), revision=revision, trust_remote_code=config.model.trust_remote_code
+        adapters.tokenizer_of(path), revision=revision, trust_remote_code=config.model.trust_remote_code, name=what
     ).get_vocab()
     wrong = next((token for token in ours if theirs.get(token) != ours[token]), None)
     if wrong is not None:

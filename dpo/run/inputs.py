@@ -15,6 +15,7 @@ import xxhash
 from dpo.config import Config
 from dpo.errors import UserError
 from dpo.model import adapters, load
+from dpo.run import roles
 from dpo.run.setup import Setup
 from dpo.runtime import run_directory
 from dpo.runtime.distributed import only_main
@@ -46,6 +47,26 @@ def changed_pairs(setup: Setup, run: Path) -> list[str]:
     return [name for name, digests in _pairs(setup).items() if before.get(name, digests) != digests]
 
 
+def changed_weights(config: Config, run: Path) -> list[str]:
+    """Settings of a run whose weights are no longer what it was begun on, as far as that is written down.
+
+    Args:
+        config: The run's settings.
+        run: Where the run directory is now.
+    """
+    before = _read(run / "inputs.json") or {}
+    return [name for name, now in _start(config, run).items() if before.get(name, now) != now]
+
+
+def _start(config: Config, run: Path) -> dict[str, Any]:
+    """The weights that a run starts from and is measured against; after SFT of a whole model its result is that."""
+    reference, policy = config.reference.path, config.model.policy
+    now = {f"reference.path {reference}": _weights(config, reference, is_policy=False)}
+    if roles.trains_adapters(config) or not (run / "reference").is_dir():
+        now[f"model.policy {policy}"] = _weights(config, policy, is_policy=True)
+    return now
+
+
 def _pairs(setup: Setup) -> dict[str, list[str]]:
     return {
         "training pairs": [one.report.digest for one in setup.data.train],
@@ -54,12 +75,8 @@ def _pairs(setup: Setup) -> dict[str, list[str]]:
 
 
 def _check(setup: Setup) -> None:
-    path, config = setup.run / "inputs.json", setup.config
-    now: dict[str, Any] = _pairs(setup) | {
-        f"reference.path {config.reference.path}": _weights(config, config.reference.path, is_policy=False),
-    }
-    if setup.trains_adapters or not (setup.run / "reference").is_dir():  # after SFT its result is the start
-        now[f"model.policy {config.model.policy}"] = _weights(config, config.model.policy, is_policy=True)
+    path = setup.run / "inputs.json"
+    now: dict[str, Any] = _pairs(setup) | _start(setup.config, setup.run)
     before = _read(path) if run_directory.has_begun(setup.run) else None
     if before is None:
         write_whole(path, json.dumps(now, indent=1))

@@ -106,11 +106,11 @@ def _check_seen(run: Path, world: World) -> None:
         )
 
 
-def versions() -> dict[str, str]:
-    """Versions of what computed a run."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of what computed a run, and of `more` that did."""
     from importlib.metadata import version
 
-    names = ("torch", "transformers", "deepspeed", "datasets", "numpy")
+    names = ("torch", "transformers", "deepspeed", "datasets", "numpy", *more)
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 

@@ -105,6 +105,7 @@ def start_models(setup: Setup, path: str, say: Callable[[str], None]) -> tuple[P
             own = _start_reference(setup, path, model, dtype, sharded=sharded)
     if mode == "adapter" and adapters.is_adapter(path):
         together(lambda: adapters.take_up(model, path, adapters.REFERENCE))
+        reason = f"a frozen copy of the adapter {path}, over the same weights"
     policy = start_policy(setup, path, model)
     kind = f"{wanted.path}, {mode}" if wanted.path else mode
     policy.notes.insert(0, f"reference: {kind}, {str(dtype).removeprefix('torch.')} ({reason})")

@@ -74,7 +74,8 @@ def test_conversations_without_a_template_name_the_setting() -> None:
 
 
 def test_a_template_that_cannot_be_trained_on_is_refused() -> None:
-    for template, reason in ((NO_END, "no end-of-turn token"), (OTHER_START, "another beginning before an answer")):
+    reasons = "no end-of-turn token after an answer but '.*', in which", "another beginning before an answer"
+    for template, reason in zip((NO_END, OTHER_START), reasons, strict=True):
         with pytest.raises(UserError, match=f"{reason}.*model.chat_template"):
             encoded(with_template(tokenizer_of("byte"), template), chat("Hi"), chat("", "Yes")[1:])
 

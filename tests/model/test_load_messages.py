@@ -44,7 +44,7 @@ def test_an_id_of_the_hub_that_cannot_be_reached_is_not_taken_for_a_folder(monke
 
 def test_a_folder_without_a_tokenizer_says_how_to_name_one(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(UserError, match=f"tokenizer {tmp_path}: the folder holds none; .* name one by model.tokenizer"):
+    with pytest.raises(UserError, match=f"tokenizer {tmp_path}: the folder holds no tokenizer; .* name it by model"):
         load_tokenizer(str(tmp_path))
 
 

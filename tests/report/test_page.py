@@ -197,7 +197,7 @@ def test_several_runs_are_compared_in_one_page(tmp_path: Path, monkeypatch: Any,
     shown = page.evaluate("() => document.body.innerText")
     assert "loss.beta\t0.1\t0.25" in shown and "train.output_dir" not in shown
     assert "optim.sft_lr\tnull\t2e-05" in shown
-    assert "The objectives differ: their losses" in shown and "To share one" in shown  # only one made its reference
+    assert "The objectives differ: their losses" in shown and "To share these" in shown  # only one made its reference
     assert re.search(r"accuracy, validation, best\t[\d.]+ at step 20\t[\d.]+ at step 30", shown)
     assert "state\tfinished\tunfinished" in shown and "steps\t20\t30" in shown
     assert "b: This run has not finished" in shown and "Answers to the same prompts" in shown
@@ -268,7 +268,7 @@ def test_runs_that_made_references_of_their_own_under_other_settings_are_told_ap
         assert change[0] in text
         (run / "config.yaml").write_text(text.replace(*change))
     write_report(runs, tmp_path / "x.html")
-    assert ("To share one: --model.policy RUN/reference" in (tmp_path / "x.html").read_text()) == warned
+    assert ("To share these: --model.policy RUN/reference" in (tmp_path / "x.html").read_text()) == warned
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_findings_name_losses_that_are_not_finite_and_runs_that_do_not_move() ->
 @pytest.mark.parametrize(
     ("losses", "told"),
     [
-        ((0.69, 0.50, 0.40), False), ((0.69, 0.40, 0.405), False), ((0.69, 0.40, 0.45), True), ((0.30, 0.40), False),
+        ((0.69, 0.50, 0.40), False), ((0.69, 0.40, 0.405), False), ((0.69, 0.40, 0.45), True), ((0.30, 0.302), False),
         ((0.5, 1e-5, 5e-4), False),
     ],
 )  # fmt: skip
@@ -92,6 +92,12 @@ def test_a_validation_loss_that_rose_again_is_told_with_the_step_of_its_lowest(l
     assert len(found) == told
     if told:
         assert "lowest at step 10 (0.4000, accuracy 0.6000) and has risen since (step 20: 0.4500, accuracy" in found[0]
+
+
+def test_a_validation_loss_that_no_step_brought_below_the_start_is_told_so() -> None:
+    lines = [{"step": 10 * i, "eval_loss": value} for i, value in enumerate((0.69, 1.2, 0.9))]
+    (found,) = panels.findings(lines)
+    assert found.startswith("Validation loss never fell below that of the start: 0.6900 there, 0.9000 at step 20.")
 
 
 @pytest.mark.parametrize(
