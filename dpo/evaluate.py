@@ -32,30 +32,13 @@ class ValidationShare:
     Attributes:
         batches: As many micro-batches as on every rank.
         chosen_length: Mean scored tokens of chosen completions, over all ranks.
-        answers: What the reference said of them, in order; they never change.
+        answers: What the reference said of them, in order, once it was asked: it does not change. Of dummy batches too:
+            under ZeRO-3 ranks that have pairs wait for those that have none.
     """
 
     batches: Sequence[PackedBatch]
     chosen_length: float
     answers: list[PairLogps] = field(default_factory=list)
-
-    def asking_once(self, reference: Reference) -> Reference:
-        """A reference for one evaluation, which asks the given one for what is not known from the evaluation before.
-
-        Dummy batches are no exception: under ZeRO-3 ranks that have pairs wait for those that have none. What a
-        reference knows of every token is not kept, since it would fill the memory.
-        """
-        known = iter(tuple(self.answers))
-
-        def answer(batch: PackedBatch) -> PairLogps:
-            found = next(known, None)
-            if found is None:
-                found = reference(batch)
-                if found.tokens is None:
-                    self.answers.append(found)
-            return found
-
-        return answer
 
 
 @torch.no_grad()
@@ -79,7 +62,9 @@ def evaluate(
     parts = [torch.zeros(0, len(COLUMNS), dtype=torch.float64, device=world.device)]
     ranks_a_row = 1 if policy.scorer.across is None else policy.scorer.across.size
     for place, share in enumerate(sets.values()):
-        scored = look_ahead(policy, share.asking_once(reference), share.batches, world.device)
+        scored = look_ahead(policy, reference, share.batches, world.device, share.answers)
+        if not share.answers and "tdpo" not in loss.config.names:  # of all tokens they would fill the memory
+            share.answers.extend(of_reference for _, of_reference in scored)
         contexts = contexts_of(loss, share.batches, scored, share.chosen_length, world, ranks_a_row, is_step=False)
         for batch, (policy_logps, reference_logps), context in zip(share.batches, scored, contexts, strict=True):
             output = loss(policy_logps, reference_logps, context)

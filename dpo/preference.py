@@ -21,6 +21,7 @@ from dpo.runtime import checkpoint, distributed, heartbeat, preemption
 from dpo.runtime.schedule import due, learning_rate
 from dpo.runtime.status import write_status
 from dpo.runtime.tracking import Tracker, read_lines
+from dpo.runtime.weights import mix_into
 from dpo.training.export import save_checkpoint
 from dpo.training.finish import keep_evaluation, take_samples
 from dpo.training.frozen import FrozenReference
@@ -29,7 +30,7 @@ from dpo.training.nonfinite import Nonfinite
 from dpo.training.policy import Policy
 from dpo.training.start import check_start
 from dpo.training.step import take_step
-from dpo.training.sync import move_reference, save_reference
+from dpo.training.sync import save_reference
 from dpo.types import TrainState
 
 
@@ -104,7 +105,8 @@ class Stage:
         stop = take_step(setup, self.policy, self.reference, self.loss, work, lr, self.meter, self.nonfinite)
         moves = setup.config.reference
         if moves.sync_steps is not None and step % moves.sync_steps == 0:
-            move_reference(self.reference, self.policy, moves.sync_alpha)
+            assert self.reference.scorer is not None
+            mix_into(self.reference.scorer, self.policy.scorer, moves.sync_alpha)
         tokens = state.num_tokens + work.num_tokens
         state = TrainState(step, tokens, running=self.loss.running, skipped=self.nonfinite.count)
         if step % setup.config.log.every == 0 or step == setup.total_steps:

@@ -23,7 +23,7 @@ from dpo.memory.budget import fitted
 from dpo.run.setup import Setup
 from dpo.runtime import engine as deepspeed_engine
 from dpo.runtime import heartbeat, preemption
-from dpo.runtime.checkpoint import checkpoints, load, newest
+from dpo.runtime.checkpoint import checkpoints, load, newest, step_folder
 from dpo.runtime.distributed import only_main, sum_over_ranks
 from dpo.runtime.folders import drop
 from dpo.runtime.schedule import due, learning_rate
@@ -57,10 +57,8 @@ def run_sft(setup: Setup, tracker: Tracker) -> None:
     tracker.say(f"SFT: epochs {config.train.sft_epochs}, learning rate {config.optim.peak_sft_lr:g}{derived}")
     total = config.train.sft_epochs * setup.epochs.steps_per_epoch
     state = _resume(setup, policy, total, tracker)
-    # One causal call per row serves a model that cannot attend in segments; else chosen sequences are packed.
-    layout: Layout = "padded_chosen" if policy.layout == "padded" else "chosen"
-    with fitted(setup, policy, None, tracker.say, layout) as fitted_setup:
-        _train(fitted_setup, policy, state, total, tracker, layout)
+    with fitted(setup, policy, None, tracker.say) as fitted_setup:
+        _train(fitted_setup, policy, state, total, tracker)
     # In the dtype it was trained in: the policy and the reference of DPO are read back from here.
     write_weights(setup, policy, setup.run / "reference", setup.dtype, card=None)
     only_main(setup.world, lambda: drop_checkpoints(setup.run))
@@ -88,24 +86,28 @@ def _resume(setup: Setup, policy: Policy, total: int, tracker: Tracker) -> Train
     return state
 
 
-def _train(
-    setup: Setup, policy: Policy, state: TrainState, total: int, tracker: Tracker, layout: Layout
-) -> None:
+def _train(setup: Setup, policy: Policy, state: TrainState, total: int, tracker: Tracker) -> None:
     sums = torch.zeros(2, dtype=torch.float64, device=setup.world.device)
     if setup.world.is_main and state.unlogged:
         sums += sums.new_tensor(state.unlogged)
     nonfinite = Nonfinite(setup, "sft_step", tracker.say, state.skipped)
-    stage = _Stage(setup, policy, tracker, nonfinite, total, _held_out(setup, layout), sums)
+    stage = _Stage(setup, policy, tracker, nonfinite, total, _held_out(setup, policy.layout), sums)
     heartbeat.at_first_step()
-    if not only_main(setup.world, lambda: _is_evaluated(setup.run, state.step)):
-        preemption.stop_if(stage.evaluate(state.step))
-    for work in setup.loader(setup.train_pairs, layout).steps(state.step, total):
-        state, stop = stage.step(work, state)
-        stop = stop or stage.evaluate(state.step)
-        if stop or stage.is_due(state.step, setup.config.train.save_every) and state.step < total:
+    try:
+        if not only_main(setup.world, lambda: _is_evaluated(setup.run, state.step)):
+            stage.evaluate(state.step)
+        for work in setup.loader(setup.train_pairs, policy.layout).steps(state.step, total):
+            state, stop = stage.step(work, state)
+            preemption.stop_if(stop)
+            stage.evaluate(state.step)
+            if stage.is_due(state.step, setup.config.train.save_every) and state.step < total:
+                stage.save(state)
+            heartbeat.at(f"waiting for the rows of SFT step {state.step + 1}", in_step=True)
+    except preemption.Preempted:
+        here = setup.run / "checkpoints" / step_folder(state.step, "sft")
+        if not only_main(setup.world, lambda: state.step == 0 or here.is_dir()):
             stage.save(state)
-        preemption.stop_if(stop)
-        heartbeat.at(f"waiting for the rows of SFT step {state.step + 1}", in_step=True)
+        raise
     heartbeat.at("writing the result of SFT")
 
 
@@ -169,20 +171,16 @@ class _Stage:
         self.sums.zero_()
         self.steps, self.seconds = 0, 0.0
 
-    def evaluate(self, step: int) -> bool:
-        """Evaluate if it is time; whether any rank was asked to stop meanwhile."""
+    def evaluate(self, step: int) -> None:
+        """Evaluate if it is time."""
         if not self.held_out or not (step == self.total or self.is_due(step, self.setup.config.train.eval_every)):
-            return False
+            return
         heartbeat.at(f"in the evaluation after SFT step {step}")
-        try:
-            loss = _loss_of(self.policy, self.held_out, self.sums.device)
-        except preemption.Preempted:
-            return True
+        loss = _loss_of(self.policy, self.held_out, self.sums.device)
         epoch = step / self.setup.epochs.steps_per_epoch
         self.nonfinite.look_at(step, loss)
         self.tracker.record({"sft_step": step, "sft_epoch": epoch, "eval_sft_loss": loss})
         self.tracker.say(f"SFT step {step}: eval_sft_loss {loss:.4f}")
-        return False
 
     def save(self, state: TrainState) -> None:
         """A checkpoint; status.json says so."""

@@ -30,7 +30,7 @@ from dpo.runtime.folders import drop_leftovers
 from dpo.runtime.status import State, write_status
 from dpo.runtime.tracking import Recorder, Silent, Tracker, keep_lines
 from dpo.sft import drop_checkpoints, run_sft
-from dpo.training.export import final_dtype, write_weights
+from dpo.training.export import dtype_of, write_weights
 from dpo.training.finish import card_of, closing
 from dpo.training.frozen import FrozenReference, start_models
 from dpo.training.load_models import read_whole
@@ -59,14 +59,12 @@ def _run(command: Command, world: World) -> None:
     """Everything that the ranks do together."""
     began = time.perf_counter()
     config = command.config
-    run_directory.check_run(config, world)
+    distributed.only_main(world, lambda: run_directory.check_run(config))
     setup = prepare(config, world, command.deepspeed_json, for_elsewhere=command.prepare_only)
     if command.prepare_only:
         _fetch(setup)
         show_plan(setup, command)
         return
-    start = str(setup.run / "reference") if config.train.sft_epochs else config.model.policy
-    assert start is not None
     if command.dry_run:
         _show_dry_run(setup, command)
         return
@@ -78,20 +76,21 @@ def _run(command: Command, world: World) -> None:
     with run_directory.opened(config, world):
         folder, sft_is_done, notes = _found(setup)
         with _told(setup), distributed.together(lambda: _tracker(setup)) as tracker:
-            check_inputs(setup)
+            distributed.only_main(world, lambda: check_inputs(setup))
             for note in _greeting(command) + list(setup.notes) + notes + audit_run(setup):
                 tracker.say(note)
-            with preemption.listening(), heartbeat.explaining():
+            with preemption.listening():
                 if config.train.sft_epochs and not sft_is_done:
                     run_sft(setup, tracker)
+                start = str(setup.run / "reference") if config.train.sft_epochs else str(config.model.policy)
                 heartbeat.at("loading the models")
                 policy, reference = start_models(setup, start, tracker.say)
                 state = _resume(setup, policy, reference, folder, tracker)
-                with fitted(setup, policy, reference.of_training, tracker.say, policy.layout) as fitted_setup:
+                with fitted(setup, policy, reference.of_training, tracker.say) as fitted_setup:
                     run_dpo(fitted_setup, policy, reference, state, tracker)
             heartbeat.at("writing final/")
-            write_weights(setup, policy, setup.run / "final", final_dtype(setup), card_of(setup))
-            closing(setup, tracker, time.perf_counter() - began)
+            write_weights(setup, policy, setup.run / "final", dtype_of(config, setup.start_dtype), card_of(setup))
+            distributed.only_main(world, lambda: closing(setup, tracker, time.perf_counter() - began))
 
 
 def _found(setup: Setup) -> tuple[Path | None, bool, list[str]]:
@@ -131,7 +130,7 @@ def _show_dry_run(setup: Setup, command: Command) -> None:
         still = replace(config, reference=replace(config.reference, sync_steps=None))
         policy, reference = start_models(replace(setup, config=still), config.model.policy, lambda note: None)
     say = partial(print, file=sys.stderr) if setup.world.is_main else lambda line: None
-    setup = fit_budget(setup, policy, reference.of_training, say, policy.layout)
+    setup = fit_budget(setup, policy, reference.of_training, say)
     show_plan(setup, command, policy, reference)
 
 
@@ -151,17 +150,11 @@ def _told(setup: Setup) -> Iterator[None]:
     distributed.last_words.append(partial(write, "failed"))
     try:
         yield
-    except preemption.Preempted as stop:
-        tell("preempted", str(stop))
-        raise
-    except KeyboardInterrupt:
-        tell("preempted", "interrupted")
-        raise
-    except UserError as error:
-        tell("failed", str(error))
+    except (preemption.Preempted, KeyboardInterrupt) as stop:
+        tell("preempted", str(stop) or "interrupted")
         raise
     except BaseException as error:
-        tell("failed", f"{type(error).__name__}: {error}")
+        tell("failed", str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
         if isinstance(error, OSError) and error.errno in FULL:
             full = f"{setup.run}: {error.strerror}; the checkpoints are whole; make room and start again"
             distributed.give_up(setup.world, full)

@@ -81,7 +81,7 @@ def choose(
     return budget
 
 
-def attempt(setup: Setup, policy: Policy, reference: Reference | None, layout: Layout) -> None:
+def attempt(setup: Setup, policy: Policy, reference: Reference | None) -> None:
     """Forward and backward pass of the costliest micro-batch, without a trace and without collectives.
 
     What a loss needs beside sums of log-probs, whole distributions or certainties, is computed too.
@@ -90,12 +90,11 @@ def attempt(setup: Setup, policy: Policy, reference: Reference | None, layout: L
         setup: The run, with the budget to try.
         policy: Started.
         reference: Of the training pairs; None in the SFT stage.
-        layout: Of the micro-batches.
     Raises:
         torch.OutOfMemoryError: If it does not fit.
     """
-    loader, scorer = setup.loader(setup.train_pairs, layout), policy.scorer
-    batch = loader.build(costliest(loader, setup.heaviest_steps(layout)), 0).to(setup.world.device)
+    loader, scorer = setup.loader(setup.train_pairs, policy.layout), policy.scorer
+    batch = loader.build(costliest(loader, setup.heaviest_steps(policy.layout)), 0).to(setup.world.device)
     known = None if reference is None else reference(batch)
     with _embedded(scorer.model) as tokens:
         total = _total(policy, batch, known)
@@ -143,13 +142,11 @@ def _owed(setup: Setup, policy: Policy) -> int:
     )  # fmt: skip
 
 
-def _fits(
-    setup: Setup, policy: Policy, reference: Reference | None, layout: Layout, budget: int, owed: int
-) -> bool:
+def _fits(setup: Setup, policy: Policy, reference: Reference | None, budget: int, owed: int) -> bool:
     lacking, kept = False, None
     try:
         kept = torch.empty(owed, dtype=torch.uint8, device=setup.world.device)
-        attempt(replace(setup, token_budget=budget), policy, reference, layout)
+        attempt(replace(setup, token_budget=budget), policy, reference)
     except RuntimeError as error:
         if not is_lack_of_memory(error):
             raise
@@ -161,9 +158,9 @@ def _fits(
     return not any(gather(lacking))
 
 
-def _room(setup: Setup, policy: Policy, layout: Layout, owed: int) -> Room:
+def _room(setup: Setup, policy: Policy, owed: int) -> Room:
     """Of this rank."""
-    scorer = policy.scorer
+    scorer, layout = policy.scorer, policy.layout
     shape = shape_of(scorer.model.config, setup.dtype, trust_remote_code=setup.config.model.trust_remote_code)
     return Room(
         shape, setup.dtype, _free_memory(setup.world.device) - owed,
@@ -181,18 +178,18 @@ def _free_memory(device: torch.device) -> int:
 
 @contextmanager
 def fitted(
-    setup: Setup, policy: Policy, reference: Reference | None, say: Callable[[str], None], layout: Layout
+    setup: Setup, policy: Policy, reference: Reference | None, say: Callable[[str], None]
 ) -> Iterator[Setup]:
     """A stage with micro-batches that fit; where memory runs out all the same, its next start has smaller ones.
 
     Args:
-        setup, policy, reference, say, layout: As of `fit_budget`; the run directory exists.
+        setup, policy, reference, say: As of `fit_budget`; the run directory exists.
     Returns:
         The setup with its budgets, for the block that is the stage.
     """
     path = setup.run / ("sft_micro_batches.json" if reference is None else "micro_batches.json")
-    found = fit_budget(setup, policy, reference, say, layout, path)
-    with lowered(found, policy, layout, path):
+    found = fit_budget(setup, policy, reference, say, path)
+    with lowered(found, policy, path):
         yield found
 
 
@@ -201,7 +198,6 @@ def fit_budget(
     policy: Policy,
     reference: Reference | None,
     say: Callable[[str], None],
-    layout: Layout,
     path: Path | None = None,
 ) -> Setup:
     """Find the budget of a stage, or take up what the run has found before, and compile blocks; collective.
@@ -211,7 +207,6 @@ def fit_budget(
         policy: Started; may be made to recompute activations.
         reference: Of the training pairs; None in the SFT stage.
         say: Shows a line.
-        layout: Of the micro-batches.
         path: Where the budget is kept; None has nothing read or written.
     Returns:
         The setup with its budgets, where memory can run out; else as it was.
@@ -222,10 +217,10 @@ def fit_budget(
     if not can_run_out(world.device):
         _compile(setup, policy, say)
         return setup
-    key = _key(setup, layout)
+    key = _key(setup, policy.layout)
     found = None if path is None else only_main(world, lambda: read_budget(path))
     if found is None or found.found_for != key:
-        found = _find(setup, policy, reference, say, layout, key)
+        found = _find(setup, policy, reference, say, key)
         if path is not None:
             only_main(world, partial(write_budget, path, found))
     else:
@@ -253,12 +248,11 @@ def _key(setup: Setup, layout: Layout) -> dict[str, Any]:
 
 
 def _find(
-    setup: Setup, policy: Policy, reference: Reference | None, say: Callable[[str], None], layout: Layout,
-    key: dict[str, Any],
+    setup: Setup, policy: Policy, reference: Reference | None, say: Callable[[str], None], key: dict[str, Any]
 ) -> Budget:
     """The budget; the policy does what was found."""
     model, owed, asked = policy.scorer.model, _owed(setup, policy), setup.config.train.tokens_per_micro_batch
-    room = _room(setup, policy, layout, owed)
+    room = _room(setup, policy, owed)
 
     def first() -> int:
         if asked != "auto":
@@ -270,21 +264,21 @@ def _find(
         return first()
 
     may = may_recompute(setup, model)
-    if may and any(gather(room.asks_for_recomputation(wanted_tokens(setup, layout)))):
+    if may and any(gather(room.asks_for_recomputation(wanted_tokens(setup, policy.layout)))):
         blocks.checkpoint_activations(model)
         may = False
     _compile(setup, policy, say)
     searched = budget = first()
     if room.is_tried:
-        fits = partial(_fits, setup, policy, reference, layout, owed=owed)
+        fits = partial(_fits, setup, policy, reference, owed=owed)
         searched = choose(budget, room.longest, fits, recompute if may else None, say)
         if may and blocks.recomputes_activations(model):
             _compile(setup, policy, say)  # says that it no longer is
         # More was not tried; without gradients, whose activations are what takes memory, it need not be.
-        budget = max(room.longest, min(searched, max(gather(largest(setup, layout, searched)))))
+        budget = max(room.longest, min(searched, max(gather(largest(setup, policy.layout, searched)))))
     return Budget(budget, searched, blocks.recomputes_activations(model), key)
 
 
 def _compile(setup: Setup, policy: Policy, say: Callable[[str], None]) -> None:
     if setup.config.model.compile:
-        say(blocks.compile_where_it_helps(policy.scorer.model, padded=policy.layout == "padded"))
+        say(blocks.compile_where_it_helps(policy.scorer.model, padded=policy.layout.startswith("padded")))

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from dpo.data.planner import Layout
 from dpo.memory.room import largest
 from dpo.model import blocks
 from dpo.run.setup import Setup
@@ -91,13 +90,12 @@ def explained(world: World, advice: str) -> Iterator[None]:
 
 
 @contextmanager
-def lowered(setup: Setup, policy: Policy, layout: Layout, path: Path) -> Iterator[None]:
+def lowered(setup: Setup, policy: Policy, path: Path) -> Iterator[None]:
     """Where memory runs out within the block, write down less for the next start and end this one.
 
     Args:
         setup: With the budget that was found.
         policy: The policy.
-        layout: Of the micro-batches.
         path: Of the budget.
     Raises:
         UserError: By one process alone; of several the rank that lacks memory leaves, and ends the job.
@@ -109,8 +107,8 @@ def lowered(setup: Setup, policy: Policy, layout: Layout, path: Path) -> Iterato
         if found is None or budget is None or not is_lack_of_memory(error):
             raise
         # Of a budget that no micro-batch fills half may be as large.
-        used = min(budget, math.ceil(largest(setup, layout, budget) / setup.ranks_a_row))
-        less = max(setup.longest_row(layout), used // 2)
+        used = min(budget, math.ceil(largest(setup, policy.layout, budget) / setup.ranks_a_row))
+        less = max(setup.longest_row(policy.layout), used // 2)
         if less < used:
             found = replace(found, tokens=less, evaluation=less)
             advice = f"start again: it goes on with {less:,} ({path.name})"

@@ -18,7 +18,6 @@ from dpo.model import adapters, load
 from dpo.run import roles
 from dpo.run.setup import Setup
 from dpo.runtime import run_directory
-from dpo.runtime.distributed import only_main
 from dpo.runtime.files import write_whole
 
 SAMPLES = 16
@@ -26,14 +25,25 @@ SAMPLES = 16
 
 
 def check_inputs(setup: Setup) -> None:
-    """Write what a new run is on; refuse to continue one on anything else; collective.
+    """Write what a new run is on; refuse to continue one on anything else; on rank 0.
 
     Args:
         setup: The run; its directory exists.
     Raises:
         UserError: Naming what has changed.
     """
-    only_main(setup.world, lambda: _check(setup))
+    path = setup.run / "inputs.json"
+    now: dict[str, Any] = _pairs(setup) | _start(setup.config, setup.run)
+    before = _read(path) if run_directory.has_begun(setup.run) else None
+    if before is None:
+        write_whole(path, json.dumps(now, indent=1))
+        return
+    changed = [name for name, value in now.items() if name in before and before[name] != value]
+    if changed:
+        raise UserError(
+            f"{setup.run} was begun on other inputs: {' and '.join(changed)} changed since; name another"
+            f" train.output_dir, or, to go on all the same, delete {path}"
+        )
 
 
 def changed_pairs(setup: Setup, run: Path) -> list[str]:
@@ -72,21 +82,6 @@ def _pairs(setup: Setup) -> dict[str, list[str]]:
         "training pairs": [one.report.digest for one in setup.data.train],
         "validation pairs": [one.report.digest for one in setup.data.validation],
     }
-
-
-def _check(setup: Setup) -> None:
-    path = setup.run / "inputs.json"
-    now: dict[str, Any] = _pairs(setup) | _start(setup.config, setup.run)
-    before = _read(path) if run_directory.has_begun(setup.run) else None
-    if before is None:
-        write_whole(path, json.dumps(now, indent=1))
-        return
-    changed = [name for name, value in now.items() if name in before and before[name] != value]
-    if changed:
-        raise UserError(
-            f"{setup.run} was begun on other inputs: {' and '.join(changed)} changed since; name another"
-            f" train.output_dir, or, to go on all the same, delete {path}"
-        )
 
 
 def _read(path: Path) -> dict[str, Any] | None:

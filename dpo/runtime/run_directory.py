@@ -46,13 +46,34 @@ def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_run(config: Config, world: World) -> None:
-    """Refuse an output directory that holds something else; writes nothing; collective.
+def check_run(config: Config) -> None:
+    """Refuse an output directory that holds something else; writes nothing; on rank 0.
 
     Raises:
         UserError: If the directory holds another run or other files, or train.resume forbids to continue.
     """
-    only_main(world, lambda: _check_run(config))
+    run = Path(config.train.output_dir)
+    path = run / "config.yaml"
+    if run.exists() and not run.is_dir():
+        raise UserError(f"train.output_dir {run} is a file; name a folder")
+    if not path.exists():
+        if run.exists() and any(run.iterdir()):
+            raise UserError(f"train.output_dir {run} holds other files and no run; name a new or empty folder")
+        return
+    if config.train.resume == "never":
+        raise UserError(f"train.output_dir {run} holds a run and train.resume is never; name another folder")
+    try:
+        old = _flat(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
+        raise UserError(f"{path} is not the settings of a run; name another train.output_dir") from None
+    new = _flat(to_dict(config))
+    changed = [key for key in sorted((old.keys() | new.keys()) - {*MAY_CHANGE}) if old.get(key) != new.get(key)]
+    if changed and has_begun(run):
+        listed = ", ".join(f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in changed)
+        raise UserError(
+            f"train.output_dir {run} holds another run: {listed}; name another folder, or give the old values to"
+            f" continue"
+        )
 
 
 @contextmanager
@@ -145,31 +166,6 @@ def check_kept(run: Path) -> None:
         raise UserError(
             f"{run} had a checkpoint of step {step}, and holds none: put its checkpoints/ back; to begin anew name"
             f" another train.output_dir, or delete {run}/status.json"
-        )
-
-
-def _check_run(config: Config) -> None:
-    run = Path(config.train.output_dir)
-    path = run / "config.yaml"
-    if run.exists() and not run.is_dir():
-        raise UserError(f"train.output_dir {run} is a file; name a folder")
-    if not path.exists():
-        if run.exists() and any(run.iterdir()):
-            raise UserError(f"train.output_dir {run} holds other files and no run; name a new or empty folder")
-        return
-    if config.train.resume == "never":
-        raise UserError(f"train.output_dir {run} holds a run and train.resume is never; name another folder")
-    try:
-        old = _flat(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
-        raise UserError(f"{path} is not the settings of a run; name another train.output_dir") from None
-    new = _flat(to_dict(config))
-    changed = [key for key in sorted((old.keys() | new.keys()) - {*MAY_CHANGE}) if old.get(key) != new.get(key)]
-    if changed and has_begun(run):
-        listed = ", ".join(f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in changed)
-        raise UserError(
-            f"train.output_dir {run} holds another run: {listed}; name another folder, or give the old values to"
-            f" continue"
         )
 
 

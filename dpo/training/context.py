@@ -20,23 +20,27 @@ Scored = Sequence[tuple[PairLogps, PairLogps]]
 
 
 @torch.no_grad()
-def look_ahead(policy: Policy, reference: Reference, batches: Sequence[PackedBatch], device: torch.device) -> Scored:
+def look_ahead(
+    policy: Policy, reference: Reference, batches: Sequence[PackedBatch], device: torch.device,
+    known: Sequence[PairLogps] = (),
+) -> Scored:
     """Score micro-batches without gradient.
 
     Args:
         policy, reference: What scores.
         batches: This rank's.
         device: Of the models.
+        known: What the reference has said of all batches before; empty where it is to be asked.
     Returns:
         Log-probs of both, which are small: a reference's tokens are left out.
     Raises:
         Preempted: On every rank, if any was asked to stop.
     """
     scored = []
-    for batch in batches:
+    for index, batch in enumerate(batches):
         preemption.check(device)
         on_device = batch.to(device)
-        of_reference = reference(on_device)
+        of_reference = known[index] if known else reference(on_device)
         of_policy = policy.logps(on_device, of_reference)
         scored.append((of_policy, replace(of_reference, tokens=None)))
     return scored

@@ -27,11 +27,6 @@ def dtype_of(config: Config, start: torch.dtype) -> torch.dtype:
     return start if wanted == "auto" else DTYPES[wanted]
 
 
-def final_dtype(setup: Setup) -> torch.dtype:
-    """Dtype of `final/`."""
-    return dtype_of(setup.config, setup.start_dtype)
-
-
 def write_weights(setup: Setup, policy: Policy, folder: Path, dtype: torch.dtype, card: str | None) -> None:
     """Write the engine's weights or adapter, as they were evaluated, with the tokenizer; collective.
 

@@ -128,17 +128,13 @@ def card_of(setup: Setup) -> str | None:
 
 
 def closing(setup: Setup, tracker: Tracker, seconds: float) -> None:
-    """Draw the curves, print what was reached and where things are, and mark the run as finished; collective.
+    """Draw the curves, print what was reached and where things are, and mark the run as finished; on rank 0.
 
     Args:
         setup: The run.
         tracker: Where it is shown.
         seconds: Since this process began the run or took it up again.
     """
-    only_main(setup.world, lambda: _closing(setup, tracker, seconds))
-
-
-def _closing(setup: Setup, tracker: Tracker, seconds: float) -> None:
     run = setup.run
     lines = read_lines(run)
     plot(lines, run / "training_metrics.png")

@@ -29,7 +29,7 @@ class Policy:
     Attributes:
         engine: DeepSpeed's, around the scorer.
         scorer: Backbone and head.
-        layout: The one that is exact for this model.
+        layout: Of its micro-batches: the one that is exact for this model, in SFT of chosen completions alone.
         attention: How it attends.
         notes: Lines for the log.
         router_coefficient: Weight of the load-balancing loss of a mixture of experts; 0 for none.
@@ -78,7 +78,7 @@ def start_policy(setup: Setup, path: str, model: Any = None, *, for_sft: bool = 
         setup: The run.
         path: Weights to start from.
         model: The loaded policy; None to load it from `path`.
-        for_sft: Leave out what the preference loss needs.
+        for_sft: For batches of chosen completions, without what the preference loss needs.
     Returns:
         The policy.
     Raises:
@@ -115,6 +115,8 @@ def start_policy(setup: Setup, path: str, model: Any = None, *, for_sft: bool = 
     notes.append(f"layout: {layout}; attention: {attention}; {size}")
     scorer.head.multiple = config.model.vocabulary_multiple
     certain = config.loss.wpo and not for_sft
+    if for_sft:  # a model that cannot attend in segments has one causal call per row here too
+        layout = "padded_chosen" if layout == "padded" else "chosen"
     return Policy(engine, scorer, layout, attention, notes, coefficient, setup.loss_in_forward, certain)
 
 

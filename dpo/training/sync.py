@@ -16,23 +16,10 @@ from torch import Tensor
 
 from dpo.errors import UserError
 from dpo.runtime.distributed import World, only_main, together
-from dpo.runtime.weights import full_state, mix_into, set_state
+from dpo.runtime.weights import full_state, set_state
 from dpo.training.frozen import FrozenReference
-from dpo.training.policy import Policy
 
 FILE = "reference.safetensors"
-
-
-def move_reference(reference: FrozenReference, policy: Policy, alpha: float) -> None:
-    """Move the reference towards the policy as it stands; collective.
-
-    Args:
-        reference: With weights of its own.
-        policy: Of the same architecture.
-        alpha: Weight of the policy, in (0, 1].
-    """
-    assert reference.scorer is not None
-    mix_into(reference.scorer, policy.scorer, alpha)
 
 
 def save_reference(reference: FrozenReference, world: World, folder: Path) -> None:

@@ -61,7 +61,7 @@ def test_a_killed_run_ends_in_the_same_metrics_and_the_same_weights(argv, uninte
     kill(moment, here, ranks)
     assert not (run / "final").exists()
     place = json.loads((run / "status.json").read_text())["place"]
-    assert place == "after SFT step 2" or moment not in ("in_step:4", "after_sft")
+    assert place == "writing the checkpoint of SFT step 2" or moment not in ("in_step:4", "after_sft")
     printed = train(here, ranks)
     assert numbers(run) == numbers(uninterrupted[ranks])
     assert weights(run) == weights(uninterrupted[ranks])
@@ -88,7 +88,7 @@ def test_a_run_that_is_asked_to_stop_loses_no_step_and_says_so(argv, uninterrupt
     assert done.output.count("start again to continue") == 1
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["step"]) == ("preempted", step)
-    assert status["place"] == (f"writing the checkpoint of step {step}" if step else "after SFT step 3")
+    assert status["place"] == f"writing the checkpoint of {f'step {step}' if step else 'SFT step 3'}"
     name = moment.split(":")[2]
     assert status["reason"] in (f"{name} received", "a signal reached another rank")
     folders = [entry.name for entry in (run / "checkpoints").iterdir()]

@@ -147,7 +147,7 @@ def lacking_above(monkeypatch, tokens, recomputed_tokens, error=lambda: torch.Ou
     monkeypatch.setattr(dpo.memory.budget, "_free_memory", lambda device: 10**12)
     original, tried = dpo.memory.budget.attempt, Tried()
 
-    def attempt(setup, policy, reference, layout):
+    def attempt(setup, policy, reference):
         tried.append(setup.token_budget)
         layer = policy.scorer.model.model.layers[0]
 
@@ -159,7 +159,7 @@ def lacking_above(monkeypatch, tokens, recomputed_tokens, error=lambda: torch.Ou
 
         handle = layer.register_forward_pre_hook(lack)
         try:
-            original(setup, policy, reference, layout)
+            original(setup, policy, reference)
         finally:
             handle.remove()
 
@@ -424,10 +424,10 @@ def test_the_trial_holds_beside_it_what_the_first_step_adds(
             kept.append(weakref.ref(tensor))
         return tensor
 
-    def watched(setup, policy, reference, layout):
+    def watched(setup, policy, reference):
         sizes = [p.numel() for p in policy.scorer.parameters()]
         assert kept[-1]().numel() == bytes_a_parameter * sum(sizes) + 4 * bucket + 2 * 4 * max(sizes)
-        attempt(setup, policy, reference, layout)
+        attempt(setup, policy, reference)
 
     monkeypatch.setattr(torch, "empty", made)
     monkeypatch.setattr(dpo.memory.budget, "attempt", watched)
@@ -444,7 +444,7 @@ def test_the_trial_passes_through_all_blocks_and_has_whole_gradients_where_a_ste
     lacking_above(monkeypatch, 10**9, 10**9)
     attempt, grad, passed, found = dpo.memory.budget.attempt, torch.autograd.grad, set(), []
 
-    def watched(setup, policy, reference, layout):
+    def watched(setup, policy, reference):
         layers = policy.scorer.model.model.layers
 
         def through(index):
@@ -454,7 +454,7 @@ def test_the_trial_passes_through_all_blocks_and_has_whole_gradients_where_a_ste
         handles = [layer.register_forward_hook(through(i)) for i, layer in enumerate(layers)]
         with monkeypatch.context() as patch:
             patch.setattr(torch.autograd, "grad", lambda total, inputs, **k: found.append(grad(total, inputs, **k)))
-            attempt(setup, policy, reference, layout)
+            attempt(setup, policy, reference)
         for handle in handles:
             handle.remove()
         assert passed == set(range(len(layers))) and None not in found[0]
@@ -471,8 +471,8 @@ def test_the_trial_leaves_no_gradient_behind(tiny_policy, tmp_path, monkeypatch)
     tried = lacking_above(monkeypatch, 10**9, 10**9)
     attempt = dpo.memory.budget.attempt
 
-    def watched(setup, policy, reference, layout):
-        attempt(setup, policy, reference, layout)
+    def watched(setup, policy, reference):
+        attempt(setup, policy, reference)
         assert all(p.grad is None for p in policy.scorer.parameters())
         assert not policy.engine.optimizer.averaged_gradients
 
@@ -508,12 +508,12 @@ def test_the_trial_holds_the_tiles_of_losses_that_need_whole_distributions(
         if small[-1] > 800:
             raise torch.OutOfMemoryError("CUDA out of memory, played")
 
-    def attempt(setup, policy, reference, layout):
+    def attempt(setup, policy, reference):
         small.append(setup.token_budget)
         with monkeypatch.context() as patch:
             own = getattr(dpo.model.forward, where)
             patch.setattr(dpo.model.forward, where, lambda *a, **k: (lack(a), own(*a, **k))[1])
-            return original(setup, policy, reference, layout)
+            return original(setup, policy, reference)
 
     monkeypatch.setattr(dpo.memory.budget, "attempt", attempt)
     assert train_dpo.main(arguments(tmp_path, tiny_policy, *SEVERAL, "--model.loss_in_forward", "true", *flags)) == 0

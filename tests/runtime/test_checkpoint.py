@@ -58,7 +58,7 @@ def open_run(config: Config) -> None:
 
 def refusal(config: Config) -> str:
     with pytest.raises(UserError) as error:
-        run_directory.check_run(config, ALONE)
+        run_directory.check_run(config)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -72,10 +72,10 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_a_new_or_empty_folder_is_taken_and_checking_writes_nothing(run: Path) -> None:
-    run_directory.check_run(config_of(run), ALONE)
+    run_directory.check_run(config_of(run))
     assert not run.exists()
     run.mkdir(parents=True)
-    run_directory.check_run(config_of(run), ALONE)
+    run_directory.check_run(config_of(run))
     assert not any(run.iterdir())
 
 
@@ -83,7 +83,7 @@ def test_an_opened_run_is_known_the_second_time_and_holds_its_settings(run: Path
     config = config_of(run)
     open_run(config)
     assert sorted(file.name for file in run.iterdir()) == [".lock", "config.yaml"]
-    run_directory.check_run(config, ALONE)
+    run_directory.check_run(config)
     longer = config_of(run, train__epochs=3)
     open_run(longer)
     assert yaml.safe_load((run / "config.yaml").read_text()) == to_dict(longer)
@@ -153,7 +153,7 @@ def test_a_file_in_the_way_is_refused(run: Path) -> None:
 
 def test_a_run_that_never_took_a_step_may_start_with_other_settings(run: Path) -> None:
     open_run(config_of(run))
-    run_directory.check_run(config_of(run, loss__beta=0.5), ALONE)
+    run_directory.check_run(config_of(run, loss__beta=0.5))
     begin(run)
     assert "loss.beta was 0.1, now 0.5" in refusal(config_of(run, loss__beta=0.5))
 
@@ -189,7 +189,7 @@ def test_settings_that_move_no_step_may_change(run: Path, key: str) -> None:
     other = OTHER_VALUES[type(getattr(getattr(config_of(run), section), name))]
     changed = config_of(run, **{f"{section}__{name}": other})
     assert changed != config_of(run)
-    run_directory.check_run(changed, ALONE)
+    run_directory.check_run(changed)
 
 
 def test_every_setting_that_may_not_change_is_refused(run: Path) -> None:
@@ -218,11 +218,11 @@ def test_the_settings_that_may_change_are_listed_in_the_guide() -> None:
 
 
 def test_resume_never_refuses_a_folder_with_a_run(run: Path) -> None:
-    run_directory.check_run(config_of(run, train__resume="never"), ALONE)
+    run_directory.check_run(config_of(run, train__resume="never"))
     open_run(config_of(run))
     message = refusal(config_of(run, train__resume="never"))
     assert message == f"train.output_dir {run} holds a run and train.resume is never; name another folder"
-    run_directory.check_run(config_of(run, train__resume=str(run / "checkpoints" / "step-000001")), ALONE)
+    run_directory.check_run(config_of(run, train__resume=str(run / "checkpoints" / "step-000001")))
 
 
 @pytest.mark.parametrize("content", [b"- a\n- b\n", b"{", b"\xff\xfe\x00", b"text"])
