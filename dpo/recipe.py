@@ -35,7 +35,7 @@ ELSEWHERE = {
     "processing_class": "model.tokenizer", "lora_alpha": "model.lora.alpha", "target_modules": "model.lora.targets",
     "attn_implementation": "model.attention", "dataset_config": "data.subset", "batch_size": "train.global_batch_size",
     "rpo_alpha": "loss.name '[sigmoid, sft]' --loss.weights '[1, ALPHA]'",
-    "truncation_mode": "data.max_prompt_length", "rank": "model.lora.r", "lora_rank": "model.lora.r",
+    "truncation_mode": "data.max_prompt_length", "lora_rank": "model.lora.r",
     "lora_target": "model.lora.targets", "lora_target_modules": "model.lora.targets",
 }  # fmt: skip
 """What other trainers call a setting, where its own name is not like it."""
@@ -175,7 +175,8 @@ def unknown_key(name: str, keys: list[str], program: str = "train_dpo.py") -> st
     last, of_run = name.rpartition(".")[2].replace("-", "_"), "train.epochs" in keys
     if of_run and last in NOWHERE:
         return f"unknown key {name[:200]}; {NOWHERE[last]}"
-    close = ELSEWHERE.get(last) if of_run else None
+    in_section = "_".join(name.split(".")[-2:])  # lora.rank is somebody's lora_rank
+    close = ELSEWHERE.get(last) or ELSEWHERE.get(in_section) if of_run else None
     close = close or _closest(name, last, keys) or (_closest(last, last, list(ELSEWHERE)) if of_run else None)
     close = ELSEWHERE.get(close, close) if of_run and close else close
     program = program if program.startswith("python") else f"python {program}"

@@ -79,7 +79,7 @@ def _run(command: Command, world: World) -> None:
             distributed.only_main(world, lambda: check_inputs(setup))
             for note in _greeting(command) + list(setup.notes) + notes + audit_run(setup):
                 tracker.say(note)
-            with preemption.listening():
+            with preemption.listening(), heartbeat.explaining():
                 if config.train.sft_epochs and not sft_is_done:
                     run_sft(setup, tracker)
                 start = str(setup.run / "reference") if config.train.sft_epochs else str(config.model.policy)

@@ -160,6 +160,9 @@ FLAG_MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "weights of one loss": (["--loss.weights", "[2]"], "loss.weights is [2.0] and loss.name is sigmoid alone;"
                             " leave the weights out, or name a list of losses, such as [sigmoid, sft]"),
+    "others' name in a section": (
+        ["--model.lora.rank", "8"], "unknown key model.lora.rank; did you mean model.lora.r?",
+    ),
     "section left out": (["--epochs", "3"], "unknown key epochs; did you mean train.epochs?"),
     "abbreviated key": (["--train.epoch", "3"], "unknown key train.epoch; did you mean train.epochs?"),
     "dash for underscore": (["--train.max-steps", "3"], "unknown key train.max-steps; did you mean train.max_steps?"),

@@ -215,18 +215,17 @@ def host_rows(setup: Setup, machine: Machine, hardware: Hardware) -> Rows:
     neighbours = min(ranks, hardware.gpus_per_node)
     loaded = machine.width + machine.copied_bytes if machine.stage < 3 else setup.start_dtype.itemsize
     host = neighbours * shape.parameters * loaded
-    alone = train.save_weights_only
     one = checkpoint_bytes(
-        machine.trained, stage=machine.stage, half=machine.half, weights_only=alone,
+        machine.trained, stage=machine.stage, half=machine.half, weights_only=train.save_weights_only,
         states=STATES[setup.config.optim.name],
     )  # fmt: skip
     best = setup.validation_pairs is not None  # it is kept beside the newest
     held = min(train.keep_checkpoints + best + 1, max(1, setup.total_steps))
-    kept = f"{train.keep_checkpoints} kept" + (", the best," if best else "")
+    kept = f"{train.keep_checkpoints} kept{', the best,' if best else ''} and one written"
     rows = [
         ("host memory of a node while loading, at most", f"{_size(host)} ({neighbours} ranks)"),
         ("one checkpoint", f"{_size(one)}, {one / machine.trained:.0f} bytes a parameter"),
-        ("disk for checkpoints", f"{_size(held * one)}: {kept} and one written"),
+        ("disk for checkpoints", f"{_size(held * one)}: {kept}"),
         ("time to write one", f"{_number(one / hardware.disk_gb / 1e9)} s at {hardware.disk_gb:g} GB/s"),
     ]
     if setup.zero.get("offload_optimizer", {}).get("device") == "cpu":

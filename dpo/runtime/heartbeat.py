@@ -87,6 +87,7 @@ class _Pace:
 
 
 _note, _pace = Note(), _Pace()
+_watches: list[Watch] = []
 
 
 def at(doing: str, *, in_step: bool = False) -> None:
@@ -251,10 +252,26 @@ def _key(rank: int) -> str:
 
 
 @contextlib.contextmanager
+def explaining() -> Iterator[None]:
+    """Where a collective of the block fails because a process of this host is gone, say so and leave.
+
+    At once, within what writes status.json: the launcher ends this process soon after the other.
+    """
+    try:
+        yield
+    except (UserError, Preempted):
+        raise
+    except Exception:
+        for watch in _watches:
+            time.sleep(LOOK_SECONDS / 2)  # its sockets are closed a little before it counts as gone
+            if found := watch.look(time.monotonic()):
+                watch.end(*found)
+        raise
+
+
+@contextlib.contextmanager
 def watching(world: World, run: Path, timeout: int) -> Iterator[None]:
     """Look after one another within the block; collective.
-
-    Where a collective of it fails because a process of this host is gone, that is said.
 
     Args:
         world: This rank.
@@ -291,17 +308,12 @@ def watching(world: World, run: Path, timeout: int) -> Iterator[None]:
     threads = [threading.Thread(target=work, daemon=True) for work in (talk, judge)]
     for thread in threads:
         thread.start()
+    _watches.append(watch)
     try:
         yield
         distributed.agree(None)  # a process that ends before the others are through would count as dead
-    except (UserError, Preempted):
-        raise
-    except Exception:
-        time.sleep(LOOK_SECONDS / 2)  # the sockets of a process are closed a little before it counts as gone
-        if found := watch.look(time.monotonic()):
-            watch.end(*found)
-        raise
     finally:
+        _watches.clear()
         stopping.set()
         for thread in threads:
             thread.join(LOOK_SECONDS)  # a store that does not answer holds nobody up
