@@ -13,7 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from dpo.config import Config
 from dpo.errors import UserError, one_line
-from dpo.recipe import check_recipe, keys_of, unknown_key, unknown_value
+from dpo.recipe import check_recipe, keys_of, unknown_key, unknown_keys, unknown_value
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "recipes" / "quickstart.yaml"
 DESCRIPTION = "Direct Preference Optimization of a Hugging Face causal language model."
@@ -133,12 +133,13 @@ def _explain(parser: ArgumentParser, error: Exception) -> str:
     if text.startswith("Problems parsing config"):  # its own reader of YAML is a little stricter than ours
         reason = one_line(text.partition(":")[2])
         return f"--recipe {parser.default_config_files[0]}: not valid YAML: {reason}; fix it"
-    if unknown := re.search(r"unrecognized arguments: (--)?(\S*)", text):
-        name = unknown.group(2).split("=")[0]
+    if unknown := re.search(r"unrecognized arguments: (.*)", text, re.DOTALL):
         settings = keys_of() if any("." in a.dest for a in parser._actions) else []
-        if unknown.group(1):
+        if unknown.group(1).startswith("--"):
             own = [a.dest for a in parser._actions if "." not in a.dest]
-            return unknown_key(name, [*settings, *own], parser.prog)
+            names = re.findall(r"(?<!\S)--([^\s=]*)", unknown.group(1))
+            return unknown_keys(names, [*settings, *own], parser.prog)
+        name = unknown.group(1).partition(" ")[0]
         known = "settings are given as --section.key VALUE" if settings else f"{parser.prog} --help lists all arguments"
         return f"unknown argument {name or repr('')}; {known}"
     if wrong := re.search(r'Parser key "([\w.]+)":(.*)', text, re.DOTALL):

@@ -88,7 +88,8 @@ def export_run(options: Options) -> Path:
             step = int(source.name.removeprefix("step-"))
             lines = [line for line in lines if line.get("step", 0) <= step]
             facts["checkpoint"] = f"after {step} optimizer steps of {config.train.global_batch_size} pairs"
-        card = model_card(to_dict(config), lines, versions(*["peft"] * adapted), facts, adapter=is_adapter)
+        made_with = versions("peft") if adapted else versions()
+        card = model_card(to_dict(config), lines, made_with, facts, adapter=is_adapter)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     publish(target, write, World(0, 1, 0, torch.device("cpu")))

@@ -14,6 +14,8 @@ import yaml
 from dpo.config import Config
 from dpo.errors import UserError, one_line
 
+NAMED = 8
+"""Unknown keys that one message names."""
 LARGEST_RECIPE = 2**18  # bytes; YAML is read at some 0.1 MB/s
 ELSEWHERE = {
     "learning_rate": "optim.lr", "lr_scheduler_type": "optim.schedule", "warmup_ratio": "optim.warmup_steps",
@@ -106,22 +108,24 @@ def check_recipe(path: str) -> None:
     content = _read_recipe(path)
     if not isinstance(content, dict | None):
         raise UserError(f"--recipe {path}: expected sections such as 'train:', got {type(content).__name__}; fix it")
-    _check_names(path, content or {}, get_type_hints(Config))
+    if unknown := _unknown_names(path, content or {}, get_type_hints(Config)):
+        raise UserError(f"--recipe {path}: {unknown_keys(unknown, keys_of())}")
 
 
-def _check_names(path: str, content: dict[Any, Any], known: dict[str, Any], prefix: str = "") -> None:
-    """Refuse names in a recipe that are no settings, and values where a section should be."""
+def _unknown_names(path: str, content: dict[Any, Any], known: dict[str, Any], prefix: str = "") -> list[str]:
+    """Names in a recipe that are no settings; values where a section should be are refused."""
+    unknown = []
     for key, value in content.items():
         name, hint = f"{prefix}{key}", known.get(str(key))
         if is_dataclass(hint):
             if not isinstance(value, dict):
                 raise UserError(f"--recipe {path}: section {name} must hold keys, got {value!r}; fix or remove it")
-            _check_names(path, value, get_type_hints(hint), f"{name}.")
+            unknown += _unknown_names(path, value, get_type_hints(hint), f"{name}.")
         elif hint is None:
-            wrong = f"{name}.{next(iter(value))}" if isinstance(value, dict) and value else name
-            raise UserError(f"--recipe {path}: {unknown_key(wrong, keys_of())}")
+            unknown.append(f"{name}.{next(iter(value))}" if isinstance(value, dict) and value else name)
         else:
             _refuse_endless(value, f"--recipe {path}: {name}")
+    return unknown
 
 
 def _refuse_endless(value: Any, name: str) -> None:
@@ -168,6 +172,12 @@ def unknown_value(value: str, choices: list[str]) -> str:
     if meant.strip("[").partition(",")[0].partition(" ")[0] not in choices:
         meant = next(iter(difflib.get_close_matches(words[0], choices, n=1, cutoff=0.6)), "")
     return f"; did you mean {meant}?" if meant else ""
+
+
+def unknown_keys(names: list[str], keys: list[str], program: str = "train_dpo.py") -> str:
+    """Say of several keys that they are none, and which may be meant."""
+    told = [unknown_key(name, keys, program) for name in names[:NAMED]]
+    return "; ".join(told) + (f"; and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 def unknown_key(name: str, keys: list[str], program: str = "train_dpo.py") -> str:

@@ -166,6 +166,11 @@ FLAG_MISTAKES: dict[str, tuple[list[str], str]] = {
     "section left out": (["--epochs", "3"], "unknown key epochs; did you mean train.epochs?"),
     "abbreviated key": (["--train.epoch", "3"], "unknown key train.epoch; did you mean train.epochs?"),
     "dash for underscore": (["--train.max-steps", "3"], "unknown key train.max-steps; did you mean train.max_steps?"),
+    "several": (
+        ["--train.epochss", "3", "--learning_rate=1", "--zzz"],
+        "unknown key train.epochss; did you mean train.epochs?; unknown key learning_rate; did you mean optim.lr?;"
+        " unknown key zzz; python train_dpo.py --help lists all keys",
+    ),
     "nothing like it": (["--zzz", "3"], "unknown key zzz; python train_dpo.py --help lists all keys"),
     "no flag": (["extra"], "unknown argument extra; settings are given as --section.key VALUE"),
     "no value": (["--train.epochs"], "--train.epochs has no value; use a whole number"),
@@ -272,6 +277,8 @@ def test_a_number_that_is_none_is_refused(tmp_path: Path, number: str) -> None:
 RECIPE_MISTAKES = {
     "trian:\n  epochs: 3\n": "unknown key trian.epochs; did you mean train.epochs?",
     "train:\n  epochss: 3\n": "unknown key train.epochss; did you mean train.epochs?",
+    "train:\n  epochss: 3\nloss: {betta: 1, name: sigmoid}\nzz: 1\n": "unknown key train.epochss; did you mean"
+    " train.epochs?; unknown key loss.betta; did you mean loss.beta?; unknown key zz; python train_dpo.py --help lists",
     "train:\n  3: 4\n": "unknown key train.3; python train_dpo.py --help lists all keys",
     "recipe: other.yaml\n": "unknown key recipe; python train_dpo.py --help lists all keys",
     "dry_run: true\n": "unknown key dry_run;",

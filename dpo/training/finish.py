@@ -123,7 +123,7 @@ def card_of(setup: Setup) -> str | None:
         facts["chosen log-prob fell"] = f"in {found.chosen_fell:.1%} of the validation pairs"
         if is_logistic(setup.config.loss.name):
             facts["calibration error"] = f"{calibration(pairs[1].margins).error:.3f}"
-    made_with = versions(*["peft"] * setup.trains_adapters)
+    made_with = versions("peft") if setup.trains_adapters else versions()
     return model_card(to_dict(setup.config), lines, made_with, facts, adapter=setup.trains_adapters)
 
 
