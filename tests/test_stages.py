@@ -36,7 +36,7 @@ from dpo.model.shape import steady_length
 from dpo.report.pairs import COLUMNS, read_pairs
 from dpo.run.prepare import resolve_precision
 from dpo.run.roles import reference_dtype
-from dpo.runtime import checkpoint
+from dpo.runtime import checkpoint, heartbeat
 from dpo.runtime.tracking import read_lines
 from dpo.sampling.answers import _last_tokens
 from tests import ranks
@@ -101,6 +101,21 @@ def test_a_checkpoint_of_sft_is_not_begun_where_the_disk_lacks_room_for_it(tiny_
     assert train_dpo.main(arguments(tmp_path, tiny_policy, "--train.sft_epochs", "2", "--train.save_every", "1")) == 2
     assert "a checkpoint takes 0.00" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("checkpoints/sft*"))
+
+
+def test_the_first_step_of_dpo_after_sft_may_take_any_time_as_that_of_a_start_may(builtin, tmp_path, monkeypatch):
+    in_step, at = {}, heartbeat.at
+
+    def seen(doing, **more):
+        at(doing, **more)
+        in_step[doing] = heartbeat._note.in_step
+
+    monkeypatch.setattr(heartbeat, "at", seen)
+    flags = ["--train.sft_epochs", "1", "--log.samples", "0", "--train.micro_batch_size", "9"]
+    assert train_dpo.main(arguments(tmp_path, builtin, *flags)) == 0
+    places = ("in SFT step 1, micro-batch 1", "in SFT step 2, micro-batch 1", "in step 1, micro-batch 1",
+              "in step 2, micro-batch 1")  # fmt: skip
+    assert [in_step[place] for place in places] == [False, True, False, True]
 
 
 @pytest.mark.parametrize("layout", ["shared", "padded"])
