@@ -1,10 +1,9 @@
-"""The quickstart learns its world, for three seeds, in the time it promises."""
+"""The quickstart learns its world in the time it promises."""
 
 from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
 
 import pytest
 
@@ -13,18 +12,11 @@ from dpo.runtime.tracking import read_lines
 from dpo.sampling.answers import world_rewards
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The rows are the same for every seed."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_quickstart_prefers_and_writes_better_answers_to_held_out_prompts(seed, cache, tmp_path, capsys):
+def test_the_quickstart_prefers_and_writes_better_answers_to_held_out_prompts(tmp_path, capsys):
     started = time.perf_counter()
     code = train_dpo.main([
-        "--config", "ds_configs/zero2.json", "--recipe", "recipes/quickstart.yaml", "--train.seed", str(seed),
-        "--train.output_dir", str(tmp_path / "run"), "--data.cache_dir", str(cache),
+        "--config", "ds_configs/zero2.json", "--recipe", "recipes/quickstart.yaml",
+        "--train.output_dir", str(tmp_path / "run"), "--data.cache_dir", str(tmp_path / "cache"),
     ])
     seconds = time.perf_counter() - started
     assert code == 0
