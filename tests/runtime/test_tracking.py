@@ -73,11 +73,12 @@ def test_a_log_file_gets_about_twenty_progress_lines_with_the_time_left(tmp_path
     now = [1000.0]
     monkeypatch.setattr(tracking.time, "monotonic", lambda: now[0])
     recorder = Recorder(tmp_path, {})
-    recorder.progress("SFT", 40, 40, "")
+    recorder.progress("SFT", 1, 3, "loss 2")  # of whose pace nothing is known yet
     for step in range(201, 1001):  # a run that goes on after step 200, 4 s a step
         now[0] += 4
         recorder.progress("DPO", step, 1000, f"loss {step}")
-    _, *lines = capsys.readouterr().err.splitlines()
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert first == "SFT 1/3 loss 2"
     assert len(lines) == 16 and lines[-1] == "DPO 1000/1000 loss 1000"
     assert lines[0] == "DPO 250/1000 loss 250  0:50:00 left" and lines[-2] == "DPO 950/1000 loss 950  0:03:20 left"
 
